@@ -1,0 +1,42 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+
+.PHONY: help demo test lint parity bench clean
+
+help:
+	@echo "make demo    the digits example, from training to the table and the picture"
+	@echo "make test    the whole test suite"
+	@echo "make lint    formatting, lint, types, import layers"
+	@echo "make parity  record the outputs of mergekit again, in an environment of its own"
+	@echo "make bench   cost of every method over the floor of the machine"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per extra: installed again when the versions or the dependencies change.
+$(VENV)/.%: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) -e ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.examples
+	$(BIN)/python examples/digits/run.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+parity: $(BIN)/python
+	$(BIN)/python tests/parity/mergekit/record.py
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) .ci-venv .parity-venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,226 @@
+"""An adapter file or folder as a task vector: detect its kind, refuse what is not understood."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mergebench.adapters_zoo.dialects import WHOLE, kohya, peft
+from mergebench.adapters_zoo.refusals import family_of, refuse_keys, refuse_type
+from mergebench.core.delta import Delta
+from mergebench.core.errors import FormatError
+from mergebench.core.registry import Registry
+from mergebench.core.task_vector import TaskVector
+from mergebench.core.tensor import Tensor
+
+#: Metadata entry in which a bare adapter file carries its adapter_config.json.
+CONFIG_KEY = "mergebench_adapter_config"
+#: Metadata entry in which a file written by mergebench says what it is.
+FILE_KEY = "mergebench"
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterSource:
+    """An opened adapter whose tensors have not been read.
+
+    Attributes
+    ----------
+    label : str
+        How messages call it: the path or name that the user gave.
+    tensors : mapping of str to Tensor
+        Every tensor of the file, under its name there.
+    config : mapping or None
+        ``adapter_config.json``; None for a bare file.
+    metadata : mapping of str to str
+        ``__metadata__`` of the safetensors header.
+    fingerprint : str, default ""
+        Identifies the content; handed on to the task vector.
+    """
+
+    label: str
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any] | None
+    metadata: Mapping[str, str]
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class ReadOptions:
+    """What the user and the base say that the adapter does not.
+
+    Attributes
+    ----------
+    lora_alpha : float or None, default None
+        α of LoRA modules whose file states none; never overrides the file.
+    base_shapes : mapping of str to tuple of int, or None (default)
+        Shapes of all tensors of the base. Given, every displacement gets the name of a base
+        tensor and its shape is checked.
+    transposed : frozenset of str or None, default None
+        Names of the base's weights that are stored input × output. None: decide from the shapes
+        where they are decisive, else from the adapter's ``fan_in_fan_out``.
+    ignore_saved_base : bool, default False
+        Drop copies of frozen base parameters (``…base_layer.weight``, which PEFT saves beside
+        adapted embeddings) instead of refusing them. Right only if the base has these values.
+    """
+
+    lora_alpha: float | None = None
+    base_shapes: Mapping[str, tuple[int, ...]] | None = None
+    transposed: frozenset[str] | None = None
+    ignore_saved_base: bool = False
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One family of adapters.
+
+    Attributes
+    ----------
+    name : str
+    formula : str
+        The displacement as a function of the stored tensors, for help and docs.
+    detect : callable
+        ``(source) -> keys`` that this kind can account for; reads no tensor.
+    read : callable
+        ``(source, options) -> deltas`` under tensor names, called only when every key is claimed.
+    notes : str, default ""
+        What a user should know: sources, limits.
+    peft_types : frozenset of str, default empty
+        The ``peft_type`` values of a config that this kind reads.
+    """
+
+    name: str
+    formula: str
+    detect: Callable[[AdapterSource], frozenset[str]]
+    read: Callable[[AdapterSource, ReadOptions], dict[str, Delta]]
+    notes: str = ""
+    peft_types: frozenset[str] = frozenset()
+
+
+KINDS: Registry[Kind] = Registry(
+    "adapter kind", "mergebench.adapters_zoo.kinds", "mergebench.adapter_kinds"
+)
+
+
+def is_adapter(
+    names: Collection[str], config: Mapping[str, Any] | None, metadata: Mapping[str, str]
+) -> bool:
+    """Whether files with these tensor names are an adapter or a saved task vector.
+
+    True for every recognised family, also one that :func:`read_adapter` will refuse. A full
+    checkpoint that still has adapters inside holds the weights they adapt, and is none.
+
+    Parameters
+    ----------
+    names : collection of str
+        Tensor names.
+    config : mapping or None
+        ``adapter_config.json``, if there is one.
+    metadata : mapping of str to str
+        ``__metadata__`` of the safetensors header.
+    """
+    if config is not None and "peft_type" in config:
+        return True
+    if CONFIG_KEY in metadata or is_saved_delta(metadata):
+        return True
+    held = {peft.strip(name) for name in names}
+    for name in held:
+        part = kohya.parse(name) or peft.parse(name)
+        if part is not None and part.role not in WHOLE:
+            weights = (f"{part.module}.weight", f"{part.module}.base_layer.weight")
+            if part.role != "alpha" and not held.intersection(weights):
+                return True
+        elif family_of(name) is not None:
+            return True
+    return False
+
+
+def is_saved_delta(metadata: Mapping[str, str]) -> bool:
+    """Whether the metadata are those of a task vector saved by mergebench."""
+    try:
+        about = json.loads(metadata.get(FILE_KEY, "null"))
+    except json.JSONDecodeError:
+        return False
+    return isinstance(about, dict) and about.get("kind") == "delta"
+
+
+def read_adapter(source: AdapterSource, options: ReadOptions | None = None) -> TaskVector:
+    """The task vector of an adapter; tensors stay unread except one-entry scales.
+
+    Parameters
+    ----------
+    source : AdapterSource
+    options : ReadOptions, optional
+
+    Returns
+    -------
+    TaskVector
+        Its metadata are those of the file, plus ``kind`` and, where there is a config, the
+        config as JSON under :data:`CONFIG_KEY`.
+
+    Raises
+    ------
+    FormatError
+        If no kind, or more than one, accounts for every tensor; if the kind is refused.
+    MismatchError
+        If the file contradicts itself or the base.
+    ParameterError
+        If the file lacks a number that an option must give.
+    """
+    source = _with_config(source)
+    if not source.tensors:
+        raise FormatError(f"{source.label}: the adapter holds no tensors")
+    kind = _kind_of(source)
+    deltas = kind.read(source, options or ReadOptions())
+    about = {**source.metadata, "kind": kind.name}
+    if source.config is not None:
+        about[CONFIG_KEY] = json.dumps(dict(source.config), sort_keys=True)
+    return TaskVector(source.label, deltas, source.fingerprint, about)
+
+
+def _kind_of(source: AdapterSource) -> Kind:
+    candidates = [KINDS[name] for name in KINDS]
+    peft_type = (source.config or {}).get("peft_type")
+    if peft_type is not None:
+        known = {accepted for kind in candidates for accepted in kind.peft_types}
+        candidates = [kind for kind in candidates if peft_type in kind.peft_types]
+        if not candidates:
+            refuse_type(source.label, str(peft_type), known)
+    claims = {kind.name: kind.detect(source) for kind in candidates}
+    whole = [kind for kind in candidates if len(claims[kind.name]) == len(source.tensors)]
+    if len(whole) > 1:
+        raise FormatError(
+            f"{source.label}: more than one adapter kind accounts for its tensors",
+            got=", ".join(kind.name for kind in whole),
+        )
+    if not whole:
+        best = max(claims.values(), key=len, default=frozenset())
+        refuse_keys(source.label, set(source.tensors) - best)
+    return whole[0]
+
+
+def _with_config(source: AdapterSource) -> AdapterSource:
+    if source.config is not None or CONFIG_KEY not in source.metadata:
+        return source
+    config = parse_object(source.label, CONFIG_KEY, source.metadata[CONFIG_KEY])
+    return replace(source, config=config)
+
+
+def parse_object(label: str, entry: str, text: str) -> dict[str, Any]:
+    """The JSON object in a metadata entry.
+
+    Raises
+    ------
+    FormatError
+        If the entry is not JSON, or not an object.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FormatError(f"{label}: metadata entry {entry!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise FormatError(
+            f"{label}: metadata entry {entry!r} is not a JSON object", got=type(value).__name__
+        )
+    return value

@@ -1,0 +1,1 @@
+"""One file per adapter kind; each registers itself in ``adapter.KINDS`` when imported."""

@@ -1,0 +1,211 @@
+"""Adapters that are recognised and not read, each with its reason.
+
+Three tables: by ``peft_type``, by a feature in the config of a LoRA, by a tensor name. A kind
+that claims a type or a tensor is asked first, so adding one needs no edit here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NoReturn
+
+from mergebench.core.errors import FormatError, did_you_mean
+
+_ROUTED = "it is routed per token or per task, so no single displacement of a weight exists"
+_PROMPT = "it acts on activations and displaces no weight"
+_BASE = "its displacement depends on the base weights; not supported yet"
+_LATER = "not supported yet"
+
+#: Every ``peft_type`` of PEFT 0.21 that stage by stage may be read, or why it never will be.
+PEFT_TYPES: Mapping[str, str] = {
+    **dict.fromkeys(("XLORA", "POLY", "LILY"), _ROUTED),
+    **dict.fromkeys(
+        (
+            "PROMPT_TUNING",
+            "MULTITASK_PROMPT_TUNING",
+            "P_TUNING",
+            "PREFIX_TUNING",
+            "ADAPTION_PROMPT",
+            "CPT",
+            "CARTRIDGE",
+        ),
+        _PROMPT,
+    ),
+    **dict.fromkeys(("HIRA", "PSOFT", "OSF", "DEFT", "PEANUT", "FROD"), _BASE),
+    **dict.fromkeys(
+        (
+            *("LORA", "ADALORA", "ADAMSS", "BEFT", "BOFT", "BONE", "C3A", "DELORA", "FOURIERFT"),
+            *("GLORA", "GRALORA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT"),
+            *("PVERA", "RANDLORA", "ROAD", "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA"),
+            *("TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT"),
+        ),
+        _LATER,
+    ),
+}
+
+#: Config entries of a LoRA that, when set, make ΔW something else than scale · BA.
+FEATURES: Mapping[str, str] = {
+    "use_dora": "DoRA needs the base; not supported yet",
+    "alora_invocation_tokens": "aLoRA acts on some tokens only and cannot be merged",
+    "layer_replication": "it belongs to a model with repeated layers, not to the base",
+    "use_bdlora": "BD-LoRA stores block-diagonal factors; not supported yet",
+    "use_qalora": "QALoRA pools the inputs of a quantized base; not supported yet",
+    "kasa_config": "KaSA truncates the base weights, so ΔW alone is not the update",
+    "arrow_config": "Arrow routes between adapters per token",
+    "monteclora_config": "MonteCLoRA samples its factors; not supported yet",
+    "target_parameters": "LoRA on stacked experts (target_parameters) is not supported yet",
+    "trainable_token_indices": "trained token rows are not supported yet",
+    "enable_lora": "merged linear layers of PEFT before its release are not supported",
+}
+#: ``init_lora_weights`` that subtract the initial factors from the base before training.
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_HARMLESS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})
+#: ``use_…`` and ``…_config`` entries that leave ΔW = scale · BA as it is.
+_KNOWN_ENTRIES = frozenset(
+    {
+        *("use_rslora", "megatron_config", "runtime_config", "loftq_config", "eva_config"),
+        *("corda_config", "lora_ga_config", "velora_config"),
+    }
+)
+
+# Suffixes as short as `diff` or `b1.weight` also occur in models, so the whole name must fit.
+_LYCORIS = r"^(lora_|lycoris_|diffusion_model\.).*"
+
+#: Family -> tensor names that betray it, and why a file of it is not read (yet).
+FAMILIES: Mapping[str, tuple[re.Pattern[str], str]] = {
+    "DoRA": (
+        re.compile(r"\.lora_magnitude_vector(\.|$)|\.dora_scale$"),
+        "DoRA needs the base; not supported yet",
+    ),
+    "KaSA": (re.compile(r"\.lora_diag(\.|$)"), FEATURES["kasa_config"]),
+    "LoRA with a middle factor": (
+        re.compile(r"\.lora_mid\.weight$"),
+        "a Tucker-decomposed convolution (lora_mid) is not supported yet",
+    ),
+    "LoRA on nn.MultiheadAttention": (
+        re.compile(r"\.base_layer\.out_proj\.lora_[AB](\.|$)"),
+        "PEFT up to 0.21 adds its output projection twice while training, so the update that was "
+        "trained depends on PEFT's version",
+    ),
+    "LoRA on stacked experts": (
+        re.compile(r"\.base_layer\.lora_[AB](\.|$)"),
+        FEATURES["target_parameters"],
+    ),
+    "AdaLoRA or loralib": (
+        re.compile(r"\.lora_([ABE]|ranknum)(\.[^.]+)?$"),
+        "names without .weight are AdaLoRA's or loralib's; not supported yet",
+    ),
+    "trained token rows": (
+        re.compile(r"(^|\.)trainable_tokens_(delta|indices)(\.|$)"),
+        FEATURES["trainable_token_indices"],
+    ),
+    "LoHa": (re.compile(r"\.hada_[wt]\d"), _LATER),
+    "LoKr": (re.compile(r"\.lokr_[wt]\d"), _LATER),
+    "(IA)³": (re.compile(rf"\.ia3_l(\.|$)|{_LYCORIS}\.on_input$"), _LATER),
+    "full difference (LyCORIS)": (
+        re.compile(rf"{_LYCORIS}\.(diff(_b)?|[wb]_norm)$"),
+        _LATER,
+    ),
+    "GLoRA (LyCORIS)": (re.compile(rf"{_LYCORIS}\.[ab][12]\.weight$"), _LATER),
+    "LoRA in diffusers' old names": (
+        re.compile(r"(\.lora|_lora|\.lora_linear_layer)\.(up|down)\.weight$"),
+        _LATER,
+    ),
+    "LoRA in dotted Kohya names": (re.compile(r"\.lora_(down|up)\.weight$"), _LATER),
+    "VeRA or PVeRA": (re.compile(r"(^|\.)p?vera_(lambda_[bd]|A|B)(\.|$)"), _LATER),
+    "RandLoRA": (re.compile(r"(^|\.)randlora_(lambda|gamma|A|B)(\.|$)"), _LATER),
+    "FourierFT or WaveFT": (re.compile(r"\.\w+_spectrum(\.|$)"), _LATER),
+    "SHiRA": (re.compile(r"\.shira_(weight|indices)(\.|$)"), _LATER),
+    "C3A": (re.compile(r"\.c3a_kernel(\.|$)"), _LATER),
+    "MiSS": (re.compile(r"\.(miss|bone)_block(\.|$)"), _LATER),
+    "OFT or BOFT": (
+        re.compile(rf"\.b?oft_(R|s|blocks)(\.|$)|{_LYCORIS}\.rescale$"),
+        _LATER,
+    ),
+    "HRA": (re.compile(r"\.hra_u(\.|$)"), _LATER),
+    "prompt or prefix tuning": (re.compile(r"(^|\.)prompt_(embeddings|encoder)(\.|$)"), _PROMPT),
+}
+
+
+def refuse_type(label: str, peft_type: str, read: Iterable[str]) -> NoReturn:
+    """Refuse a whole adapter by the type its config names.
+
+    Parameters
+    ----------
+    label : str
+        The adapter, as messages call it.
+    peft_type : str
+    read : iterable of str
+        The types that registered kinds read.
+
+    Raises
+    ------
+    FormatError
+        Always.
+    """
+    if reason := PEFT_TYPES.get(peft_type):
+        raise FormatError(f"{label}: peft_type {peft_type} cannot be opened: {reason}")
+    raise FormatError(
+        f"{label}: unknown peft_type {peft_type!r}",
+        fix=did_you_mean(peft_type, {*PEFT_TYPES, *read}),
+    )
+
+
+def refuse_features(label: str, where: str, config: Mapping[str, Any]) -> None:
+    """Refuse a LoRA whose config asks for more than scale · BA on an unchanged base.
+
+    Raises
+    ------
+    FormatError
+        Naming the entry and the reason.
+    """
+    for entry, reason in FEATURES.items():
+        if config.get(entry):
+            raise FormatError(f"{label}: {where} sets {entry}: {reason}")
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(_BASE_CHANGING):
+        raise FormatError(
+            f"{label}: {where} has init_lora_weights {start!r}, which modified the base: "
+            "BA is not the difference from the original weights",
+            fix="save it again with PEFT's path_initial_model_for_weight_conversion",
+        )
+    if start not in _HARMLESS:
+        raise FormatError(
+            f"{label}: {where} has an unknown init_lora_weights, which may have modified the base",
+            got=repr(start),
+            expected=", ".join(sorted(_HARMLESS)),
+        )
+    for entry, value in config.items():
+        special = entry.startswith("use_") or entry.endswith("_config")
+        if special and value and entry not in _KNOWN_ENTRIES:
+            raise FormatError(
+                f"{label}: {where} sets {entry}, a feature that this version does not know",
+                got=repr(value),
+            )
+
+
+def family_of(key: str) -> str | None:
+    """The family whose tensors are named like this; None where no table entry matches."""
+    return next((name for name, (form, _) in FAMILIES.items() if form.search(key)), None)
+
+
+def refuse_keys(label: str, unclaimed: Collection[str]) -> NoReturn:
+    """Refuse a file because of tensors that no kind claims.
+
+    Raises
+    ------
+    FormatError
+        Always; it names the family where the names betray one, else the first few names.
+    """
+    names = sorted(unclaimed)
+    for key in names:
+        if family := family_of(key):
+            raise FormatError(f"{label}: {key} is of the kind {family}: {FAMILIES[family][1]}")
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    raise FormatError(
+        f"{label}: {len(names)} tensors belong to no adapter kind",
+        got=shown,
+        fix="remove them from the file, or list their modules in modules_to_save if they were "
+        "trained in full",
+    )

@@ -1,0 +1,61 @@
+"""The model card of an output folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def hub_ids(names: Sequence[str | None]) -> list[str]:
+    """Those names that look like repositories on the Hub, without repetition."""
+    return list(dict.fromkeys(name for name in names if name and _HUB_ID.fullmatch(name)))
+
+
+def card(
+    title: str,
+    kind: str,
+    recipe_yaml: str,
+    method: str,
+    paper: str,
+    inputs: Sequence[Mapping[str, Any]],
+    origins: Sequence[str | None],
+    library: str | None = None,
+) -> str:
+    """Markdown with the front matter the Hub reads.
+
+    Parameters
+    ----------
+    title : str
+    kind : model, lora or delta
+    recipe_yaml : str
+        The recipe, shown in full.
+    inputs : sequence of mappings
+        ``role``, ``path`` and ``weight`` of every input.
+    origins : sequence of str or None
+        Names that the inputs' configs give; those that are Hub ids become ``base_model``.
+    library : str, optional
+        ``library_name``, such as ``transformers`` or ``peft``.
+    """
+    import yaml
+
+    front: dict[str, Any] = {}
+    if found := hub_ids(origins):
+        front["base_model"] = found
+        front["base_model_relation"] = "adapter" if kind == "lora" else "merge"
+    if library:
+        front["library_name"] = library
+    front["tags"] = ["merge", "mergebench"]
+    rows = "\n".join(
+        f"| {each['role']} | `{each['path']}` | {each.get('weight', '')} |" for each in inputs
+    )
+    what = {"model": "model", "lora": "LoRA adapter", "delta": "task vector"}[kind]
+    link = f" ([{paper}](https://arxiv.org/abs/{paper[6:]}))" if paper.startswith("arXiv:") else ""
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n\n"
+        f"A merged {what}, made by mergebench with **{method}**{link}.\n\n"
+        f"| role | input | weight |\n|---|---|---|\n{rows}\n\n"
+        f"## Recipe\n\n```yaml\n{recipe_yaml}```\n"
+    )

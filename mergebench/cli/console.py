@@ -1,0 +1,103 @@
+"""Where text goes: results to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def out() -> Console:
+    """The console for results."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def err() -> Console:
+    """The console for progress, notes and errors."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """Print a line of result, never interpreted as markup."""
+    out().print(text, markup=False)
+
+
+def note(text: str) -> None:
+    """Print a note beside the result."""
+    err().print(f"note: {text}", style="dim", markup=False)
+
+
+def fail(text: str) -> None:
+    """Print an error: one line."""
+    console = err()
+    console.print("error:", style="bold red", end=" ")
+    console.print(" ".join(text.splitlines()), markup=False)
+
+
+def say_json(data: Any) -> None:
+    """Print JSON for programs."""
+    sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def size(count: float) -> str:
+    """Bytes in words: ``1.3 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def number(count: float) -> str:
+    """A count in words: ``22.6M``."""
+    for unit in ("", "k", "M", "G"):
+        if count < 1000:
+            return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
+        count /= 1000
+    return f"{count:.2f}T"
+
+
+@contextmanager
+def bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A progress bar with rate and time left, on a terminal only."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{number(speed)} entries/s")
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        Rate(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err(), transient=True) as progress:
+        task = progress.add_task("reading", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=max(total, 1))
+
+        yield show

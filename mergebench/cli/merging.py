@@ -1,0 +1,286 @@
+"""``merge``, ``plan`` and ``run``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergebench.cli import console
+from mergebench.cli import options as o
+
+if TYPE_CHECKING:
+    from mergebench.merge.engine import Written
+    from mergebench.merge.plan import Plan
+    from mergebench.recipe import Recipe
+
+
+def merge(
+    models: o.Models,
+    base: o.Base = None,
+    method: o.MethodName = "linear",
+    param: o.Params = None,
+    then: o.Then = None,
+    compat: o.Compat = None,
+    dtype: o.Dtype = "keep",
+    form: o.Form = "auto",
+    shard_size: o.ShardSize = None,
+    lora_alpha: o.LoraAlpha = None,
+    ignore_saved_base: o.IgnoreSavedBase = False,
+    out: o.Out = None,
+    force: o.Force = False,
+    memory: o.Memory = "512MiB",
+    workers: o.Workers = None,
+    dry_run: o.DryRun = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Merge models, adapters or task vectors into one.
+
+    Full checkpoints are merged as task vectors (fine-tuned minus --base) unless the method
+    works on weights; adapters are task vectors already, and give an adapter.
+
+    Examples:
+
+      mergebench merge a.safetensors b.safetensors --method breadcrumbs
+
+      mergebench merge ft1:0.5 ft2 --base base -m ties -p density=0.2 -p lam=0.5,1 -o merged
+    """
+    recipe = _recipe(
+        models, base, method, param, then, compat, dtype, form, shard_size, lora_alpha, out,
+        ignore_saved_base,
+    )  # fmt: skip
+    _do(recipe, force, memory, workers, dry_run, as_json, quiet)
+
+
+def plan(
+    models: o.Models,
+    base: o.Base = None,
+    method: o.MethodName = "linear",
+    param: o.Params = None,
+    then: o.Then = None,
+    compat: o.Compat = None,
+    dtype: o.Dtype = "keep",
+    form: o.Form = "auto",
+    shard_size: o.ShardSize = None,
+    lora_alpha: o.LoraAlpha = None,
+    ignore_saved_base: o.IgnoreSavedBase = False,
+    out: o.Out = None,
+    memory: o.Memory = "512MiB",
+    workers: o.Workers = None,
+    as_json: o.Json = False,
+) -> None:
+    """Show what a merge would do, and check it, without doing it: `merge --dry-run`.
+
+    Examples:
+
+      mergebench plan a.safetensors b.safetensors --method breadcrumbs
+
+      mergebench plan ft1 ft2 --base base --method ties --memory 256MiB --json
+    """
+    recipe = _recipe(
+        models, base, method, param, then, compat, dtype, form, shard_size, lora_alpha, out,
+        ignore_saved_base,
+    )  # fmt: skip
+    _do(recipe, True, memory, workers, True, as_json, False)
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, YAML or JSON.", show_default=False)],
+    out: o.Out = None,
+    force: o.Force = False,
+    memory: o.Memory = "512MiB",
+    workers: o.Workers = None,
+    dry_run: o.DryRun = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Run a recipe, such as the mergebench_recipe.yaml of an earlier output.
+
+    Examples:
+
+      mergebench run recipe.yaml -o merged
+
+      mergebench run merged/mergebench_recipe.yaml --dry-run
+    """
+    from mergebench.recipe import read_recipe
+
+    read = read_recipe(recipe)
+    _do(
+        _with_out(replace(read, out=out or read.out)),
+        force, memory, workers, dry_run, as_json, quiet,
+    )  # fmt: skip
+
+
+def _recipe(
+    models: list[str],
+    base: str | None,
+    method: str,
+    param: list[str] | None,
+    then: list[str] | None,
+    compat: str | None,
+    dtype: str,
+    form: str,
+    shard_size: str | None,
+    lora_alpha: float | None,
+    out: str | None,
+    ignore_saved_base: bool,
+) -> Recipe:
+    from mergebench.core.errors import ParameterError, did_you_mean
+    from mergebench.recipe import (
+        DTYPES,
+        FORMS,
+        ModelRef,
+        Recipe,
+        parse_assignment,
+        parse_op,
+    )
+    from mergebench.sources import split_weight
+
+    for option, value, known in (("--dtype", dtype, DTYPES), ("--as", form, FORMS)):
+        if value not in known:
+            raise ParameterError(f"{option}: {value!r}", fix=did_you_mean(value, known))
+    params: dict[str, Any] = {}
+    for text in param or []:
+        key, value = parse_assignment(text)
+        if key in params:
+            raise ParameterError(f"parameter {key!r} is given twice", fix=f"write -p {key}=a,b")
+        parts = tuple(part.strip() for part in value.split(","))
+        params[key] = parts if len(parts) > 1 else parts[0]
+    return _with_out(
+        Recipe(
+            models=tuple(ModelRef(*split_weight(each)) for each in models),
+            method=method,
+            params=params,
+            then=tuple(parse_op(each) for each in then or []),
+            base=base,
+            compat=compat,
+            dtype=dtype,
+            form=form,
+            shard_size=shard_size,
+            lora_alpha=lora_alpha,
+            ignore_saved_base=ignore_saved_base,
+            out=out,
+        )
+    )
+
+
+def _with_out(recipe: Recipe) -> Recipe:
+    """Without a place given: a file if all inputs are files, else a folder."""
+    if recipe.out is not None:
+        return recipe
+    files = all(Path(each.path).expanduser().is_file() for each in recipe.models)
+    whole = recipe.shard_size is None
+    return replace(recipe, out="merged.safetensors" if files and whole else "merged")
+
+
+def _do(
+    recipe: Recipe,
+    force: bool,
+    memory: str,
+    workers: int | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from mergebench.checkpoints.sizes import parse_size
+    from mergebench.merge.engine import check_outputs, execute
+    from mergebench.merge.plan import make_plan
+
+    started = perf_counter()
+    made = make_plan(recipe, memory=parse_size(memory), workers=workers)
+    if dry_run:
+        if as_json:
+            console.say_json(made.to_json())
+        else:
+            _show_plan(made)
+        return
+    check_outputs(made, force=force)
+    if not quiet:
+        for text in made.notes:
+            console.note(text)
+    with console.bar(quiet or as_json) as progress:
+        written = execute(made, force=force, progress=progress)
+    seconds = perf_counter() - started
+    if as_json:
+        console.say_json({"seconds": round(seconds, 3), "outputs": [_plain(w) for w in written]})
+    elif not quiet:
+        _summary(made, written, seconds)
+
+
+def _plain(written: Written) -> dict[str, Any]:
+    return {
+        "label": written.label,
+        "path": str(written.path),
+        "bytes": written.bytes,
+        "residuals": dict(written.residuals),
+        "digests": dict(written.digests),
+    }
+
+
+_FORMS = {"model": "model", "lora": "LoRA adapter", "delta": "task vector"}
+
+
+def _summary(made: Plan, written: list[Written], seconds: float) -> None:
+    merged, copied = len(made.aligned.items), len(made.aligned.copies)
+    for each in written:
+        console.say(f"{each.path}: {_FORMS[made.form]}, {console.size(each.bytes)}")
+        if each.residuals:
+            name, worst = max(each.residuals.items(), key=lambda pair: pair[1])
+            squares = [value * value for value in each.residuals.values()]
+            root = (sum(squares) / len(squares)) ** 0.5
+            console.say(
+                f"  truncated to rank {_rank(made)}: relative residual {root:.3g} over "
+                f"{len(squares)} modules, worst {worst:.3g} ({name}); --as delta loses nothing"
+            )
+    console.say(
+        f"merged {merged} tensors ({console.number(made.entries)} entries), copied {copied}, "
+        f"{made.passes} pass{'es' if made.passes > 1 else ''}, {seconds:.1f} s"
+    )
+
+
+def _rank(made: Plan) -> str:
+    ranks = {module.own_rank for module in made.package.modules.values()}
+    return str(max(ranks)) if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
+
+
+def _show_plan(made: Plan) -> None:
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    names = [m.label for m in made.models]
+    weights = ", ".join(f"{name} × {w:g}" for name, w in zip(names, made.weights, strict=True))
+    table.add_row("inputs", weights)
+    table.add_row("base", "none" if made.base is None else made.base.label)
+    for each in made.variants:
+        table.add_row(each.label or "ops", " → ".join(map(str, each.ops)))
+    places = ", ".join(str(each.out) for each in made.variants)
+    table.add_row("output", f"{_FORMS[made.form]}: {places}")
+    files = ", ".join(file.name for file in made.layout.files)
+    if not made.package.single_file:
+        table.add_row("files", files)
+    aligned = made.aligned
+    table.add_row("merged", f"{len(aligned.items)} tensors, {made.entries:,} entries")
+    reasons: dict[str, list[str]] = {}
+    for name in aligned.copies:
+        reasons.setdefault(aligned.reasons[name], []).append(name)
+    for reason, copied in reasons.items():
+        shown = ", ".join(copied[:4]) + (", …" if len(copied) > 4 else "")
+        table.add_row("copied", f"{len(copied)} tensors ({reason}): {shown}")
+    for name, twins in aligned.twins.items():
+        table.add_row("tied", f"{', '.join(twins)} = {name}, merged once")
+    table.add_row("passes", f"{made.passes} over {console.size(made.read_bytes)} of input")
+    table.add_row(
+        "memory",
+        f"{console.size(made.memory)} with {made.tiling.workers} workers, at least "
+        f"{console.size(made.least_memory)}",
+    )
+    table.add_row("disk", console.size(made.write_bytes))
+    for text in made.notes:
+        table.add_row("note", text)
+    console.out().print(table)

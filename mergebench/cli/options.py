@@ -1,0 +1,100 @@
+"""Options shared by commands, each with its environment variable."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL...",
+        help="Checkpoints, adapters, saved task vectors, or base+adapter; :0.3 after one is its "
+        "weight.",
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", "-b", help="The checkpoint everything was fine-tuned from."),
+]
+MethodName = Annotated[
+    str, typer.Option("--method", "-m", help="Merge method; see `mergebench methods`.")
+]
+Params = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--param",
+        "-p",
+        metavar="NAME=VALUE",
+        help="Parameter of the method, repeatable; several values (lam=0.2,0.4) give several "
+        "outputs from one reading.",
+    ),
+]
+Then = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--then",
+        metavar="OP[:K=V,...]",
+        help="Op applied after the method, repeatable, in order; see `mergebench methods --ops`.",
+    ),
+]
+Compat = Annotated[
+    str | None,
+    typer.Option("--compat", help="Defaults of another implementation; explicit values win."),
+]
+Dtype = Annotated[
+    str, typer.Option("--dtype", help="keep, bf16, f16, f32 or f64.", envvar="MERGEBENCH_DTYPE")
+]
+Form = Annotated[
+    str,
+    typer.Option(
+        "--as",
+        help="auto, model, lora or delta. auto: adapters give an adapter unless --base is given.",
+    ),
+]
+ShardSize = Annotated[
+    str | None,
+    typer.Option("--shard-size", help="Largest file, such as 5GB.", envvar="MERGEBENCH_SHARD_SIZE"),
+]
+LoraAlpha = Annotated[
+    float | None,
+    typer.Option("--lora-alpha", help="Alpha of bare adapter files that do not name theirs."),
+]
+IgnoreSavedBase = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-saved-base",
+        help="Drop copies of base parameters that an adapter carries; right only if the base has "
+        "the same values.",
+    ),
+]
+Out = Annotated[
+    str | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="A .safetensors file or a folder; merged.safetensors or merged/ by default.",
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
+Memory = Annotated[
+    str,
+    typer.Option(
+        "--memory",
+        help="Most memory to use, above the libraries; such as 512MiB.",
+        envvar="MERGEBENCH_MEMORY",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers", min=1, help="Threads; all cores by default.", envvar="MERGEBENCH_WORKERS"
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Print the plan and stop.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress, no summary.", envvar="MERGEBENCH_QUIET")
+]

@@ -1,0 +1,1 @@
+"""Words as types: no files, no network, no printing, no torch."""

@@ -1,0 +1,172 @@
+"""Declared parameters: one annotated signature gives validation, parsing, help and tests.
+
+The grammar of messages is: *ties: `density` must be a number in (0, 1], got 1.4*.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from mergebench.core.errors import ParameterError, did_you_mean
+
+#: Spellings that users may write instead of a parameter's name in the signature.
+ALIASES: Mapping[str, str] = {"lambda": "lam"}
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter of a method or op.
+
+    Attributes
+    ----------
+    name : str
+    kind : type
+        ``float``, ``int``, ``bool`` or ``str``.
+    default : object
+        ``inspect.Parameter.empty`` where the parameter is required.
+    choices : tuple
+        The allowed values, where the annotation is a ``Literal``.
+    low, high : float or None
+        Bounds; ``open_low`` and ``open_high`` say whether they are excluded.
+    """
+
+    name: str
+    kind: type
+    default: Any = inspect.Parameter.empty
+    choices: tuple[Any, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    open_high: bool = False
+
+    @property
+    def required(self) -> bool:
+        """Whether the user must give a value."""
+        return self.default is inspect.Parameter.empty
+
+    def describe(self) -> str:
+        """What is allowed, in words: ``a number in (0, 1]``."""
+        if self.choices:
+            return "one of " + ", ".join(map(str, self.choices))
+        if self.kind is bool:
+            return "true or false"
+        if self.kind is str:
+            return "text"
+        noun = "an integer" if self.kind is int else "a number"
+        if self.low is None and self.high is None:
+            return noun
+        if self.high is None:
+            return f"{noun} {'>' if self.open_low else '>='} {self.low:g}"
+        if self.low is None:
+            return f"{noun} {'<' if self.open_high else '<='} {self.high:g}"
+        left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        return f"{noun} in {left}{self.low:g}, {self.high:g}{right}"
+
+    def check(self, value: Any, owner: str) -> Any:
+        """The value, converted to ``kind``.
+
+        Raises
+        ------
+        ParameterError
+            If it is of another type or out of bounds.
+        """
+        converted = self._convert(value)
+        if converted is None or not self._allows(converted):
+            raise ParameterError(
+                f"{owner}: `{self.name}` must be {self.describe()}", got=f"{value}"
+            )
+        return converted
+
+    def _convert(self, value: Any) -> Any:
+        if self.choices:
+            return value if value in self.choices else None
+        if self.kind is bool:
+            words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+            return value if isinstance(value, bool) else words.get(str(value).lower())
+        if self.kind is str:
+            return str(value)
+        if isinstance(value, bool):
+            return None
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            return None
+        if self.kind is int:
+            return int(number) if isfinite(number) and number == int(number) else None
+        return number
+
+    def _allows(self, value: Any) -> bool:
+        if self.choices or self.kind in (bool, str):
+            return True
+        if not isfinite(value):
+            return False
+        if self.low is not None and (value <= self.low if self.open_low else value < self.low):
+            return False
+        return not (
+            self.high is not None and (value >= self.high if self.open_high else value > self.high)
+        )
+
+
+def declared(function: Callable[..., Any], skip: int = 0) -> dict[str, Param]:
+    """The parameters of an annotated function, without its first ``skip`` ones."""
+    hints = get_type_hints(function, include_extras=True)
+    found = {}
+    for parameter in list(inspect.signature(function).parameters.values())[skip:]:
+        found[parameter.name] = _param(parameter.name, hints[parameter.name], parameter.default)
+    return found
+
+
+def _param(name: str, hint: Any, default: Any) -> Param:
+    low = high = None
+    open_low = open_high = False
+    constraints: tuple[Any, ...] = ()
+    if get_origin(hint) is Annotated:
+        hint, *extra = get_args(hint)
+        constraints = tuple(extra)
+    for constraint in constraints:
+        for attribute in ("ge", "gt"):
+            if (bound := getattr(constraint, attribute, None)) is not None:
+                low, open_low = bound, attribute == "gt"
+        for attribute in ("le", "lt"):
+            if (bound := getattr(constraint, attribute, None)) is not None:
+                high, open_high = bound, attribute == "lt"
+    if get_origin(hint) is Literal:
+        return Param(name, str, default, choices=get_args(hint))
+    if hint not in (float, int, bool, str):
+        raise TypeError(f"parameter {name}: {hint} cannot be declared")
+    return Param(name, hint, default, (), low, high, open_low, open_high)
+
+
+def bind(
+    owner: str,
+    params: Mapping[str, Param],
+    given: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """All parameters of ``owner``: checked user values over preset ones over declared ones.
+
+    Raises
+    ------
+    ParameterError
+        For an unknown name (with the nearest known one), a missing or a forbidden value.
+    """
+    values = {name: param.default for name, param in params.items() if not param.required}
+    values |= dict(defaults or {})
+    for key, value in given.items():
+        name = key if key in params else ALIASES.get(key, key)
+        if name not in params:
+            raise ParameterError(
+                f"{owner}: no parameter `{key}`",
+                fix=did_you_mean(key, params) if params else f"{owner} takes none",
+            )
+        values[name] = params[name].check(value, owner)
+    if missing := [name for name in params if name not in values]:
+        raise ParameterError(
+            f"{owner}: `{missing[0]}` is required, {params[missing[0]].describe()}",
+            fix=f"add -p {missing[0]}=…",
+        )
+    return {name: values[name] for name in params}

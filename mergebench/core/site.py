@@ -1,0 +1,121 @@
+"""Where in the model a tensor lives: the only context that an op sees."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+#: Finds the stack and the index of a numbered block in a tensor name. Overridable per merge.
+BLOCK_PATTERN = re.compile(
+    r"^(?P<stack>.*?\b(?:layers?|blocks?|h|resblocks|transformer_blocks|stages|block))"
+    r"\.(?P<index>\d+)\."
+)
+_CLASSES: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("embedding", re.compile(r"(?i)(embed|wte|wpe|embd|word_embeddings|cls_token|class_token)")),
+    ("head", re.compile(r"(?i)(^|\.)(lm_head|score|classifier|head|embed_out|cls)(\.|$)")),
+    ("norm", re.compile(r"(?i)(norm|ln_|(^|\.)ln\d*(\.|$)|layernorm)")),
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One tensor of the model, as ops see it.
+
+    Attributes
+    ----------
+    name : str
+        Tensor name, as in the base (or in the adapter, where there is no base).
+    shape : tuple of int
+        Stored shape.
+    stack, block : str, int or None
+        The numbered container the tensor belongs to (``"model.layers"``) and its index there;
+        ``None`` outside of numbered blocks.
+    depth : float or None
+        ``block / (L - 1)`` within its stack of L blocks, so 0 for the first and 1 for the last;
+        1 where L = 1; ``None`` outside of numbered blocks.
+    kind : str
+        ``embedding``, ``head``, ``norm``, ``bias``, ``linear``, ``conv`` or ``buffer``.
+    transposed : bool
+        True where a 2-D weight is stored input × output (GPT-2's ``Conv1D``).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stack: str = ""
+    block: int | None = None
+    depth: float | None = None
+    kind: str = "linear"
+    transposed: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return prod(self.shape)
+
+    @property
+    def row(self) -> int:
+        """Length of a row: the last dimension; 1 for a scalar."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def key(self) -> int:
+        """64 bits derived from the name alone, for counter-based randomness."""
+        return int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=8).digest(), "big")
+
+
+def kind_of(name: str, shape: tuple[int, ...], floating: bool = True) -> str:
+    """The class of a tensor, from its name and its number of dimensions."""
+    if not floating or name.rsplit(".", 1)[-1].startswith(("running_", "num_batches")):
+        return "buffer"
+    for kind, pattern in _CLASSES:
+        if pattern.search(name):
+            return kind
+    if name.endswith("bias"):
+        return "bias"
+    return {2: "linear"}.get(len(shape), "conv" if len(shape) > 2 else "bias")
+
+
+def make_sites(
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    pattern: re.Pattern[str] = BLOCK_PATTERN,
+    transposed: Iterable[str] = (),
+) -> dict[str, Site]:
+    """Sites of all tensors of a model, depth counted separately in every stack.
+
+    Parameters
+    ----------
+    shapes : mapping of name to shape
+        Every tensor that takes part.
+    pattern : compiled regular expression
+        Must have the groups ``stack`` and ``index``.
+    transposed : names
+        Weights stored input × output.
+    """
+    found: dict[str, tuple[str, int]] = {}
+    length: dict[str, int] = {}
+    for name in shapes:
+        if match := pattern.match(name):
+            stack, index = match["stack"], int(match["index"])
+            found[name] = stack, index
+            length[stack] = max(length.get(stack, 0), index + 1)
+    flipped = frozenset(transposed)
+    sites = {}
+    for name, shape in shapes.items():
+        here, block = found.get(name, ("", None))
+        depth = None
+        if block is not None:
+            depth = block / (length[here] - 1) if length[here] > 1 else 1.0
+        sites[name] = Site(
+            name=name,
+            shape=tuple(shape),
+            stack=here,
+            block=block,
+            depth=depth,
+            kind=kind_of(name, shape),
+            transposed=name in flipped,
+        )
+    return sites

@@ -1,0 +1,110 @@
+"""What an input is, in plain data, from its headers alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from mergebench.core.delta import LowRank
+from mergebench.core.site import make_sites
+from mergebench.core.tensor import Tensor, nbytes, size_of
+from mergebench.manifest import MANIFEST, from_metadata
+from mergebench.sources import Source
+
+
+def describe(source: Source) -> dict[str, Any]:
+    """Kind, sizes, dtypes, blocks and provenance of an opened input.
+
+    Returns
+    -------
+    dict
+        JSON-able. ``kind`` is ``checkpoint``, ``adapter``, ``task vector`` or ``base+adapter``;
+        sizes are in bytes, ``parameters`` counts entries.
+    """
+    data: dict[str, Any] = {"path": source.label, "kind": _kind(source)}
+    if source.checkpoint is not None:
+        data |= _of_tensors(source.checkpoint.tensors)
+        config = source.checkpoint.config or {}
+        if architectures := config.get("architectures"):
+            data["architecture"] = ", ".join(map(str, architectures))
+        elif "model_type" in config:
+            data["architecture"] = str(config["model_type"])
+        data["tied"] = dict(source.checkpoint.aliases)
+        data["side_files"] = sorted(source.checkpoint.sides())
+        data["notes"] = list(source.checkpoint.notes)
+        made = from_metadata(source.checkpoint.metadata) or _manifest_beside(source)
+        if made:
+            data["made_by"] = {key: made.get(key) for key in ("mergebench", "recipe")}
+    if source.deltas is not None:
+        data["update"] = _of_deltas(source)
+    data["files"] = [dict(each) for each in source.identity]
+    data["fingerprint"] = source.fingerprint
+    return data
+
+
+def _kind(source: Source) -> str:
+    if source.checkpoint is not None:
+        return "checkpoint" if source.deltas is None else "base+adapter"
+    assert source.deltas is not None
+    return "task vector" if source.deltas.metadata.get("kind") == "delta" else "adapter"
+
+
+def _manifest_beside(source: Source) -> dict[str, Any] | None:
+    assert source.checkpoint is not None
+    folder = source.checkpoint.folder
+    if folder is None or not (path := folder / MANIFEST).is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _of_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    entries: Counter[str] = Counter()
+    stored: Counter[str] = Counter()
+    for tensor in tensors.values():
+        entries[tensor.dtype] += size_of(tensor.shape)
+        stored[tensor.dtype] += nbytes(tensor.dtype, tensor.shape)
+    sites = make_sites({name: tensor.shape for name, tensor in tensors.items()})
+    stacks: dict[str, int] = {}
+    for site in sites.values():
+        if site.block is not None:
+            stacks[site.stack] = max(stacks.get(site.stack, 0), site.block + 1)
+    return {
+        "tensors": len(tensors),
+        "parameters": sum(entries.values()),
+        "bytes": sum(stored.values()),
+        "dtypes": dict(entries),
+        "blocks": stacks,
+        "classes": dict(Counter(site.kind for site in sites.values())),
+    }
+
+
+def _of_deltas(source: Source) -> dict[str, Any]:
+    assert source.deltas is not None
+    ranks: Counter[int] = Counter()
+    scales: set[float] = set()
+    kinds: Counter[str] = Counter()
+    entries = 0
+    for delta in source.deltas.values():
+        kinds[type(delta).__name__.lower()] += 1
+        entries += size_of(delta.shape)
+        if isinstance(delta, LowRank):
+            ranks[delta.rank] += 1
+            scales.add(round(delta.scale, 8))
+    data: dict[str, Any] = {
+        "adapter": source.deltas.metadata.get("kind", ""),
+        "modules": len(source.deltas),
+        "displaced_parameters": entries,
+        "deltas": dict(kinds),
+    }
+    if ranks:
+        data["ranks"] = {str(rank): count for rank, count in sorted(ranks.items())}
+        data["scales"] = sorted(scales)
+    if base := source.config.get("base_model_name_or_path"):
+        data["base"] = base
+    return data

@@ -1,0 +1,1 @@
+"""Recipes become plans, plans become outputs; ops and methods live in leaf folders."""

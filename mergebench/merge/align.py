@@ -1,0 +1,326 @@
+"""Matching the tensors of all inputs by name, before any of them is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mergebench.checkpoints.layout import Checkpoint
+from mergebench.core.delta import Delta, Dense, Difference, Replacement, reads
+from mergebench.core.errors import MismatchError
+from mergebench.core.site import make_sites
+from mergebench.core.tensor import FLOATING, Tensor, size_of
+from mergebench.merge.stream import Item
+from mergebench.sources import Applied, Source
+
+_PIECE = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class Aligned:
+    """The fate of every tensor.
+
+    Attributes
+    ----------
+    order : tuple of str
+        Names of the output's tensors, in the order of the base's files.
+    items : mapping of name to Item
+        Tensors to be merged.
+    copies : mapping of name to Tensor
+        Tensors written as they are: untouched, integer, or equal in all inputs.
+    twins : mapping of name to names
+        Tied tensors on disk that get the same bytes as the merged one.
+    reasons : mapping of name to str
+        Why a tensor is copied.
+    notes : tuple of str
+    """
+
+    order: tuple[str, ...]
+    items: Mapping[str, Item]
+    copies: Mapping[str, Tensor]
+    twins: Mapping[str, tuple[str, ...]]
+    reasons: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(eq=False)
+class _Table:
+    """Work in progress of :func:`align`."""
+
+    models: Sequence[Source]
+    weights: tuple[float, ...]
+    base: Checkpoint | None
+    deltas: dict[str, list[Delta | None]] = field(default_factory=dict)
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, list[tuple[str, Tensor]]] = field(default_factory=dict)
+
+
+def align(
+    models: Sequence[Source],
+    weights: Sequence[float],
+    base: Source | None,
+    space: str,
+    form: str,
+) -> Aligned:
+    """Decide for every tensor whether it is merged or copied, and from what.
+
+    Parameters
+    ----------
+    models : sequence of Source, in canonical order
+    base : Source or None
+        A checkpoint.
+    space : weight or delta
+        What the method combines.
+    form : model, lora or delta
+        What is written.
+
+    Raises
+    ------
+    MismatchError
+        For missing, extra or misshapen tensors and for replaced tensors that differ.
+    """
+    under = base.checkpoint if base is not None else None
+    reference = under or next((m.checkpoint for m in models if m.checkpoint is not None), None)
+    table = _Table(models, tuple(weights), under)
+    for position, model in enumerate(models):
+        if model.checkpoint is not None and reference is not None:
+            _check_names(model, reference)
+        found = _displacements(model, base, space)
+        for name, delta in found.items():
+            if isinstance(delta, Replacement):
+                table.kept.setdefault(name, []).append((model.label, delta.values))
+                continue
+            row = table.deltas.setdefault(name, [None] * len(models))
+            row[position] = delta
+    names = _order(table, reference, form)
+    _check_shapes(table, reference)
+    twins: dict[str, tuple[str, ...]] = {}
+    if reference is not None:
+        _copy_the_rest(table, reference, models, form)
+        for alias, source in reference.aliases.items():
+            if form == "model":
+                twins[source] = (*twins.get(source, ()), alias)
+    _keep_replacements(table, names)
+    items = _items(table, reference, space, form)
+    present = [n for n in names if n in items or n in table.copies]
+    notes = () if reference is None else tuple(reference.notes)
+    return Aligned(tuple(present), items, table.copies, twins, table.reasons, notes)
+
+
+def _displacements(model: Source, base: Source | None, space: str) -> dict[str, Delta]:
+    """What one model contributes to each floating tensor, in the method's space."""
+    own = model.checkpoint
+    if own is not None and model.deltas is not None and space == "delta" and base is not None:
+        # An adapter on the very base of the merge is that adapter: no rounding in between.
+        own = None if _same_weights(own, base.checkpoint) else own
+    over: Mapping[str, Delta] = model.deltas if model.deltas is not None else {}
+    if own is None:
+        if space == "weight" and base is not None and base.checkpoint is not None:
+            own = base.checkpoint
+        else:
+            under = base.checkpoint if base is not None else None
+            return {name: _against(delta, under, name) for name, delta in over.items()}
+    values: dict[str, Tensor] = {
+        name: tensor
+        for name, tensor in own.tensors.items()
+        if tensor.dtype in FLOATING and name not in own.aliases
+    }
+    for name, delta in over.items():
+        values[name] = _on_top(values.get(name), delta, name, model.label)
+    if space == "weight":
+        return {name: Dense(tensor) for name, tensor in values.items()}
+    assert base is not None
+    assert base.checkpoint is not None
+    origin = base.checkpoint.tensors
+    return {name: Difference(tensor, origin[name]) for name, tensor in values.items()}
+
+
+def _same_weights(own: Checkpoint, base: Checkpoint | None) -> bool:
+    return base is not None and own.path.resolve() == base.path.resolve()
+
+
+def _against(delta: Delta, base: Checkpoint | None, name: str) -> Delta:
+    """New values become a difference where the base has the tensor."""
+    if isinstance(delta, Replacement) and base is not None and name in base.tensors:
+        return Difference(delta.values, base.tensors[name])
+    return delta
+
+
+def _on_top(weight: Tensor | None, delta: Delta, name: str, label: str) -> Tensor:
+    if isinstance(delta, Replacement):
+        return delta.values
+    if weight is None:
+        raise MismatchError(f"{label}: the adapter changes {name!r}, which its base does not have")
+    return Applied(weight, delta)
+
+
+def _check_names(model: Source, reference: Checkpoint) -> None:
+    assert model.checkpoint is not None
+    own = model.checkpoint
+    if own is reference:
+        return
+    mine = set(own.tensors) - set(own.aliases)
+    theirs = set(reference.tensors) - set(reference.aliases)
+    missing = sorted(theirs - mine - set(own.aliases))
+    extra = sorted(mine - theirs - set(reference.aliases))
+    untied = sorted(mine & set(reference.aliases))
+    if untied:
+        raise MismatchError(
+            f"{model.label}: {untied[0]!r} is a tensor of its own, "
+            f"but is tied to {reference.aliases[untied[0]]!r} in {reference.label}",
+            fix="merge models that are both tied or both untied",
+        )
+    if missing or extra:
+        parts = [
+            f"{len(names)} tensors are {what} ({_few(names)})"
+            for what, names in (("missing", missing), ("not in it", extra))
+            if names
+        ]
+        raise MismatchError(
+            f"{model.label}: does not match {reference.label}: " + " and ".join(parts),
+            fix="give models fine-tuned from the same base",
+        )
+
+
+def _few(names: Sequence[str], most: int = 3) -> str:
+    shown = ", ".join(repr(name) for name in names[:most])
+    return shown + (", …" if len(names) > most else "")
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "a scalar"
+
+
+def _check_shapes(table: _Table, reference: Checkpoint | None) -> None:
+    for name, row in table.deltas.items():
+        expected, origin = None, ""
+        if reference is not None and name in reference.tensors:
+            expected, origin = reference.tensors[name].shape, reference.label
+        elif reference is not None:
+            label = next(m.label for m, d in zip(table.models, row, strict=True) if d is not None)
+            raise MismatchError(
+                f"{label}: changes {name!r}, which {reference.label} does not have",
+                fix="give the base the adapter was trained on",
+            )
+        for model, delta in zip(table.models, row, strict=True):
+            if delta is None:
+                continue
+            if expected is None:
+                expected, origin = delta.shape, model.label
+            if delta.shape != expected:
+                raise MismatchError(
+                    f"{name}: {origin} is {_times(expected)}, "
+                    f"{model.label} is {_times(delta.shape)}",
+                    fix="give models of one architecture and vocabulary",
+                )
+
+
+def _order(table: _Table, reference: Checkpoint | None, form: str) -> list[str]:
+    names: dict[str, None] = {}
+    if reference is not None:
+        wanted: Iterable[str] = reference.tensors
+        if form != "model":
+            wanted = (name for name in reference.tensors if name in table.deltas)
+        names.update(dict.fromkeys(wanted))
+    names.update(dict.fromkeys(table.deltas))
+    names.update(dict.fromkeys(table.kept))
+    return list(names)
+
+
+def _copy_the_rest(
+    table: _Table, reference: Checkpoint, models: Sequence[Source], form: str
+) -> None:
+    for name, tensor in reference.tensors.items():
+        if name in reference.aliases or name in table.deltas:
+            continue
+        if tensor.dtype in FLOATING:
+            if form == "model":
+                table.copies[name], table.reasons[name] = tensor, "no input changes it"
+            continue
+        for model in models:
+            if model.checkpoint is not None and name in model.checkpoint.tensors:
+                _assert_equal(name, reference.label, tensor, model)
+        if form == "model":
+            table.copies[name], table.reasons[name] = tensor, f"{tensor.dtype}, equal in all"
+
+
+def _assert_equal(name: str, origin: str, tensor: Tensor, model: Source) -> None:
+    assert model.checkpoint is not None
+    if not same_content(tensor, model.checkpoint.tensors[name]):
+        raise MismatchError(
+            f"{name}: {tensor.dtype} tensors are not merged and must agree, "
+            f"but {model.label} differs from {origin}",
+            fix="give models with equal buffers",
+        )
+
+
+def same_content(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have equal dtype, shape and bytes."""
+    if left is right:
+        return True
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    size = size_of(left.shape)
+    for start in range(0, size, _PIECE):
+        stop = min(start + _PIECE, size)
+        one, two = left.read(start, stop), right.read(start, stop)
+        if not np.array_equal(
+            np.ascontiguousarray(one).view(np.uint8), np.ascontiguousarray(two).view(np.uint8)
+        ):
+            return False
+    return True
+
+
+def _keep_replacements(table: _Table, names: list[str]) -> None:
+    """Tensors that adapters replace and that no base has: one value for all, or an error."""
+    for name, given in table.kept.items():
+        label, first = given[0]
+        for other, tensor in given[1:]:
+            if not same_content(first, tensor):
+                raise MismatchError(
+                    f"{name}: {label} and {other} hold different values of it in full, and no "
+                    "base has it to take differences from",
+                    fix="give --base with a model that has this tensor, or leave it out of the "
+                    "adapters: task heads are best kept apart",
+                )
+        table.copies[name] = first
+        table.reasons[name] = f"replaced alike by {len(given)} of {len(table.models)} inputs"
+        if name not in names:
+            names.append(name)
+
+
+def _items(table: _Table, reference: Checkpoint | None, space: str, form: str) -> dict[str, Item]:
+    shapes = {
+        name: next(delta.shape for delta in row if delta is not None)
+        for name, row in table.deltas.items()
+    }
+    sites = make_sites(shapes)
+    labels = tuple(model.label for model in table.models)
+    items = {}
+    for name, row in table.deltas.items():
+        origin = None
+        if table.base is not None and space == "delta" and form == "model":
+            origin = table.base.tensors[name]
+        if _untouched(row, origin, table.base, name):
+            assert reference is not None
+            table.copies[name] = reference.tensors[name]
+            table.reasons[name] = "no input changes it"
+            continue
+        stored = [tensor for delta in row if delta is not None for tensor in reads(delta)]
+        wide = any(tensor.dtype == "F64" for tensor in (*stored, *([origin] if origin else ())))
+        dtype = np.dtype(np.float64 if wide else np.float32)
+        items[name] = Item(sites[name], tuple(row), table.weights, labels, origin, dtype)
+    return items
+
+
+def _untouched(
+    row: Sequence[Delta | None], origin: Tensor | None, base: Checkpoint | None, name: str
+) -> bool:
+    """Whether every model stands on the base's own tensor, so that nothing can change."""
+    own = origin if origin is not None else (base.tensors.get(name) if base else None)
+    return own is not None and all(
+        delta is not None and all(tensor is own for tensor in reads(delta)) for delta in row
+    )

@@ -1,0 +1,172 @@
+"""The Python face of a merge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from typing import Any
+
+import numpy as np
+
+from mergebench.adapters_zoo.adapter import ReadOptions
+from mergebench.core.errors import MergebenchError
+from mergebench.core.tensor import ArrayTensor
+from mergebench.merge.engine import Progress, Written, execute, execute_in_memory
+from mergebench.merge.plan import DEFAULT_MEMORY, make_plan
+from mergebench.recipe import ModelRef, OpRef, Recipe, parse_op
+from mergebench.sources import Source, open_source, source_of_arrays, split_weight
+
+#: What may stand for a model: a reference, a state dict, or one of them with a weight.
+Model = str | PathLike[str] | Mapping[str, Any] | tuple[Any, float]
+
+
+def merge_models(
+    models: Sequence[Model],
+    *,
+    base: str | PathLike[str] | Mapping[str, Any] | None = None,
+    method: str = "linear",
+    out: str | PathLike[str] | None = None,
+    then: Sequence[str | OpRef] = (),
+    compat: str | None = None,
+    dtype: str = "keep",
+    form: str = "auto",
+    shard_size: str | None = None,
+    lora_alpha: float | None = None,
+    memory: int = DEFAULT_MEMORY,
+    workers: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    **params: Any,
+) -> Any:
+    """Merge models, adapters or state dicts.
+
+    Parameters
+    ----------
+    models : sequence
+        Paths, ``base+adapter``, state dicts of numpy arrays or torch tensors, or pairs of one of
+        these and a weight. A path may end in ``:0.3``, its weight.
+    base : path or state dict, optional
+    method : str, default "linear"
+        See :data:`mergebench.methods`; its parameters are further keywords. A list of values
+        gives one output per value, from one reading of the inputs.
+    out : path, optional
+        A ``.safetensors`` file or a folder. Without it the result is returned.
+    then : sequence of str or OpRef
+        Ops applied after the method, such as ``"scale:lam=0.5"``.
+    compat, dtype, form, shard_size, lora_alpha
+        As in :class:`~mergebench.recipe.Recipe`.
+    memory : int, bytes, default 512 MiB
+    workers : int, optional
+    force : bool, default False
+        Replace an existing output.
+    progress : callable, optional
+
+    Returns
+    -------
+    Written or list of Written
+        With ``out``; a list where a parameter has several values.
+    dict or list of dict
+        Without: tensor name -> array, torch tensors if the first state dict held them.
+
+    Raises
+    ------
+    MergebenchError
+        For anything the user can fix.
+    """
+    if not models:
+        raise MergebenchError("no models to merge", fix="give at least one")
+    pairs = [_pair(each) for each in models]
+    recipe = Recipe(
+        models=tuple(
+            ModelRef(_label(model, f"models[{index}]"), weight)
+            for index, (model, weight) in enumerate(pairs)
+        ),
+        method=method,
+        params={key: tuple(v) if isinstance(v, list) else v for key, v in params.items()},
+        then=tuple(parse_op(each) if isinstance(each, str) else each for each in then),
+        base=None if base is None else _label(base, "base"),
+        compat=compat,
+        dtype=dtype,
+        form=form,
+        shard_size=shard_size,
+        lora_alpha=lora_alpha,
+        out=None if out is None else fspath(out),
+    )
+    opened = None
+    under = _source(base, "base") if isinstance(base, Mapping) else None
+    if any(isinstance(model, Mapping) for model, _ in pairs):
+        opened = [_source(model, f"models[{i}]") for i, (model, _) in enumerate(pairs)]
+    plan = make_plan(recipe, sources=opened, base=under, memory=memory, workers=workers)
+    if out is not None:
+        written: list[Written] = execute(plan, force=force, progress=progress)
+        return written if _several(recipe) else written[0]
+    results = execute_in_memory(plan, progress)
+    if any(_is_torch(model) for model, _ in pairs):
+        results = [_to_torch(each) for each in results]
+    return results if _several(recipe) else results[0]
+
+
+def _several(recipe: Recipe) -> bool:
+    return any(isinstance(value, (list, tuple)) for value in recipe.params.values())
+
+
+def _pair(model: Model) -> tuple[Any, float]:
+    if isinstance(model, tuple):
+        return model[0], float(model[1])
+    if isinstance(model, Mapping):
+        return model, 1.0
+    return split_weight(fspath(model))
+
+
+def _label(model: Any, fallback: str) -> str:
+    return fallback if isinstance(model, Mapping) else fspath(model)
+
+
+def _source(model: Any, label: str) -> Source:
+    if not isinstance(model, Mapping):
+        return open_source(fspath(model), ReadOptions())
+    return source_of_arrays(label, {name: ArrayTensor(_array(v)) for name, v in model.items()})
+
+
+def _array(value: Any) -> Any:
+    """A numpy view of an array or of a torch tensor on the host."""
+    if not hasattr(value, "detach"):
+        return np.asarray(value)
+    tensor = value.detach().cpu().contiguous()
+    try:
+        return tensor.numpy()
+    except TypeError:
+        # numpy's own types lack bfloat16 and float8: the bytes are viewed as those of ml_dtypes.
+        import ml_dtypes
+        import torch
+
+        names = {
+            torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
+            torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
+            torch.float8_e5m2: (torch.uint8, ml_dtypes.float8_e5m2),
+        }
+        plain, dtype = names[tensor.dtype]
+        return tensor.view(plain).numpy().view(dtype)
+
+
+def _is_torch(model: Any) -> bool:
+    return isinstance(model, Mapping) and any(hasattr(v, "detach") for v in model.values())
+
+
+def _to_torch(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    import torch
+
+    special = {
+        "bfloat16": (np.int16, torch.bfloat16),
+        "float8_e4m3fn": (np.uint8, torch.float8_e4m3fn),
+        "float8_e5m2": (np.uint8, torch.float8_e5m2),
+    }
+    out = {}
+    for name, array in arrays.items():
+        plain = special.get(array.dtype.name)
+        out[name] = (
+            torch.from_numpy(array)
+            if plain is None
+            else torch.from_numpy(array.view(plain[0])).view(plain[1])
+        )
+    return out

@@ -1,0 +1,134 @@
+"""Ops and chains on arrays in memory, of any library that follows the array API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from mergebench.compute.namespace import namespace
+from mergebench.core.errors import MismatchError
+from mergebench.core.site import Site, make_sites
+from mergebench.merge.op import At, Chain, Op, Stack
+
+R = TypeVar("R")
+
+
+def apply(
+    ops: Op | Chain,
+    models: Sequence[Any] | Sequence[Mapping[str, Any]],
+    weights: Sequence[float] | None = None,
+) -> Any:
+    """Run ops on task vectors held in memory.
+
+    Parameters
+    ----------
+    ops : Op or Chain
+        Such as ``trim(0.2)`` or ``METHODS["ties"].chain(density=0.2)``.
+    models : sequence of arrays, or of mappings of tensor name to array
+        One per model: numpy arrays, torch tensors (gradients pass through) and so on. They are
+        not modified.
+    weights : sequence of float, optional
+        One per model; 1 by default.
+
+    Returns
+    -------
+    array or mapping where the ops combine models, else a list of one per model
+
+    Raises
+    ------
+    MismatchError
+        If names or shapes differ between models.
+    """
+    steps: Chain = (ops,) if isinstance(ops, Op) else tuple(ops)
+    named = all(isinstance(each, Mapping) for each in models)
+    tables: list[Mapping[str, Any]] = (
+        [dict(each) for each in models] if named else [{"tensor": each} for each in models]
+    )
+    shares = tuple(weights) if weights is not None else (1.0,) * len(tables)
+    if len(shares) != len(tables):
+        raise MismatchError("one weight per model", got=str(len(shares)), expected=str(len(tables)))
+    pieces = _stacks(tables)
+    for step in steps:
+        pieces = _step(step, pieces, shares)
+        if step.spec.reduces:
+            shares = (1.0,)
+    results = [
+        {piece.site.name: _shaped(piece.stack[row, :], piece.site.shape) for piece in pieces}
+        for row in range(len(shares))
+    ]
+    outs = results if named else [table["tensor"] for table in results]
+    return outs[0] if any(step.spec.reduces for step in steps) else outs
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    site: Site
+    stack: Stack
+
+
+def _shaped(flat: Stack, shape: tuple[int, ...]) -> Stack:
+    return namespace(flat).reshape(flat, shape)
+
+
+def _stacks(tables: Sequence[Mapping[str, Any]]) -> list[_Piece]:
+    first = tables[0]
+    for position, table in enumerate(tables):
+        if set(table) != set(first):
+            odd = min(set(table) ^ set(first))
+            raise MismatchError(f"model {position}: tensor {odd!r} is not in every model")
+    sites = make_sites({name: tuple(array.shape) for name, array in first.items()})
+    pieces = []
+    for name in sorted(first, key=str.encode):
+        arrays = [table[name] for table in tables]
+        xp = namespace(arrays[0])
+        for position, array in enumerate(arrays):
+            if tuple(array.shape) != sites[name].shape:
+                raise MismatchError(
+                    f"{name}: model {position} has another shape",
+                    got=str(tuple(array.shape)),
+                    expected=str(sites[name].shape),
+                )
+        stack = xp.stack([xp.reshape(array, (-1,)) for array in arrays])
+        pieces.append(_Piece(sites[name], stack))
+    return pieces
+
+
+def _step(step: Op, pieces: list[_Piece], weights: tuple[float, ...]) -> list[_Piece]:
+    statistic = step.statistic
+    value = None
+    if statistic is not None and statistic.scope == "model":
+        value = statistic.measure(_Arrays(pieces, weights))
+    done = []
+    for piece in pieces:
+        if statistic is not None and statistic.scope == "tensor":
+            value = statistic.measure(_Arrays([piece], weights))
+        at = At(piece.site, 0, piece.site.size, weights, value)
+        done.append(_Piece(piece.site, step.apply(piece.stack, at)))
+    return done
+
+
+@dataclass(frozen=True, eq=False)
+class _Arrays:
+    """A sweep over stacks that are already there."""
+
+    pieces: Sequence[_Piece]
+    weights: tuple[float, ...]
+
+    @property
+    def models(self) -> int:
+        return int(self.pieces[0].stack.shape[0])
+
+    @property
+    def size(self) -> int:
+        return sum(piece.site.size for piece in self.pieces)
+
+    def __call__(self, visit: Callable[[Stack, At], R]) -> Iterator[tuple[At, R]]:
+        for piece in self.pieces:
+            at = At(piece.site, 0, piece.site.size, self.weights)
+            yield at, visit(piece.stack, at)
+
+    def sample(self, count: int) -> Stack:
+        step = max(self.size // count, 1)
+        xp = namespace(self.pieces[0].stack)
+        return xp.concat([piece.stack[:, ::step] for piece in self.pieces], axis=1)

@@ -1,0 +1,266 @@
+"""The engine: runs a plan, tile by tile, into whatever takes the bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+from threadpoolctl import threadpool_limits
+
+from mergebench.checkpoints.placement import TensorSpec
+from mergebench.checkpoints.staging import check_destination
+from mergebench.checkpoints.writer import Output
+from mergebench.compute.rounding import add_base, round_to
+from mergebench.core.tensor import DTYPES, Array, size_of
+from mergebench.manifest import MANIFEST, with_outputs
+from mergebench.merge.factors import write_factors
+from mergebench.merge.op import At, Stack
+from mergebench.merge.plan import Plan, Variant
+from mergebench.merge.stream import Evaluator, Item, load
+
+#: ``(what is being done, entries done, entries in all)``.
+Progress = Callable[[str, int, int], None]
+
+
+class Sink(Protocol):
+    """Takes the bytes of one output, each tensor from its first byte to its last."""
+
+    def write(self, name: str, byte_start: int, data: Array) -> None:
+        """Take the entries of a tensor from byte ``byte_start`` on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Written:
+    """One finished output.
+
+    Attributes
+    ----------
+    label : str
+        Which of several, such as ``lam=0.4``.
+    path : Path or None
+        ``None`` for an output in memory.
+    bytes : int
+    residuals : mapping of tensor name to float
+        ``‖ΔW - B A‖ / ‖ΔW‖`` where a merged update had to be truncated to a rank.
+    digests : mapping of tensor name to str
+        xxh3-128 of the stored bytes.
+    """
+
+    label: str
+    path: Path | None
+    bytes: int
+    residuals: Mapping[str, float]
+    digests: Mapping[str, str]
+
+
+class Memory:
+    """A sink that keeps tensors as arrays."""
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        self.arrays = {spec.name: np.empty(spec.shape, DTYPES[spec.dtype]) for spec in specs}
+
+    def write(self, name: str, byte_start: int, data: Array) -> None:
+        """Copy entries into their place."""
+        target = self.arrays[name].reshape(-1)
+        begin = byte_start // target.itemsize
+        target[begin : begin + data.size] = data.reshape(-1)
+
+
+@dataclass(eq=False)
+class _Digests:
+    """Hashes what passes through on its way to a sink."""
+
+    sink: Sink
+    states: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, name: str, byte_start: int, data: Array) -> None:
+        state = self.states.setdefault(name, xxhash.xxh3_128())
+        state.update(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+        self.sink.write(name, byte_start, data)
+
+    def digests(self) -> dict[str, str]:
+        return {name: state.hexdigest() for name, state in sorted(self.states.items())}
+
+
+class _Here(Executor):
+    """Runs a job when it is submitted: for one worker, where a thread would only cost time."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+@contextmanager
+def _workers(count: int) -> Iterator[Executor]:
+    # Every worker computes on one core; a BLAS with threads of its own would fight them.
+    with threadpool_limits(1):
+        if count == 1:
+            yield _Here()
+            return
+        with ThreadPoolExecutor(count, thread_name_prefix="mergebench") as pool:
+            yield pool
+
+
+def check_outputs(plan: Plan, *, force: bool = False) -> None:
+    """Refuse places that may not be written to, before any work.
+
+    Raises
+    ------
+    MergebenchError
+        If an output exists without ``force``, or is something that must not be replaced.
+    """
+    for variant in plan.variants:
+        if variant.out is not None:
+            check_destination(variant.out, single_file=plan.package.single_file, force=force)
+
+
+def execute(plan: Plan, *, force: bool = False, progress: Progress | None = None) -> list[Written]:
+    """Run a plan and write its outputs, all of them in one reading of the inputs.
+
+    Parameters
+    ----------
+    plan : Plan
+        Every variant must have a place.
+    force : bool, default False
+        Replace existing outputs.
+    progress : callable, optional
+        Called from this thread.
+
+    Returns
+    -------
+    list of Written, in the order of ``plan.variants``
+
+    Raises
+    ------
+    MergebenchError
+        For what only the data can show: NaN, overflow of the output dtype, a full disk.
+    """
+    with ExitStack() as stack:
+        outputs = []
+        for variant in plan.variants:
+            if variant.out is None:
+                raise ValueError("a variant has no place to be written to")
+            sides = plan.package.sides(variant)
+            single = plan.package.single_file
+            if len(plan.variants) > 1 and not single:
+                variant.out.parent.mkdir(parents=True, exist_ok=True)
+            outputs.append(
+                stack.enter_context(
+                    Output(
+                        variant.out,
+                        plan.package.layout_of(variant),
+                        single_file=single,
+                        side=sides,
+                        force=force,
+                    )
+                )
+            )
+        sinks = [_Digests(output) for output in outputs]
+        residuals = _run(plan, sinks, progress or (lambda what, done, total: None))
+        if not plan.package.single_file:
+            for variant, output, sink in zip(plan.variants, outputs, sinks, strict=True):
+                text = with_outputs(plan.package.manifest_of(variant), sink.digests())
+                output.add_side(MANIFEST, text)
+    return [
+        Written(variant.label, variant.out, plan.layout.total_bytes, residuals[index],
+                sinks[index].digests())
+        for index, variant in enumerate(plan.variants)
+    ]  # fmt: skip
+
+
+def execute_in_memory(plan: Plan, progress: Progress | None = None) -> list[dict[str, Array]]:
+    """Run a plan and return its outputs as arrays, in the order of ``plan.variants``."""
+    sinks = [Memory(plan.package.specs) for _ in plan.variants]
+    _run(plan, sinks, progress or (lambda what, done, total: None))
+    return [sink.arrays for sink in sinks]
+
+
+def _run(plan: Plan, sinks: Sequence[Sink], progress: Progress) -> list[dict[str, float]]:
+    total = plan.entries * plan.passes
+    done = 0
+    residuals: list[dict[str, float]] = [{} for _ in sinks]
+    with _workers(plan.tiling.workers) as pool:
+
+        def swept(entries: int) -> None:
+            nonlocal done
+            done += entries
+            progress("measuring", min(done, total), total)
+
+        evaluator = Evaluator(plan.aligned.items, plan.tiling, pool, swept)
+        for name in plan.aligned.order:
+            if name in plan.aligned.copies:
+                target = plan.package.renamed.get(name, name)
+                for spec_name in (target, *plan.aligned.twins.get(name, ())):
+                    _copy(plan, name, spec_name, sinks)
+                continue
+            item = plan.aligned.items[name]
+            for variant in plan.variants:
+                evaluator.prepare(variant.ops, item)
+            if plan.form == "lora":
+                for index, (variant, sink) in enumerate(zip(plan.variants, sinks, strict=True)):
+                    lost = write_factors(plan, evaluator, variant, item, sink)
+                    if lost is not None:
+                        residuals[index][name] = lost
+                done += item.site.size
+            else:
+                names = (name, *plan.aligned.twins.get(name, ()))
+                for start, parts in _pieces(plan, evaluator, item):
+                    for sink, part in zip(sinks, parts, strict=True):
+                        for spec_name in names:
+                            sink.write(spec_name, start * part.itemsize, part)
+                    done += parts[0].size
+                    progress("merging", min(done, total), total)
+            progress("merging", min(done, total), total)
+    return residuals
+
+
+def _pieces(plan: Plan, evaluator: Evaluator, item: Item) -> Iterator[tuple[int, list[Array]]]:
+    """``(first entry, one array per variant)`` of every job of a tensor, in order."""
+    dtype = plan.package.dtype_of(item.site.name)
+    unit, jobs = evaluator.pieces([variant.ops for variant in plan.variants], item)
+
+    def work(start: int, stop: int) -> tuple[int, list[Array]]:
+        outs = [np.empty(stop - start, DTYPES[dtype]) for _ in plan.variants]
+        for begin, end in evaluator.tiling.tiles(start, stop, unit):
+            parts = merged_tile(evaluator, plan.variants, item, begin, end)
+            for out, part in zip(outs, parts, strict=True):
+                out[begin - start : end - start] = round_to(part, dtype, item.site.name)
+        return start, outs
+
+    yield from evaluator.each_job(partial(work, start, stop) for start, stop in jobs)
+
+
+def merged_tile(
+    evaluator: Evaluator, variants: Sequence[Variant], item: Item, start: int, stop: int
+) -> list[Array]:
+    """Entries ``start:stop`` of every variant, base added, not yet rounded."""
+    stack, base = load(item, start, stop)
+    at = At(item.site, start, stop, item.weights)
+    memo: dict[Any, Stack] | None = {} if len(variants) > 1 else None
+    found = []
+    for variant in variants:
+        merged = evaluator.run(variant.ops, item, at, stack, memo)[0]
+        found.append(merged if base is None else add_base(merged, base))
+    return found
+
+
+def _copy(plan: Plan, name: str, target: str, sinks: Sequence[Sink]) -> None:
+    tensor = plan.aligned.copies[name]
+    size = size_of(tensor.shape)
+    itemsize = DTYPES[tensor.dtype].itemsize
+    for start in range(0, size, plan.tiling.job):
+        piece = np.ascontiguousarray(tensor.read(start, min(start + plan.tiling.job, size)))
+        for sink in sinks:
+            sink.write(target, start * itemsize, piece)

@@ -1,0 +1,90 @@
+"""Adapters out: the factors of a merged update."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from mergebench.compute.decompose import truncate
+from mergebench.compute.rounding import round_to
+from mergebench.core.delta import LowRank, factors
+from mergebench.core.tensor import Array
+from mergebench.merge.op import At, coefficients, granularity_of, is_linear
+from mergebench.merge.stream import Evaluator, Item, load
+
+if TYPE_CHECKING:
+    from mergebench.merge.plan import Plan, Variant
+
+
+class _Sink(Protocol):
+    def write(self, name: str, byte_start: int, data: Array) -> None: ...
+
+
+def write_factors(
+    plan: Plan, evaluator: Evaluator, variant: Variant, item: Item, sink: _Sink
+) -> float | None:
+    """Write B and A of one merged module.
+
+    A linear chain concatenates the factors of its inputs, which loses nothing; any other result
+    is materialised and truncated to the summed rank.
+
+    Returns
+    -------
+    float or None
+        The relative residual of the truncation; ``None`` for a concatenation.
+    """
+    module = plan.package.modules[item.site.name]
+    lost = None
+    if is_linear(variant.ops):
+        left, right = _concatenate(item, variant)
+    else:
+        matrix = _dense(evaluator, variant, item)
+        matrix = matrix.reshape(matrix.shape[0], -1)
+        if module.transposed:
+            matrix = matrix.T
+        left, right, lost = truncate(matrix, module.own_rank)
+    if "alpha" in module.specs:
+        alpha = module.specs["alpha"]
+        sink.write(alpha.name, 0, np.array(alpha.constant, np.float32))
+    for role, array in (("B", left), ("A", right)):
+        spec = module.specs[role]
+        padded = np.zeros(
+            (array.shape[0], module.rank) if role == "B" else (module.rank, array.shape[1])
+        )
+        padded[: array.shape[0], : array.shape[1]] = array
+        sink.write(spec.name, 0, round_to(padded, spec.dtype, spec.name))
+    return lost
+
+
+def _concatenate(item: Item, variant: Variant) -> tuple[Array, Array]:
+    """``[c1 s1 B1 …]`` and ``[A1; …]``, each model's share balanced between both."""
+    lefts, rights = [], []
+    wide = np.dtype(np.float64)
+    for share, delta in zip(
+        coefficients(variant.ops, item.site, item.weights), item.deltas, strict=True
+    ):
+        if isinstance(delta, LowRank):
+            left, right = factors(delta, wide)
+            if delta.transposed:
+                left, right = right.T, left.T
+            lefts.append(left * share)
+            rights.append(right)
+    return np.concatenate(lefts, axis=1), np.concatenate(rights, axis=0)
+
+
+def _dense(evaluator: Evaluator, variant: Variant, item: Item) -> Array:
+    out = np.empty(item.site.size, item.dtype)
+    unit = evaluator.tiling.unit(granularity_of(variant.ops), item.site.size, item.site.row)
+
+    def work(start: int, stop: int) -> None:
+        for begin, end in evaluator.tiling.tiles(start, stop, unit):
+            stack, _ = load(item, begin, end)
+            at = At(item.site, begin, end, item.weights)
+            out[begin:end] = evaluator.run(variant.ops, item, at, stack)[0]
+
+    jobs = evaluator.tiling.jobs(item.site.size, unit)
+    for _ in evaluator.each_job(partial(work, start, stop) for start, stop in jobs):
+        pass
+    return out.reshape(item.site.shape)

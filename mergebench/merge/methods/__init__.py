@@ -1,0 +1,1 @@
+"""One merge method per file; all are discovered."""

@@ -1,0 +1,236 @@
+"""Ops: frozen descriptions of small transformations of a stack of task vectors.
+
+An op sees a *stack*: an array of shape ``(n, m)`` holding the same ``m`` entries of n models
+(n is 1 once a reducing op has run), and an :class:`At` saying which entries they are. Its one
+reference implementation is written against the array API, so numpy runs it without torch, and
+torch gives gradients and CUDA. A chain is a tuple of ops; it can be read, hashed and printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast
+
+import numpy as np
+
+from mergebench.core.errors import ParameterError
+from mergebench.core.params import Param, bind, declared
+from mergebench.core.registry import Registry
+from mergebench.core.site import Site
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Granularity = Literal["entry", "row", "tensor"]
+#: An array of any library that follows the array API standard.
+Stack = Any
+
+
+@dataclass(frozen=True)
+class At:
+    """Which entries of which tensor a stack holds.
+
+    Attributes
+    ----------
+    site : Site
+    start, stop : int
+        The stack holds entries ``start:stop`` of the flattened tensor.
+    weights : tuple of float
+        The user's weight of each model, in stack order.
+    value : object
+        What the op's own statistic measured; ``None`` where it declares none.
+    """
+
+    site: Site
+    start: int
+    stop: int
+    weights: tuple[float, ...] = ()
+    value: Any = None
+
+
+class Sweep(Protocol):
+    """How a statistic looks at its scope: one tensor, or all tensors of the model.
+
+    Entries are ordered by (tensor name as bytes, flat index), whatever the files do.
+    """
+
+    @property
+    def models(self) -> int:
+        """Rows of the stacks that visitors get."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Entries per model."""
+        ...
+
+    def __call__(self, visit: Callable[[Stack, At], R]) -> Iterator[tuple[At, R]]:
+        """Run ``visit`` on every tile, possibly on several threads; results come in order."""
+        ...
+
+    def sample(self, count: int) -> Stack:
+        """About ``count`` entries spread over the scope, shape ``(models, ≈count)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Something an op must know first.
+
+    Attributes
+    ----------
+    scope : str
+        ``tensor`` or ``model``: what one measurement covers.
+    measure : callable
+        ``(sweep) -> value``; the value reaches the op as ``At.value``.
+    """
+
+    scope: Literal["tensor", "model"]
+    measure: Callable[[Sweep], Any]
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """A registered op: its reference implementation and what it declares."""
+
+    name: str
+    function: Callable[..., Stack]
+    params: Mapping[str, Param]
+    granularity: Callable[..., Granularity]
+    statistic: Callable[..., Statistic | None]
+    reduces: bool
+    linear: bool
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return (self.function.__doc__ or "").strip().split("\n")[0]
+
+
+OPS: Registry[OpSpec] = Registry("op", "mergebench.merge.ops", "mergebench.ops")
+
+
+@dataclass(frozen=True)
+class Op:
+    """A frozen description of one transformation: name and parameters, all hashable."""
+
+    name: str
+    params: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def spec(self) -> OpSpec:
+        """The registered implementation."""
+        return OPS[self.name]
+
+    @property
+    def granularity(self) -> Granularity:
+        """The smallest piece the op can work on: an entry, a row or a tensor."""
+        return self.spec.granularity(**dict(self.params))
+
+    @property
+    def statistic(self) -> Statistic | None:
+        """What must be measured before the op can run."""
+        return self.spec.statistic(**dict(self.params))
+
+    def apply(self, stack: Stack, at: At) -> Stack:
+        """Run the reference implementation; ``stack`` is not modified."""
+        return self.spec.function(stack, at, **dict(self.params))
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.params)})"
+
+
+Chain = tuple[Op, ...]
+
+
+def op(
+    *,
+    granularity: Granularity | Callable[..., Granularity] = "entry",
+    statistic: Callable[..., Statistic | None] | None = None,
+    reduces: bool = False,
+    linear: bool = False,
+) -> Callable[[Callable[Concatenate[Stack, At, P], Stack]], Callable[P, Op]]:
+    """Register a function ``(stack, at, **params) -> stack`` and return its factory.
+
+    Parameters
+    ----------
+    granularity : str or callable of the parameters
+        The smallest piece on which the function gives the same result as on the whole.
+    statistic : callable of the parameters, optional
+        Returns the :class:`Statistic` to measure first, or ``None``.
+    reduces : bool
+        Whether n models become one.
+    linear : bool
+        Whether every output entry is a combination of the same entry of the models, with
+        coefficients that depend on the site alone. Chains of such ops keep low-rank factors.
+    """
+
+    def register(function: Callable[Concatenate[Stack, At, P], Stack]) -> Callable[P, Op]:
+        name = function.__name__.rstrip("_")
+        params = declared(function, skip=2)
+
+        def factory(*args: Any, **kwargs: Any) -> Op:
+            given = dict(zip(params, args, strict=False)) | kwargs
+            return Op(name, tuple(bind(name, params, given).items()))
+
+        factory.__doc__, factory.__name__ = function.__doc__, name
+        OPS.add(
+            name,
+            OpSpec(
+                name,
+                function,
+                params,
+                granularity if callable(granularity) else lambda **_: granularity,
+                statistic or (lambda **_: None),
+                reduces,
+                linear,
+            ),
+        )
+        return cast("Callable[P, Op]", factory)
+
+    return register
+
+
+def chain(*ops: Op) -> Chain:
+    """A chain, checked for the order of its ops.
+
+    Raises
+    ------
+    ParameterError
+        If an op that needs several models stands after one that leaves a single one.
+    """
+    reduced = ""
+    for each in ops:
+        if each.spec.reduces and reduced:
+            raise ParameterError(
+                f"{each.name}: nothing left to combine, {reduced} has left a single task vector",
+                fix="use one combining op per chain",
+            )
+        reduced = each.name if each.spec.reduces else reduced
+    return ops
+
+
+def is_linear(ops: Chain) -> bool:
+    """Whether the whole chain is a weighted sum with weights that depend on the site alone."""
+    return all(each.spec.linear for each in ops)
+
+
+def coefficients(ops: Chain, site: Site, weights: Sequence[float]) -> tuple[float, ...]:
+    """The weight that a linear chain gives to each model at ``site``."""
+    count = len(weights)
+    stack: Stack = np.eye(count)
+    at = At(site, 0, count, tuple(weights))
+    for each in ops:
+        stack = each.apply(stack, at)
+    return tuple(float(x) for x in np.asarray(stack).reshape(-1))
+
+
+def granularity_of(ops: Chain) -> Granularity:
+    """The coarsest granularity in a chain."""
+    order: tuple[Granularity, ...] = ("entry", "row", "tensor")
+    return max((each.granularity for each in ops), key=order.index, default="entry")
+
+
+def with_value(at: At, value: Any) -> At:
+    """The same place, with a statistic's value."""
+    return replace(at, value=value)

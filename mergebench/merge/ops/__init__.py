@@ -1,0 +1,1 @@
+"""One op per file; all are discovered."""

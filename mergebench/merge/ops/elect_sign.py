@@ -1,0 +1,74 @@
+"""Elect one sign per entry and silence the models that disagree."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from mergebench.compute.namespace import namespace
+from mergebench.compute.select import as_numpy
+from mergebench.merge.op import At, Stack, Statistic, Sweep, op
+
+Rule = Literal["mass", "count"]
+Election = Literal["unweighted", "weighted"]
+Tie = Literal["majority", "plus", "minus", "zero"]
+
+
+def _votes(stack: Stack, at: At, rule: Rule, election: Election) -> tuple[Stack, Stack]:
+    """The values as they vote, (n, m), and the sum that decides, (1, m)."""
+    xp = namespace(stack)
+    votes = stack
+    if election == "weighted":
+        votes = stack * xp.asarray(at.weights, dtype=stack.dtype)[:, None]
+    counted = votes if rule == "mass" else xp.sign(votes)
+    total = counted[0:1, :]
+    for model in range(1, counted.shape[0]):
+        total = total + counted[model : model + 1, :]
+    return votes, total
+
+
+def _measure(sweep: Sweep, rule: Rule, election: Election) -> int:
+    def visit(stack: Stack, at: At) -> int:
+        total = as_numpy(_votes(stack, at, rule, election)[1])
+        return int(np.count_nonzero(total > 0)) - int(np.count_nonzero(total < 0))
+
+    return sum(result for _, result in sweep(visit))
+
+
+def _statistic(rule: Rule, election: Election, tie: Tie) -> Statistic | None:
+    if tie != "majority":
+        return None
+    return Statistic("model", partial(_measure, rule=rule, election=election))
+
+
+@op(statistic=_statistic)
+def elect_sign(
+    stack: Stack,
+    at: At,
+    rule: Rule = "mass",
+    election: Election = "unweighted",
+    tie: Tie = "majority",
+) -> Stack:
+    """Zero every value whose sign is not the elected sign of its entry (TIES, step 2).
+
+    Parameters
+    ----------
+    rule : mass or count
+        The sign of the sum of values, or of the sum of their signs.
+    election : unweighted or weighted
+        Whether the models' weights take part; a negative weight then flips a vote.
+    tie : majority, plus, minus or zero
+        The sign of an entry whose sum is exactly zero: the sign of the sum of all elected signs
+        of the model (negative if that is zero too), positive, negative, or none.
+    """
+    xp = namespace(stack)
+    votes, total = _votes(stack, at, rule, election)
+    positive, negative = total > 0, total < 0
+    if tie == "plus" or (tie == "majority" and at.value > 0):
+        positive = ~negative
+    elif tie != "zero":
+        negative = ~positive
+    agrees = ((votes > 0) & positive) | ((votes < 0) & negative)
+    return xp.where(agrees, stack, xp.zeros_like(stack))

@@ -1,0 +1,11 @@
+"""Scale: multiply by a number."""
+
+from __future__ import annotations
+
+from mergebench.merge.op import At, Stack, op
+
+
+@op(linear=True)
+def scale(stack: Stack, at: At, lam: float) -> Stack:
+    """Multiply by ``lam``; negative values negate a task."""
+    return stack * lam

@@ -1,0 +1,13 @@
+"""Weigh: multiply every model by the weight its user gave it."""
+
+from __future__ import annotations
+
+from mergebench.compute.namespace import namespace
+from mergebench.merge.op import At, Stack, op
+
+
+@op(linear=True)
+def weigh(stack: Stack, at: At) -> Stack:
+    """Multiply each model by its weight: ``x_i ← w_i · x_i``."""
+    xp = namespace(stack)
+    return stack * xp.asarray(at.weights, dtype=stack.dtype)[:, None]

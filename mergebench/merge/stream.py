@@ -1,0 +1,251 @@
+"""Running chains over tensors piece by piece, on several threads, in a fixed order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mergebench.compute.tiles import Tiling
+from mergebench.core.delta import Delta, Dense, Difference, reads, tile
+from mergebench.core.errors import MergebenchError
+from mergebench.core.site import Site
+from mergebench.core.tensor import Array, Tensor
+from mergebench.merge.op import At, Chain, Stack, granularity_of
+
+R = TypeVar("R")
+_RUN = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One tensor to be merged.
+
+    Attributes
+    ----------
+    site : Site
+    deltas : tuple of Delta or None
+        Per model, in canonical order; ``None`` where an adapter does not touch the tensor.
+        In weight space the values themselves, as :class:`Dense`.
+    weights : tuple of float
+        Per model.
+    labels : tuple of str
+        Per model, for messages.
+    base : Tensor or None
+        Added to the result; ``None`` in weight space and where the output is a task vector.
+    dtype : numpy dtype
+        Arithmetic: float32, or float64 if an input is stored so.
+    """
+
+    site: Site
+    deltas: tuple[Delta | None, ...]
+    weights: tuple[float, ...]
+    labels: tuple[str, ...]
+    base: Tensor | None
+    dtype: np.dtype[Any] = field(default=np.dtype(np.float32))
+
+
+def load(item: Item, start: int, stop: int) -> tuple[Array, Array | None]:
+    """The stack of displacements (n, m) and the base's entries (m,), in the arithmetic dtype.
+
+    Raises
+    ------
+    MergebenchError
+        If an input holds NaN or infinity, naming model and tensor.
+    """
+    stack = np.empty((len(item.deltas), stop - start), item.dtype)
+    base: Array | None = None
+    if item.base is not None:
+        base = item.base.read(start, stop).astype(item.dtype)
+    for model, delta in enumerate(item.deltas):
+        row = stack[model]
+        match delta:
+            case None:
+                row[:] = 0
+            case Difference(finetuned, origin):
+                if origin is not item.base or base is None:
+                    own = origin.read(start, stop).astype(item.dtype)
+                else:
+                    own = base
+                row[:] = finetuned.read(start, stop)
+                row -= own
+            case Dense(values):
+                row[:] = values.read(start, stop)
+            case _:
+                row[:] = tile(delta, start, stop, item.dtype)
+        # Finite sums of squares prove finite entries at the cost of one fast product.
+        if not isfinite(float(np.dot(row, row))) and not np.isfinite(row).all():
+            raise _nonfinite(item)
+    return stack, base
+
+
+def _nonfinite(item: Item) -> MergebenchError:
+    for label, delta in zip(item.labels, item.deltas, strict=True):
+        for tensor in reads(delta) if delta is not None else ():
+            nan = infinite = 0
+            size = int(np.prod(tensor.shape))
+            for start in range(0, size, 1 << 20):
+                piece = tensor.read(start, min(start + (1 << 20), size)).astype(np.float64)
+                nan += int(np.isnan(piece).sum())
+                infinite += int(np.isinf(piece).sum())
+            if nan or infinite:
+                where = "the base" if tensor is item.base else label
+                return MergebenchError(
+                    f"{where}: tensor {item.site.name!r} has {nan} NaN and {infinite} infinite "
+                    f"entries of {size}",
+                    fix="repair or replace that model",
+                )
+    return MergebenchError(
+        f"{item.site.name}: the difference to the base exceeds {item.dtype}",
+        fix="store the inputs in float64",
+    )
+
+
+@dataclass(eq=False)
+class Evaluator:
+    """Runs chains over items, measuring what their ops need first.
+
+    Measurements are kept by (the ops up to and including the one that asked, tensor name), so
+    that chains with a common beginning share them.
+    """
+
+    items: Mapping[str, Item]
+    tiling: Tiling
+    pool: Executor
+    on_read: Callable[[int], None] = lambda entries: None
+    known: dict[tuple[Chain, str], Any] = field(default_factory=dict)
+
+    def prepare(self, ops: Chain, item: Item) -> None:
+        """Measure everything that ``ops`` needs before it can run on ``item``."""
+        for end, each in enumerate(ops, start=1):
+            statistic = each.statistic
+            if statistic is None:
+                continue
+            name = item.site.name if statistic.scope == "tensor" else ""
+            if (ops[:end], name) in self.known:
+                continue
+            scope = [item]
+            if statistic.scope == "model":
+                scope = [self.items[n] for n in sorted(self.items, key=str.encode)]
+            self.known[ops[:end], name] = statistic.measure(_Sweep(self, ops[: end - 1], scope))
+
+    def run(
+        self,
+        ops: Chain,
+        item: Item,
+        at: At,
+        stack: Stack,
+        memo: dict[Chain, Stack] | None = None,
+    ) -> Stack:
+        """The chain's result on one tile; ``memo`` shares beginnings between chains."""
+        begin = 0
+        for end in range(len(ops), 0, -1):
+            if memo is not None and ops[:end] in memo:
+                stack, begin = memo[ops[:end]], end
+                break
+        weights = at.weights
+        for end, each in enumerate(ops, start=1):
+            if end > begin:
+                value = None
+                if (statistic := each.statistic) is not None:
+                    name = item.site.name if statistic.scope == "tensor" else ""
+                    value = self.known[ops[:end], name]
+                stack = each.apply(stack, At(at.site, at.start, at.stop, weights, value))
+                if memo is not None:
+                    memo[ops[:end]] = stack
+            if each.spec.reduces:
+                weights = (1.0,)
+        return stack
+
+    def pieces(self, ops: Iterable[Chain], item: Item) -> tuple[int, list[tuple[int, int]]]:
+        """The unit that no tile may cut and the jobs of a tensor."""
+        granularity = granularity_of(tuple(each for chain in ops for each in chain))
+        unit = self.tiling.unit(granularity, item.site.size, item.site.row)
+        return unit, list(self.tiling.jobs(item.site.size, unit))
+
+    def each_job(self, jobs: Iterable[Callable[[], R]], ahead: int | None = None) -> Iterator[R]:
+        """Run jobs on the pool and give their results in order, a few jobs ahead."""
+        window: deque[Future[R]] = deque()
+        limit = ahead if ahead is not None else 2 * self.tiling.workers
+        try:
+            for job in jobs:
+                window.append(self.pool.submit(job))
+                if len(window) > limit:
+                    yield window.popleft().result()
+            while window:
+                yield window.popleft().result()
+        finally:
+            for future in window:
+                future.cancel()
+
+
+@dataclass(eq=False)
+class _Sweep:
+    """All tiles of some items, after the ops that come before a statistic."""
+
+    owner: Evaluator
+    ops: Chain
+    items: Sequence[Item]
+
+    @property
+    def models(self) -> int:
+        """Rows of the stacks given to visitors."""
+        if any(each.spec.reduces for each in self.ops):
+            return 1
+        return len(self.items[0].deltas) if self.items else 0
+
+    @property
+    def size(self) -> int:
+        """Entries per model."""
+        return sum(item.site.size for item in self.items)
+
+    def __call__(self, visit: Callable[[Stack, At], R]) -> Iterator[tuple[At, R]]:
+        """Run ``visit`` on every tile; results in (tensor name, flat index) order."""
+        for results in self.owner.each_job(self._jobs(visit)):
+            self.owner.on_read(sum(at.stop - at.start for at, _ in results))
+            yield from results
+
+    def _jobs(self, visit: Callable[[Stack, At], R]) -> Iterator[Callable[[], list[tuple[At, R]]]]:
+        for item in self.items:
+            self.owner.prepare(self.ops, item)
+            unit, jobs = self.owner.pieces([self.ops], item)
+            for start, stop in jobs:
+
+                def job(
+                    item: Item = item, start: int = start, stop: int = stop, unit: int = unit
+                ) -> list[tuple[At, R]]:
+                    return [
+                        (at, visit(stack, at)) for at, stack in self._tiles(item, start, stop, unit)
+                    ]
+
+                yield job
+
+    def _tiles(self, item: Item, start: int, stop: int, unit: int) -> Iterator[tuple[At, Stack]]:
+        for begin, end in self.owner.tiling.tiles(start, stop, unit):
+            at = At(item.site, begin, end, item.weights)
+            stack = self.owner.run(self.ops, item, at, load(item, begin, end)[0])
+            yield at, stack
+
+    def sample(self, count: int) -> Stack:
+        """Runs of entries, evenly spread over the scope."""
+        runs = max(count // _RUN, 1)
+        stride = max(self.size / runs, 1.0)
+        parts, offset, wanted = [], 0, 0.0
+        for item in self.items:
+            unit, _ = self.owner.pieces([self.ops], item)
+            size = item.site.size
+            if wanted < offset + size:
+                self.owner.prepare(self.ops, item)
+            while wanted < offset + size:
+                begin = int(wanted - offset) // unit * unit
+                end = min(begin + max(_RUN // unit, 1) * unit, size)
+                at = At(item.site, begin, end, item.weights)
+                parts.append(self.owner.run(self.ops, item, at, load(item, begin, end)[0]))
+                wanted += stride
+            offset += size
+        return np.concatenate(parts, axis=1)

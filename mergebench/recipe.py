@@ -1,0 +1,278 @@
+"""Recipes: what the user asked for, as data that round-trips through YAML and JSON."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mergebench.core.errors import FormatError, ParameterError, did_you_mean
+
+#: Version of the recipe format, written as the key ``mergebench``.
+VERSION = 1
+DTYPES = ("keep", "bf16", "f16", "f32", "f64")
+FORMS = ("auto", "model", "lora", "delta")
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """One input: a reference (path, ``base+adapter``) and its weight."""
+
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class OpRef:
+    """One op by name, with parameters as the user wrote them."""
+
+    name: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the bytes of a merge.
+
+    Attributes
+    ----------
+    models : tuple of ModelRef
+    method : str
+        Name of a merge method; ``""`` where ``ops`` are given instead.
+    params : mapping
+        Parameters of the method. A list of values asks for one output per value.
+    ops : tuple of OpRef
+        A chain written out, in place of a method.
+    then : tuple of OpRef
+        Ops applied after the method, in order.
+    base : str or None
+    compat : str or None
+        Preset that supplies defaults for ``params``.
+    dtype : keep, bf16, f16, f32 or f64
+        Of the merged tensors; ``keep`` is the base's dtype, tensor by tensor.
+    form : auto, model, lora or delta
+        What is written (``as`` in files).
+    shard_size : str or None
+        Largest file, such as ``5GB``; one file if ``None``.
+    lora_alpha : float or None
+        For bare adapter files that do not name theirs.
+    ignore_saved_base : bool
+        Drop copies of base parameters that adapters carry.
+    out : str or None
+    """
+
+    models: tuple[ModelRef, ...]
+    method: str = "linear"
+    params: Mapping[str, Any] = field(default_factory=dict)
+    ops: tuple[OpRef, ...] = ()
+    then: tuple[OpRef, ...] = ()
+    base: str | None = None
+    compat: str | None = None
+    dtype: str = "keep"
+    form: str = "auto"
+    shard_size: str | None = None
+    lora_alpha: float | None = None
+    ignore_saved_base: bool = False
+    out: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without what is at its default."""
+        data: dict[str, Any] = {"mergebench": VERSION}
+        if self.ops:
+            data["ops"] = [_op_out(each) for each in self.ops]
+        else:
+            data["method"] = self.method
+        if self.params:
+            data["params"] = {
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in self.params.items()
+            }
+        data["models"] = [{"path": each.path, "weight": each.weight} for each in self.models]
+        if self.then:
+            data["then"] = [_op_out(each) for each in self.then]
+        plain = Recipe(())
+        for key in (
+            "base",
+            "compat",
+            "dtype",
+            "form",
+            "shard_size",
+            "lora_alpha",
+            "ignore_saved_base",
+            "out",
+        ):
+            if (value := getattr(self, key)) != getattr(plain, key):
+                data["as" if key == "form" else key] = value
+        return data
+
+    def to_yaml(self) -> str:
+        """YAML text that :func:`read_recipe` reads back to an equal recipe."""
+        import yaml
+
+        return str(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+
+    def variants(self) -> Iterator[tuple[str, Recipe]]:
+        """``(label, recipe)`` of every output: one per combination of listed values."""
+        swept = [key for key, value in self.params.items() if isinstance(value, (list, tuple))]
+        for values in itertools.product(*(self.params[key] for key in swept)):
+            label = ",".join(f"{key}={value}" for key, value in zip(swept, values, strict=True))
+            chosen = {**self.params, **dict(zip(swept, values, strict=True))}
+            yield label, replace(self, params=chosen)
+
+
+def _op_out(each: OpRef) -> Any:
+    return {each.name: dict(each.params)} if each.params else each.name
+
+
+def _op_in(data: Any, where: str) -> OpRef:
+    if isinstance(data, str):
+        return parse_op(data)
+    if isinstance(data, Mapping) and len(data) == 1:
+        name, params = next(iter(data.items()))
+        if isinstance(name, str) and (params is None or isinstance(params, Mapping)):
+            return OpRef(name, {str(k): v for k, v in (params or {}).items()})
+    raise FormatError(
+        f"{where}: an op is a name or `name: {{parameter: value}}`", got=json.dumps(data)
+    )
+
+
+def parse_op(text: str) -> OpRef:
+    """``name:k=v,k=v`` as written after ``--then``."""
+    name, _, rest = text.partition(":")
+    return OpRef(name, dict(parse_assignment(part) for part in rest.split(",") if part))
+
+
+def parse_assignment(text: str) -> tuple[str, str]:
+    """``k=v`` as written after ``-p``.
+
+    Raises
+    ------
+    ParameterError
+        If there is no ``=``.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ParameterError("a parameter is written name=value", got=repr(text))
+    return key.strip(), value.strip()
+
+
+def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
+    """Check plain data and make a recipe of it.
+
+    Raises
+    ------
+    FormatError
+        For unknown keys (with the nearest known one), wrong types, a missing ``models`` list or
+        a version this release cannot read.
+    """
+    if not isinstance(data, Mapping):
+        raise FormatError(f"{where}: a recipe is a mapping", got=type(data).__name__)
+    known = {
+        "mergebench", "method", "params", "ops", "models", "then", "base", "compat", "dtype",
+        "as", "shard_size", "lora_alpha", "ignore_saved_base", "out",
+    }  # fmt: skip
+    for key in data:
+        if key not in known:
+            raise FormatError(f"{where}: unknown key {key!r}", fix=did_you_mean(str(key), known))
+    if data.get("mergebench", VERSION) != VERSION:
+        raise FormatError(
+            f"{where}: recipe version", got=str(data["mergebench"]), expected=str(VERSION)
+        )
+    if "ops" in data and ("method" in data or "params" in data):
+        raise FormatError(f"{where}: has both `method` and `ops`", fix="keep one of them")
+    models = data.get("models")
+    if not isinstance(models, Sequence) or isinstance(models, str) or not models:
+        raise FormatError(f"{where}: `models` must be a list of references", got=repr(models))
+    params = data.get("params") or {}
+    if not isinstance(params, Mapping):
+        raise FormatError(f"{where}: `params` must be a mapping", got=repr(params))
+    return Recipe(
+        models=tuple(_model_in(each, where) for each in models),
+        method="" if "ops" in data else _text(data, "method", where) or "linear",
+        params={str(k): tuple(v) if isinstance(v, list) else v for k, v in params.items()},
+        ops=_ops(data, "ops", where),
+        then=_ops(data, "then", where),
+        base=_text(data, "base", where),
+        compat=_text(data, "compat", where),
+        dtype=_choice(data, "dtype", DTYPES, where),
+        form=_choice(data, "as", FORMS, where),
+        shard_size=_text(data, "shard_size", where),
+        lora_alpha=_number(data.get("lora_alpha"), "lora_alpha", where),
+        ignore_saved_base=_flag(data, "ignore_saved_base", where),
+        out=_text(data, "out", where),
+    )
+
+
+def _ops(data: Mapping[str, Any], key: str, where: str) -> tuple[OpRef, ...]:
+    value = data.get(key) or []
+    if isinstance(value, (str, Mapping)):
+        value = [value]
+    return tuple(_op_in(each, f"{where}: `{key}`") for each in value)
+
+
+def _model_in(data: Any, where: str) -> ModelRef:
+    if isinstance(data, str):
+        return ModelRef(data)
+    if isinstance(data, Mapping) and "path" in data:
+        for key in data:
+            if key not in ("path", "weight"):
+                raise FormatError(
+                    f"{where}: unknown key {key!r} of a model",
+                    fix=did_you_mean(str(key), ["path", "weight"]),
+                )
+        weight = _number(data.get("weight", 1.0), "weight", where)
+        return ModelRef(str(data["path"]), 1.0 if weight is None else weight)
+    raise FormatError(f"{where}: a model is a path or `{{path, weight}}`", got=repr(data))
+
+
+def _text(data: Mapping[str, Any], key: str, where: str) -> str | None:
+    value = data.get(key)
+    if value is not None and not isinstance(value, (str, int)):
+        raise FormatError(f"{where}: `{key}` must be text", got=repr(value))
+    return None if value is None else str(value)
+
+
+def _choice(data: Mapping[str, Any], key: str, choices: Sequence[str], where: str) -> str:
+    value = data.get(key, choices[0])
+    if value not in choices:
+        raise FormatError(
+            f"{where}: `{key}`", got=repr(value), expected="one of " + ", ".join(choices)
+        )
+    return str(value)
+
+
+def _flag(data: Mapping[str, Any], key: str, where: str) -> bool:
+    value = data.get(key, False)
+    if not isinstance(value, bool):
+        raise FormatError(f"{where}: `{key}` must be true or false", got=repr(value))
+    return value
+
+
+def _number(value: Any, key: str, where: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise FormatError(f"{where}: `{key}` must be a number", got=repr(value))
+    return float(value)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe from a YAML or JSON file.
+
+    Raises
+    ------
+    FormatError
+        If the file is not a recipe.
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FormatError(f"{path}: no such recipe") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path}: not YAML or JSON ({str(error).splitlines()[0]})") from None
+    return recipe_from_dict(data, str(path))

@@ -1,0 +1,258 @@
+"""What is this? From a reference to a checkpoint, a task vector, or an adapter on a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from mergebench.adapters_zoo.adapter import AdapterSource, ReadOptions, is_adapter, read_adapter
+from mergebench.checkpoints.layout import Checkpoint, open_checkpoint
+from mergebench.checkpoints.reader import open_safetensors
+from mergebench.core.delta import Delta, Difference, Replacement, tile
+from mergebench.core.errors import FormatError, MergebenchError
+from mergebench.core.task_vector import TaskVector
+from mergebench.core.tensor import FLOATING, Array, Tensor, size_of
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """An opened input: headers and configs are known, no tensor has been read.
+
+    Attributes
+    ----------
+    label : str
+        The reference as the user wrote it.
+    checkpoint : Checkpoint or None
+        Full weights; ``None`` for a task vector.
+    deltas : TaskVector or None
+        What stands on top of the checkpoint, or alone.
+    fingerprint : str
+        32 hex digits derived from the content, whatever the path.
+    config : mapping
+        ``adapter_config.json`` of an adapter.
+    """
+
+    label: str
+    checkpoint: Checkpoint | None
+    deltas: TaskVector | None
+    fingerprint: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    identity: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Applied:
+    """A weight with a displacement on top, computed in float32 when read."""
+
+    weight: Tensor
+    delta: Delta
+
+    @property
+    def dtype(self) -> str:
+        """Always F32 (F64 for a weight stored so)."""
+        return "F64" if self.weight.dtype == "F64" else "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.weight.shape
+
+    def read(self, start: int, stop: int, out: Array | None = None) -> Array:
+        """Entries ``start:stop`` of the flattened sum."""
+        dtype: np.dtype[Any] = np.dtype(np.float64 if self.dtype == "F64" else np.float32)
+        return self.weight.read(start, stop).astype(dtype) + tile(self.delta, start, stop, dtype)
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """``path:0.3`` into path and weight; a path that exists as written wins."""
+    head, colon, tail = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        return head, float(tail)
+    except ValueError:
+        return text, 1.0
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of names, dtypes, shapes and a sample of every tensor, 32 hex digits.
+
+    Equal for copies of a model at other paths or in other shards.
+    """
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors, key=str.encode):
+        tensor = tensors[name]
+        size = size_of(tensor.shape)
+        digest.update(f"{name}\0{tensor.dtype}\0{tensor.shape}\0".encode())
+        for start in sorted({0, size // 3, size // 2, max(size - 128, 0)}):
+            piece = tensor.read(start, min(start + 128, size))
+            digest.update(np.ascontiguousarray(piece).view(np.uint8).tobytes())
+    return digest.hexdigest()
+
+
+def open_source(reference: str, options: ReadOptions) -> Source:
+    """Open a path or ``base+adapter``: headers and configs only.
+
+    Raises
+    ------
+    MergebenchError
+        If nothing is there, or if it is neither a checkpoint nor a known kind of adapter.
+    """
+    path = Path(reference).expanduser()
+    if path.exists():
+        return _open_path(path, reference, options)
+    left, plus, right = reference.rpartition("+")
+    if plus and Path(left).expanduser().exists():
+        return _open_pair(left, right, options)
+    if reference.startswith("hf://"):
+        raise MergebenchError(
+            f"{reference}: references to the Hub are not opened directly",
+            fix=f"run `hf download {reference[5:]}` and give the folder",
+        )
+    raise MergebenchError(
+        f"{reference}: no such file or folder", fix="give a path, or base+adapter"
+    )
+
+
+def _open_pair(left: str, right: str, options: ReadOptions) -> Source:
+    under = open_source(left, options)
+    if under.checkpoint is None:
+        raise MergebenchError(f"{left}: is not a checkpoint", fix="write base+adapter")
+    top = open_source(right, with_base(options, under.checkpoint))
+    if top.deltas is None:
+        raise MergebenchError(f"{right}: is not an adapter", fix="write base+adapter")
+    return Source(
+        f"{left}+{right}",
+        under.checkpoint,
+        top.deltas,
+        _joined(under.fingerprint, top.fingerprint),
+        top.config,
+        (*under.identity, *top.identity),
+    )
+
+
+def _joined(*parts: str) -> str:
+    return xxhash.xxh3_128("+".join(parts).encode()).hexdigest()
+
+
+def with_base(options: ReadOptions, base: Checkpoint) -> ReadOptions:
+    """Reading options that know the base's tensor names and shapes."""
+    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    return replace(options, base_shapes=shapes)
+
+
+def _open_path(path: Path, label: str, options: ReadOptions) -> Source:
+    if (adapter := _adapter_at(path, label)) is not None:
+        source, identity = adapter
+        deltas = read_adapter(source, options)
+        mark = fingerprint(source.tensors)
+        return Source(label, None, deltas, mark, source.config or {}, identity)
+    checkpoint = open_checkpoint(path)
+    return Source(
+        label, checkpoint, None, fingerprint(checkpoint.tensors), {}, tuple(checkpoint.identity)
+    )
+
+
+def _adapter_at(
+    path: Path, label: str
+) -> tuple[AdapterSource, tuple[Mapping[str, Any], ...]] | None:
+    """The adapter at a path, or ``None`` if it is something else."""
+    config: Mapping[str, Any] | None = None
+    file = path
+    if path.is_dir():
+        described = path / "adapter_config.json"
+        if not described.exists():
+            return None
+        try:
+            config = json.loads(described.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, ValueError) as error:
+            raise FormatError(f"{described}: not JSON ({error})") from None
+        file = path / "adapter_model.safetensors"
+        if not file.exists():
+            found = sorted(each.name for each in path.iterdir())
+            raise FormatError(
+                f"{path}: adapter_config.json without adapter_model.safetensors",
+                got=", ".join(found),
+                fix="convert .bin weights to safetensors first",
+            )
+    elif path.suffix == ".json":
+        return None
+    opened = open_safetensors(file)
+    if config is None and not is_adapter(opened.tensors, config, opened.metadata):
+        return None
+    identity = {
+        "name": file.name,
+        "size": opened.size,
+        "mtime_ns": opened.mtime_ns,
+        "header": opened.header_hash,
+    }
+    return AdapterSource(label, opened.tensors, config, opened.metadata), (identity,)
+
+
+def source_of_arrays(label: str, arrays: Mapping[str, Tensor]) -> Source:
+    """A source over tensors in memory: a state dict."""
+    checkpoint = Checkpoint(
+        label=label,
+        path=Path(label),
+        tensors=dict(arrays),
+        shard_of={},
+        config=None,
+        metadata={},
+        side_files=(),
+        aliases={},
+        identity=(),
+    )
+    return Source(label, checkpoint, None, fingerprint(arrays))
+
+
+def load(
+    reference: str | Path, base: str | Path | None = None, lora_alpha: float | None = None
+) -> Checkpoint | TaskVector:
+    """Open a model or an adapter; nothing but headers and configs is read.
+
+    Parameters
+    ----------
+    reference : path
+        A checkpoint, an adapter, a saved task vector, or ``base+adapter``.
+    base : path, optional
+        With it, a checkpoint is opened as its task vector: fine-tuned minus base.
+    lora_alpha : float, optional
+        For bare adapter files that do not name theirs.
+
+    Returns
+    -------
+    Checkpoint or TaskVector
+        ``base+adapter`` without ``base`` gives a checkpoint whose tensors carry the adapter.
+
+    Raises
+    ------
+    MergebenchError
+        If nothing is there, or it is not understood.
+    """
+    options = ReadOptions(lora_alpha=lora_alpha)
+    under = None if base is None else open_source(str(base), options).checkpoint
+    source = open_source(str(reference), options if under is None else with_base(options, under))
+    if source.checkpoint is None:
+        assert source.deltas is not None
+        return source.deltas
+    applied = dict(source.checkpoint.tensors)
+    for name, delta in (source.deltas or {}).items():
+        if isinstance(delta, Replacement):
+            applied[name] = delta.values
+        else:
+            applied[name] = Applied(applied[name], delta)
+    whole = replace(source.checkpoint, label=source.label, tensors=applied)
+    if under is None:
+        return whole
+    pairs = {
+        name: Difference(tensor, under.tensors[name])
+        for name, tensor in whole.tensors.items()
+        if tensor.dtype in FLOATING and name in under.tensors
+    }
+    return TaskVector(source.label, pairs, source.fingerprint)

@@ -1,0 +1,1 @@
+"""Diagnostics of what fine-tuning did (none yet)."""
