@@ -85,8 +85,10 @@ FAMILIES: Mapping[str, tuple[re.Pattern[str], str]] = {
     ),
     "LoRA on nn.MultiheadAttention": (
         re.compile(r"\.base_layer\.out_proj\.lora_[AB](\.|$)"),
-        "PEFT up to 0.21 adds its output projection twice while training, so the update that was "
-        "trained depends on PEFT's version",
+        (
+            "PEFT up to 0.21 adds its output projection twice while training, so the update that "
+            "was trained depends on PEFT's version"
+        ),
     ),
     "LoRA on stacked experts": (
         re.compile(r"\.base_layer\.lora_[AB](\.|$)"),

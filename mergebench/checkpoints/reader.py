@@ -173,10 +173,9 @@ def _read_header(handle: Handle, size: int) -> bytes:
         raise FormatError(f"{path}: is empty", fix=_AGAIN)
     start = _read(handle, 0, min(size, _SNIFF))
     length = int.from_bytes(start[:8], "little")
-    # The first bytes of a sound file may be those of any other format, so they are looked at
-    # only where the length or the start of the header makes no sense.
-    plausible = size >= 8 and length <= min(MAX_HEADER, size - 8)
-    if not plausible or not start[8:].lstrip(b" \t\r\n").startswith(b"{"):
+    # The length of a sound file may look like the first bytes of any other format, so those are
+    # compared only where no header follows.
+    if not start[8:].lstrip(b" \t\r\n").startswith(b"{"):
         _refuse_foreign(path, start)
     if size < 8:
         raise FormatError(

@@ -12,18 +12,24 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+_WIDE = 10_000
+
+
 def out() -> Console:
     """The console for results."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    # Off a terminal nothing is cut to its width: a name that is searched for must be whole.
+    terminal = sys.stdout.isatty()
+    width = None if terminal else _WIDE
+    return Console(highlight=False, emoji=False, soft_wrap=not terminal, width=width)
 
 
 def err() -> Console:
     """The console for progress, notes and errors."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
 def say(text: str) -> None:

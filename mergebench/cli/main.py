@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from mergebench.cli import console, looking, merging
 from mergebench.core.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_USER, MergebenchError
 
+
+class _OutsideError(Exception):
+    """Carries an interrupt or a closed pipe past typer, which has exit codes of its own for it."""
+
+
+class _Group(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, BrokenPipeError) as error:
+            raise _OutsideError from error
+
+
 app = typer.Typer(
     name="mergebench",
-    no_args_is_help=True,
+    cls=_Group,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -38,13 +52,17 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _root(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     del version
+    if ctx.invoked_subcommand is None:
+        console.say(ctx.get_help())
+        raise typer.Exit(EXIT_USER)
 
 
 def main() -> None:
@@ -53,18 +71,24 @@ def main() -> None:
     0 done, 1 findings, 2 the user can fix it, 70 a bug, 130 interrupted.
     """
     try:
-        app()
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code)
     except MergebenchError as error:
         console.fail(str(error))
         sys.exit(EXIT_USER)
-    except KeyboardInterrupt:
-        console.fail("interrupted; nothing was written")
-        sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:
+    except (_OutsideError, KeyboardInterrupt, BrokenPipeError) as error:
+        if isinstance(error.__cause__ or error, KeyboardInterrupt):
+            console.fail("interrupted; nothing was written")
+            sys.exit(EXIT_INTERRUPTED)
         # The reader of our output has gone, as `head` does; nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
+        if (words := getattr(error, "format_message", None)) is not None:
+            place = getattr(getattr(error, "ctx", None), "command_path", "mergebench")
+            console.fail(f"{place}: {words()}; see `{place} --help`")
+            sys.exit(EXIT_USER)
         if os.environ.get("MERGEBENCH_DEBUG"):
             raise
         console.fail(

@@ -253,8 +253,7 @@ def _show_plan(made: Plan) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    names = [m.label for m in made.models]
-    weights = ", ".join(f"{name} × {w:g}" for name, w in zip(names, made.weights, strict=True))
+    weights = ", ".join(f"{each.path} × {each.weight:g}" for each in made.recipe.models)
     table.add_row("inputs", weights)
     table.add_row("base", "none" if made.base is None else made.base.label)
     for each in made.variants:
@@ -281,6 +280,9 @@ def _show_plan(made: Plan) -> None:
         f"{console.size(made.least_memory)}",
     )
     table.add_row("disk", console.size(made.write_bytes))
+    for each in made.variants:
+        if each.out is not None and each.out.exists():
+            table.add_row("note", f"{each.out} exists; only --force would replace it")
     for text in made.notes:
         table.add_row("note", text)
     console.out().print(table)

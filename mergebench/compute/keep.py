@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,34 +56,46 @@ def row_ranks_mask(stack: Any, row: int, low: int, high: int) -> Any:
     """
     xp = namespace(stack)
     magnitudes = xp.reshape(xp.abs(stack), (-1, row))
-    inside = _top(magnitudes, high)
+    low, high = max(low, 0), min(high, row)
+    thresholds = _thresholds(magnitudes, [rank for rank in (low, high) if 0 < rank < row])
+    mask = _top(magnitudes, high, thresholds)
     if low > 0:
-        inside = inside & ~_top(magnitudes, low)
-    return xp.reshape(inside, stack.shape)
+        mask = mask & ~_top(magnitudes, low, thresholds)
+    return xp.reshape(mask, stack.shape)
 
 
-def _top(magnitudes: Any, count: int) -> Any:
+def _thresholds(magnitudes: Any, ranks: Sequence[int]) -> dict[int, Any]:
+    """The ``rank``-th largest of every row, shape (rows, 1), for several ranks at once."""
+    row = magnitudes.shape[1]
+    found: dict[int, Any] = {}
+    if not isinstance(magnitudes, np.ndarray):
+        ordered = namespace(magnitudes).sort(magnitudes, axis=1) if ranks else magnitudes
+        return {rank: ordered[:, row - rank : row - rank + 1] for rank in ranks}
+    upper = magnitudes
+    # Each partition leaves the larger entries at the end, where the next, smaller rank lies.
+    for rank in sorted(set(ranks), reverse=True):
+        place = upper.shape[1] - rank
+        upper = np.partition(upper, place, axis=1)[:, place:]
+        found[rank] = upper[:, :1]
+    return found
+
+
+def _top(magnitudes: Any, count: int, thresholds: Mapping[int, Any]) -> Any:
     """True for exactly the ``count`` largest of every row of a 2-D array."""
     xp = namespace(magnitudes)
-    row = magnitudes.shape[1]
-    if count >= row:
+    if count >= magnitudes.shape[1]:
         return xp.ones_like(magnitudes, dtype=xp.bool)
     if count <= 0:
         return xp.zeros_like(magnitudes, dtype=xp.bool)
-    threshold = _kth(magnitudes, row - count)
+    threshold = thresholds[count]
     top = magnitudes >= threshold
-    surplus = xp.sum(xp.astype(top, xp.int64), axis=1) - count
-    tied = np.flatnonzero(np.asarray(surplus.tolist()))
-    for index in map(int, tied):
-        # Rows with ties at the threshold are few, so each is mended by itself.
-        line = magnitudes[index, :]
-        equal = xp.nonzero(line == threshold[index, 0])[0]
-        top[index, equal[equal.shape[0] - int(surplus[index]) :]] = False
+    surplus = xp.count_nonzero(top, axis=1) > count
+    (tied,) = xp.nonzero(surplus)
+    if tied.shape[0]:
+        # Only the rows that have more candidates than places are decided entry by entry.
+        lines = magnitudes[tied, :]
+        above, equal = lines > threshold[tied, :], lines == threshold[tied, :]
+        free = count - xp.count_nonzero(above, axis=1)[:, None]
+        order = xp.cumulative_sum(xp.astype(equal, xp.int32), axis=1)
+        top[tied, :] = above | (equal & (order <= free))
     return top
-
-
-def _kth(magnitudes: Any, index: int) -> Any:
-    """The ``index``-th smallest of every row, shape (rows, 1)."""
-    if isinstance(magnitudes, np.ndarray):
-        return np.partition(magnitudes, index, axis=1)[:, index : index + 1]
-    return namespace(magnitudes).sort(magnitudes, axis=1)[:, index : index + 1]

@@ -17,7 +17,9 @@ def add_base(delta: Array, base: Array) -> Array:
     A plain sum would turn a negative zero of the base into a positive one.
     """
     total = base + delta
-    np.copyto(total, base, where=delta == 0)
+    negative_zero = np.signbit(base) & (base == 0)
+    if negative_zero.any():
+        np.copyto(total, base, where=negative_zero & (delta == 0))
     return total
 
 

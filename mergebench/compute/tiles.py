@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 #: Entries of a tile when memory is no concern: three float32 models of it fit a core's caches.
-TILE = 1 << 17
+TILE = 1 << 16
 #: Entries handed to a worker at once.
 JOB = 1 << 20
 _LEAST_TILE = 1 << 12

@@ -14,7 +14,12 @@ from mergebench.adapters_zoo.adapter import ReadOptions
 from mergebench.checkpoints.writer import Layout
 from mergebench.compute.tiles import Load, Tiling, fit
 from mergebench.core.delta import LowRank, reads
-from mergebench.core.errors import MismatchError, ParameterError, ResourceError
+from mergebench.core.errors import (
+    MergebenchError,
+    MismatchError,
+    ParameterError,
+    ResourceError,
+)
 from mergebench.core.tensor import DTYPES, nbytes
 from mergebench.merge.align import Aligned, align
 from mergebench.merge.method import METHODS, Method, make_op
@@ -198,6 +203,7 @@ def make_plan(
         recipe, method, models, weights, base, aligned, form, variants, built, tiling, needed,
         least, 1 + _sweeps(variants), tuple(dict.fromkeys(notes)),
     )  # fmt: skip
+    _check_places(plan)
     _check_disk(plan)
     return plan
 
@@ -387,6 +393,24 @@ def cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:
         return os.cpu_count() or 1
+
+
+def _check_places(plan: Plan) -> None:
+    """An output may neither replace an input nor stand inside of one, nor around it."""
+    names = [each.path for each in plan.recipe.models]
+    names += [plan.recipe.base] if plan.recipe.base else []
+    paths = [Path(part).expanduser() for name in names for part in (name, *name.split("+"))]
+    taken = [path.resolve() for path in paths if path.exists()]
+    for variant in plan.variants:
+        if variant.out is None:
+            continue
+        out = variant.out.resolve()
+        for path in taken:
+            if out == path or (path.is_dir() and path in out.parents) or out in path.parents:
+                raise MergebenchError(
+                    f"{variant.out}: the output would replace or lie inside the input {path}",
+                    fix="give another place with -o",
+                )
 
 
 def _check_disk(plan: Plan) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from mergebench.compute.keep import keep_mask, row_ranks_mask
-from mergebench.compute.namespace import namespace
+from mergebench.compute.masking import silence
 from mergebench.compute.select import Cut, kth_magnitudes
 from mergebench.merge.op import At, Granularity, Stack, Statistic, Sweep, op
 
@@ -79,11 +79,10 @@ def band(
         Where the shares add up to more than everything: drop all outliers and keep fewer, or
         keep the density and drop fewer outliers.
     """
-    xp = namespace(stack)
     if scope == "row":
         length = at.site.row
         mask = row_ranks_mask(stack, length, *ranks(length, density, gamma, count, conflict))
     else:
         outliers, kept = (keep_mask(stack, cuts, at.site.name, at.start) for cuts in at.value)
         mask = kept & ~outliers
-    return xp.where(mask, stack, xp.zeros_like(stack))
+    return silence(stack, mask)

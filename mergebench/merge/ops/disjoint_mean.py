@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from mergebench.compute.masking import silence
 from mergebench.compute.namespace import namespace
 from mergebench.merge.op import At, Stack, op
 
@@ -25,20 +26,23 @@ def disjoint_mean(stack: Stack, at: At, divisor: Divisor = "count") -> Stack:
     if divisor == "max":
         largest = xp.max(weighted, axis=0, keepdims=True)
         smallest = xp.min(weighted, axis=0, keepdims=True)
-        return xp.where(largest >= -smallest, largest, smallest)
-    # One model after the other, so that the rounding does not depend on the library.
-    total = weighted[0:1, :]
-    for model in range(1, stack.shape[0]):
-        total = total + weighted[model : model + 1, :]
+        upper = largest >= -smallest
+        return silence(largest, upper) + silence(smallest, ~upper)
+    total = _added(weighted)
     if divisor == "none":
         return total
     present = xp.astype(stack != 0, stack.dtype)
-    if divisor == "weights":
-        present = present * xp.asarray(at.weights, dtype=stack.dtype)[:, None]
-    behind = present[0:1, :]
-    for model in range(1, stack.shape[0]):
-        behind = behind + present[model : model + 1, :]
+    if divisor == "count":
+        behind = _added(present)
+        return total / (behind + xp.astype(behind == 0, stack.dtype))
+    behind = _added(present * xp.asarray(at.weights, dtype=stack.dtype)[:, None])
     empty = behind == 0
-    return xp.where(
-        empty, xp.zeros_like(total), total / xp.where(empty, xp.ones_like(behind), behind)
-    )
+    return silence(total / (behind + xp.astype(empty, stack.dtype)), ~empty)
+
+
+def _added(stack: Stack) -> Stack:
+    # One model after the other, so that the rounding does not depend on the library.
+    total = stack[0:1, :]
+    for model in range(1, stack.shape[0]):
+        total = total + stack[model : model + 1, :]
+    return total

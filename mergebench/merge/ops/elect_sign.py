@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from mergebench.compute.masking import silence
 from mergebench.compute.namespace import namespace
 from mergebench.compute.select import as_numpy
 from mergebench.merge.op import At, Stack, Statistic, Sweep, op
@@ -63,7 +64,6 @@ def elect_sign(
         The sign of an entry whose sum is exactly zero: the sign of the sum of all elected signs
         of the model (negative if that is zero too), positive, negative, or none.
     """
-    xp = namespace(stack)
     votes, total = _votes(stack, at, rule, election)
     positive, negative = total > 0, total < 0
     if tie == "plus" or (tie == "majority" and at.value > 0):
@@ -71,4 +71,4 @@ def elect_sign(
     elif tie != "zero":
         negative = ~positive
     agrees = ((votes > 0) & positive) | ((votes < 0) & negative)
-    return xp.where(agrees, stack, xp.zeros_like(stack))
+    return silence(stack, agrees)

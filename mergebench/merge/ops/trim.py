@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from mergebench.compute.keep import keep_mask, row_ranks_mask
-from mergebench.compute.namespace import namespace
+from mergebench.compute.masking import silence
 from mergebench.compute.select import ALL, Cut, kth_magnitudes
 from mergebench.merge.op import At, Granularity, Stack, Statistic, Sweep, op
 
@@ -69,10 +69,9 @@ def trim(
     """
     if density >= 1:
         return stack
-    xp = namespace(stack)
     if scope == "row":
         length = at.site.row
         mask = row_ranks_mask(stack, length, 0, kept(length, density, count))
     else:
         mask = keep_mask(stack, at.value, at.site.name, at.start)
-    return xp.where(mask, stack, xp.zeros_like(stack))
+    return silence(stack, mask)

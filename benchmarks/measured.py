@@ -1,0 +1,92 @@
+"""One measured run in a process of its own: the floor, or a merge. Prints JSON.
+
+CPU seconds are those of this process; memory is the peak of anonymous memory (RssAnon) above
+what the imported libraries take.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+_BLOCK = 1 << 20
+
+
+def anonymous() -> int:
+    """Bytes of anonymous memory that this process holds now."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("the kernel reports no RssAnon")
+
+
+def measure(work: Callable[[], object]) -> dict[str, float]:
+    """Wall and CPU seconds and the peak of anonymous memory of ``work``."""
+    baseline = anonymous()
+    peak = baseline
+    running = True
+
+    def watch() -> None:
+        nonlocal peak
+        while running:
+            peak = max(peak, anonymous())
+            time.sleep(0.005)
+
+    watcher = threading.Thread(target=watch)
+    wall, cpu = time.perf_counter(), time.process_time()
+    watcher.start()
+    work()
+    running = False
+    watcher.join()
+    return {
+        "wall": time.perf_counter() - wall,
+        "cpu": time.process_time() - cpu,
+        "memory": peak - baseline,
+    }
+
+
+def floor(inputs: list[str], out: str) -> None:
+    """Read every input byte once and write as many bytes as the first input has."""
+    buffer = bytearray(_BLOCK)
+    for name in inputs:
+        source = os.open(name, os.O_RDONLY)
+        size = os.fstat(source).st_size
+        for start in range(0, size, _BLOCK):
+            os.preadv(source, [buffer], start)
+        os.close(source)
+    size = Path(inputs[0]).stat().st_size
+    target = os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    os.posix_fallocate(target, 0, size)
+    for start in range(0, size, _BLOCK):
+        os.pwrite(target, memoryview(buffer)[: min(_BLOCK, size - start)], start)
+    os.close(target)
+
+
+def main() -> None:
+    """``measured.py '{"floor": true | recipe, …}'``."""
+    task = json.loads(sys.argv[1])
+    if task.get("floor"):
+        result = measure(lambda: floor(task["inputs"], task["out"]))
+    else:
+        from mergebench.merge.engine import execute
+        from mergebench.merge.plan import make_plan
+        from mergebench.recipe import recipe_from_dict
+
+        recipe = recipe_from_dict(task["recipe"])
+        memory, workers = task["memory"], task["workers"]
+
+        def merge() -> None:
+            execute(make_plan(recipe, memory=memory, workers=workers), force=True)
+
+        result = measure(merge)
+    Path(task["out"]).unlink()
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
