@@ -33,7 +33,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports --no-cache
 
 parity: $(BIN)/python
-	$(BIN)/python tests/parity/mergekit/record.py
+	$(BIN)/python tests/parity/record.py
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py $(ARGS)

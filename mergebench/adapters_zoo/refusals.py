@@ -130,6 +130,9 @@ FAMILIES: Mapping[str, tuple[re.Pattern[str], str]] = {
 }
 
 
+_ANY_FAMILY = re.compile("|".join(form.pattern for form, _ in FAMILIES.values()))
+
+
 def refuse_type(label: str, peft_type: str, read: Iterable[str]) -> NoReturn:
     """Refuse a whole adapter by the type its config names.
 
@@ -189,6 +192,9 @@ def refuse_features(label: str, where: str, config: Mapping[str, Any]) -> None:
 
 def family_of(key: str) -> str | None:
     """The family whose tensors are named like this; None where no table entry matches."""
+    # Whole checkpoints are asked about, name by name, and almost none matches.
+    if not _ANY_FAMILY.search(key):
+        return None
     return next((name for name, (form, _) in FAMILIES.items() if form.search(key)), None)
 
 

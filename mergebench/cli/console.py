@@ -22,7 +22,12 @@ def out() -> Console:
     # Off a terminal nothing is cut to its width: a name that is searched for must be whole.
     terminal = sys.stdout.isatty()
     width = None if terminal else _WIDE
-    return Console(highlight=False, emoji=False, soft_wrap=not terminal, width=width)
+
+    class Results(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would exit with 1: findings
+
+    return Results(highlight=False, emoji=False, soft_wrap=not terminal, width=width)
 
 
 def err() -> Console:

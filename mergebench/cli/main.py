@@ -10,19 +10,19 @@ import typer
 from typer.core import TyperGroup
 
 from mergebench.cli import console, looking, merging
-from mergebench.core.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_USER, MergebenchError
+from mergebench.core.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, MergebenchError
 
 
-class _OutsideError(Exception):
-    """Carries an interrupt or a closed pipe past typer, which has exit codes of its own for it."""
+class _PipeClosedError(Exception):
+    """Carries a broken pipe past typer, which would make it exit code 1: findings."""
 
 
 class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (KeyboardInterrupt, BrokenPipeError) as error:
-            raise _OutsideError from error
+        except BrokenPipeError as error:
+            raise _PipeClosedError from error
 
 
 app = typer.Typer(
@@ -71,28 +71,35 @@ def main() -> None:
     0 done, 1 findings, 2 the user can fix it, 70 a bug, 130 interrupted.
     """
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="mergebench", standalone_mode=False)
         sys.stdout.flush()
-        sys.exit(code)
-    except MergebenchError as error:
-        console.fail(str(error))
-        sys.exit(EXIT_USER)
-    except (_OutsideError, KeyboardInterrupt, BrokenPipeError) as error:
-        if isinstance(error.__cause__ or error, KeyboardInterrupt):
-            console.fail("interrupted; nothing was written")
-            sys.exit(EXIT_INTERRUPTED)
+    except (KeyboardInterrupt, typer.Abort):
+        code = EXIT_INTERRUPTED
+    except (_PipeClosedError, BrokenPipeError):
         # The reader of our output has gone, as `head` does; nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        code = EXIT_DONE
     except Exception as error:
-        if (words := getattr(error, "format_message", None)) is not None:
-            place = getattr(getattr(error, "ctx", None), "command_path", "mergebench")
-            console.fail(f"{place}: {words()}; see `{place} --help`")
-            sys.exit(EXIT_USER)
-        if os.environ.get("MERGEBENCH_DEBUG"):
-            raise
-        console.fail(
-            f"internal error: {type(error).__name__}: {error}; this is a bug in mergebench, "
-            "set MERGEBENCH_DEBUG=1 for details"
-        )
-        sys.exit(EXIT_BUG)
+        code = _explain(error)
+    if code == EXIT_INTERRUPTED:
+        console.fail("interrupted; nothing was written")
+    sys.exit(code)
+
+
+def _explain(error: Exception) -> int:
+    """Print one line; the exit code."""
+    if isinstance(error, MergebenchError):
+        console.fail(str(error))
+        return EXIT_USER
+    # What typer raises for a wrong command line; its class moves between releases.
+    if (words := getattr(error, "format_message", None)) is not None:
+        place = getattr(getattr(error, "ctx", None), "command_path", "mergebench")
+        console.fail(f"{place}: {words().rstrip('.')}; see `{place} --help`")
+        return EXIT_USER
+    if os.environ.get("MERGEBENCH_DEBUG"):
+        raise error
+    console.fail(
+        f"internal error: {type(error).__name__}: {error}; this is a bug in mergebench, "
+        "set MERGEBENCH_DEBUG=1 for details"
+    )
+    return EXIT_BUG

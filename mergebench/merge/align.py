@@ -166,13 +166,19 @@ def _check_names(model: Source, reference: Checkpoint) -> None:
     theirs = set(reference.tensors) - set(reference.aliases)
     missing = sorted(theirs - mine - set(own.aliases))
     extra = sorted(mine - theirs - set(reference.aliases))
-    untied = sorted(mine & set(reference.aliases))
-    if untied:
-        raise MismatchError(
-            f"{model.label}: {untied[0]!r} is a tensor of its own, "
-            f"but is tied to {reference.aliases[untied[0]]!r} in {reference.label}",
-            fix="merge models that are both tied or both untied",
-        )
+    # Buffers that newer libraries no longer save are taken from the base.
+    missing = [name for name in missing if reference.tensors[name].dtype in FLOATING]
+    for tied, apart, names in (
+        (reference, own, mine & set(reference.aliases)),
+        (own, reference, theirs & set(own.aliases)),
+    ):
+        if names:
+            name = min(names)
+            raise MismatchError(
+                f"{name}: tied to {tied.aliases[name]!r} in {tied.label}, "
+                f"but a tensor of its own in {apart.label}",
+                fix="merge models that are both tied or both untied",
+            )
     if missing or extra:
         parts = [
             f"{len(names)} tensors are {what} ({_few(names)})"

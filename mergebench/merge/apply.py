@@ -24,7 +24,7 @@ def apply(
     Parameters
     ----------
     ops : Op or Chain
-        Such as ``trim(0.2)`` or ``METHODS["ties"].chain(density=0.2)``.
+        Such as ``trim(0.2)`` or ``METHODS["ties"](density=0.2)``.
     models : sequence of arrays, or of mappings of tensor name to array
         One per model: numpy arrays, torch tensors (gradients pass through) and so on. They are
         not modified.

@@ -154,8 +154,6 @@ def execute(plan: Plan, *, force: bool = False, progress: Progress | None = None
                 raise ValueError("a variant has no place to be written to")
             sides = plan.package.sides(variant)
             single = plan.package.single_file
-            if len(plan.variants) > 1 and not single:
-                variant.out.parent.mkdir(parents=True, exist_ok=True)
             outputs.append(
                 stack.enter_context(
                     Output(

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from mergebench.core.errors import ParameterError, did_you_mean
 from mergebench.core.params import Param, bind, declared
 from mergebench.core.registry import Registry
-from mergebench.merge.op import OPS, Chain, Op
+from mergebench.merge.op import Chain
 
 F = TypeVar("F", bound=Callable[..., Chain])
 Space = Literal["weight", "delta"]
@@ -73,9 +73,9 @@ class Method:
             preset = self.compat[compat]
         return bind(self.name, self.params, given, preset)
 
-    def chain(self, **params: Any) -> Chain:
-        """The chain for explicit parameters over declared defaults."""
-        return self.factory(**self.expand(params))
+    def __call__(self, compat: str | None = None, **params: Any) -> Chain:
+        """The chain for explicit parameters over preset and declared defaults."""
+        return self.factory(**self.expand(params, compat))
 
 
 METHODS: Registry[Method] = Registry(
@@ -99,15 +99,3 @@ def merge_method(
         return factory
 
     return register
-
-
-def make_op(name: str, params: Mapping[str, Any]) -> Op:
-    """An op from its name and parameters as a user wrote them.
-
-    Raises
-    ------
-    ParameterError
-        For an unknown op or parameter, or a value out of bounds.
-    """
-    spec = OPS[name]
-    return Op(name, tuple(bind(name, spec.params, params).items()))

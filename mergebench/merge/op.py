@@ -106,6 +106,11 @@ class OpSpec:
         """First line of the docstring."""
         return (self.function.__doc__ or "").strip().split("\n")[0]
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Op:
+        """The op with these parameters, checked; positional ones in declared order."""
+        given = dict(zip(self.params, args, strict=False)) | kwargs
+        return Op(self.name, tuple(bind(self.name, self.params, given).items()))
+
 
 OPS: Registry[OpSpec] = Registry("op", "mergebench.merge.ops", "mergebench.ops")
 
@@ -167,26 +172,16 @@ def op(
 
     def register(function: Callable[Concatenate[Stack, At, P], Stack]) -> Callable[P, Op]:
         name = function.__name__.rstrip("_")
-        params = declared(function, skip=2)
-
-        def factory(*args: Any, **kwargs: Any) -> Op:
-            given = dict(zip(params, args, strict=False)) | kwargs
-            return Op(name, tuple(bind(name, params, given).items()))
-
-        factory.__doc__, factory.__name__ = function.__doc__, name
-        OPS.add(
+        spec = OpSpec(
             name,
-            OpSpec(
-                name,
-                function,
-                params,
-                granularity if callable(granularity) else lambda **_: granularity,
-                statistic or (lambda **_: None),
-                reduces,
-                linear,
-            ),
+            function,
+            declared(function, skip=2),
+            granularity if callable(granularity) else lambda **_: granularity,
+            statistic or (lambda **_: None),
+            reduces,
+            linear,
         )
-        return cast("Callable[P, Op]", factory)
+        return cast("Callable[P, Op]", OPS.add(name, spec))
 
     return register
 

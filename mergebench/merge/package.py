@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mergebench.merge.plan import Variant
 
 _DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32", "f64": "F64"}
+_TORCH = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
 #: Stem of the weights inside an output folder.
 STEMS = {"model": "model", "lora": "adapter_model", "delta": "delta"}
 
@@ -84,7 +85,7 @@ class Package:
     about: Mapping[str, Any]
     origins: tuple[str | None, ...]
     config: Mapping[str, Any] = field(default_factory=dict)
-    companions: Mapping[str, Path] = field(default_factory=dict)
+    companions: Mapping[str, Path | bytes] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def dtype_of(self, name: str) -> str:
@@ -181,7 +182,7 @@ def package(
         about={"inputs": _inputs(recipe, models, base), "library": _library(form, reference)},
         origins=tuple(_origins(models, base)),
         config={} if packed is None else packed.config,
-        companions=_companions(form, reference),
+        companions=_companions(recipe, form, reference),
         notes=_notes(form, reference),
     )
 
@@ -324,11 +325,30 @@ def _library(form: str, reference: Source | None) -> str | None:
     return "transformers" if form == "model" and known and "model_type" in known else None
 
 
-def _companions(form: str, reference: Source | None) -> dict[str, Path]:
+def _companions(recipe: Recipe, form: str, reference: Source | None) -> dict[str, Path | bytes]:
+    """Files of the base that loaders need; its config says the dtype of the output."""
     if form != "model" or reference is None or reference.checkpoint is None:
         return {}
     ours = {MANIFEST, RECIPE, CARD}
-    return {k: v for k, v in reference.checkpoint.sides().items() if k not in ours}
+    found: dict[str, Path | bytes] = {
+        name: path for name, path in reference.checkpoint.sides().items() if name not in ours
+    }
+    config = reference.checkpoint.config
+    if recipe.dtype != "keep" and config is not None and "config.json" in found:
+        changed = _with_dtype(config, _TORCH[recipe.dtype])
+        found["config.json"] = (json.dumps(changed, indent=2) + "\n").encode()
+    return found
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The config with every dtype it names replaced, those of its parts included."""
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            changed[key] = dtype
+        else:
+            changed[key] = _with_dtype(value, dtype) if isinstance(value, Mapping) else value
+    return changed
 
 
 def _notes(form: str, reference: Source | None) -> tuple[str, ...]:

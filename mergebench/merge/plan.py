@@ -13,7 +13,7 @@ from typing import Any
 from mergebench.adapters_zoo.adapter import ReadOptions
 from mergebench.checkpoints.writer import Layout
 from mergebench.compute.tiles import Load, Tiling, fit
-from mergebench.core.delta import LowRank, reads
+from mergebench.core.delta import LowRank, Replacement, reads
 from mergebench.core.errors import (
     MergebenchError,
     MismatchError,
@@ -22,8 +22,8 @@ from mergebench.core.errors import (
 )
 from mergebench.core.tensor import DTYPES, nbytes
 from mergebench.merge.align import Aligned, align
-from mergebench.merge.method import METHODS, Method, make_op
-from mergebench.merge.op import Chain, chain, granularity_of, is_linear
+from mergebench.merge.method import METHODS, Method
+from mergebench.merge.op import OPS, Chain, chain, granularity_of, is_linear
 from mergebench.merge.package import Package, package
 from mergebench.recipe import OpRef, Recipe
 from mergebench.sources import Source, open_source, with_base
@@ -212,11 +212,11 @@ def _variants(recipe: Recipe) -> tuple[Method | None, tuple[Variant, ...]]:
     method = METHODS[recipe.method] if recipe.method else None
     if method is None and not recipe.ops:
         raise ParameterError("neither a method nor ops are given", fix="add --method")
-    then = [make_op(each.name, each.params) for each in recipe.then]
+    then = [OPS[each.name](**each.params) for each in recipe.then]
     found = []
     for label, each in recipe.variants():
         if method is None:
-            ops = [make_op(ref.name, ref.params) for ref in recipe.ops]
+            ops = [OPS[ref.name](**ref.params) for ref in recipe.ops]
             expanded = replace(
                 each, ops=tuple(OpRef(one.name, dict(one.params)) for one in ops), params={}
             )
@@ -262,7 +262,7 @@ def _form(recipe: Recipe, models: Sequence[Source], base: Source | None) -> str:
     if base is not None or any(model.checkpoint is not None for model in models):
         return "model"
     factored = all(
-        isinstance(delta, LowRank) or type(delta).__name__ == "Replacement"
+        isinstance(delta, (LowRank, Replacement))
         for model in models
         for delta in (model.deltas or {}).values()
     )

@@ -25,6 +25,7 @@ from mergebench.merge.ops.trim import trim
             "election": "weighted",
             "tie": "plus",
             "divisor": "weights",
+            "cancelled": "sum",
         },
         "peft-0.21": {"scope": "tensor", "tie": "plus", "divisor": "count"},
         "fusionbench": {"count": "official", "divisor": "none", "lam": 0.3},
@@ -39,6 +40,7 @@ def ties(
     election: Literal["unweighted", "weighted"] = "unweighted",
     tie: Literal["majority", "plus", "minus", "zero"] = "majority",
     divisor: Literal["count", "weights", "none", "max"] = "count",
+    cancelled: Literal["zero", "sum"] = "zero",
 ) -> Chain:
     """Trim small entries, elect one sign per entry, average what agrees.
 
@@ -63,12 +65,16 @@ def ties(
     divisor : count, weights, none or max, default count
         Divide the weighted sum of agreeing values by their number, by the sum of their weights,
         not at all, or take the largest of them.
+    cancelled : zero or sum, default zero
+        With `divisor` = weights, what stands where agreeing weights sum to exactly zero: zero,
+        or the undivided sum.
 
     Deviations
     ----------
     The authors' code keeps one entry too many and all ties of the threshold, and cannot keep
     everything; `compat` preset ``official`` counts as it does. Tied tensors are counted once.
-    mergekit trims per tensor, votes with weighted values and divides by agreeing weights; PEFT
+    mergekit trims per tensor, votes with weighted values and divides by the sum of agreeing
+    weights, which negative weights can bring near zero (there it does not divide); PEFT
     trims and votes per tensor without weights; FusionBench sums (presets ``mergekit-0.1.5``,
     ``peft-0.21``, ``fusionbench``). PEFT's preset works on ΔW as its ``ties_svd`` does: trimming
     the factors A and B, as its ``ties`` does, depends on the basis they are written in.
@@ -76,6 +82,6 @@ def ties(
     return chain(
         trim(density, scope, count),
         elect_sign(sign, election, tie),
-        disjoint_mean(divisor),
+        disjoint_mean(divisor, cancelled),
         scale(lam),
     )

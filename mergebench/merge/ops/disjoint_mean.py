@@ -9,17 +9,23 @@ from mergebench.compute.namespace import namespace
 from mergebench.merge.op import At, Stack, op
 
 Divisor = Literal["count", "weights", "none", "max"]
+Cancelled = Literal["zero", "sum"]
 
 
 @op(reduces=True)
-def disjoint_mean(stack: Stack, at: At, divisor: Divisor = "count") -> Stack:
+def disjoint_mean(
+    stack: Stack, at: At, divisor: Divisor = "count", cancelled: Cancelled = "zero"
+) -> Stack:
     """``Σ_i w_i x_i`` divided by what stands behind it, over the non-zero entries (TIES, step 3).
 
     Parameters
     ----------
     divisor : count, weights, none or max
-        The number of non-zero values (at least 1); the sum of their weights (the result is 0
-        where that is 0); nothing, so a sum; or the weighted value of largest magnitude alone.
+        The number of non-zero values (at least 1); the sum of their weights; nothing, so a sum;
+        or the weighted value of largest magnitude alone.
+    cancelled : zero or sum
+        The result where the weights of the non-zero values sum to exactly zero: zero, or the
+        undivided sum.
     """
     xp = namespace(stack)
     weighted = stack * xp.asarray(at.weights, dtype=stack.dtype)[:, None]
@@ -37,7 +43,8 @@ def disjoint_mean(stack: Stack, at: At, divisor: Divisor = "count") -> Stack:
         return total / (behind + xp.astype(behind == 0, stack.dtype))
     behind = _added(present * xp.asarray(at.weights, dtype=stack.dtype)[:, None])
     empty = behind == 0
-    return silence(total / (behind + xp.astype(empty, stack.dtype)), ~empty)
+    divided = total / (behind + xp.astype(empty, stack.dtype))
+    return divided if cancelled == "sum" else silence(divided, ~empty)
 
 
 def _added(stack: Stack) -> Stack:
