@@ -1,0 +1,1 @@
+"""Adapters in and out: against PEFT, against hand-computed files, against random ones."""
