@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,45 +57,42 @@ def row_ranks_mask(stack: Any, row: int, low: int, high: int) -> Any:
     xp = namespace(stack)
     magnitudes = xp.reshape(xp.abs(stack), (-1, row))
     low, high = max(low, 0), min(high, row)
-    thresholds = _thresholds(magnitudes, [rank for rank in (low, high) if 0 < rank < row])
+    thresholds = _thresholds(magnitudes, {rank for rank in (low, high) if 0 < rank < row})
     mask = _top(magnitudes, high, thresholds)
     if low > 0:
         mask = mask & ~_top(magnitudes, low, thresholds)
     return xp.reshape(mask, stack.shape)
 
 
-def _thresholds(magnitudes: Any, ranks: Sequence[int]) -> dict[int, Any]:
-    """The ``rank``-th largest of every row, shape (rows, 1), for several ranks at once."""
-    row = magnitudes.shape[1]
-    found: dict[int, Any] = {}
-    if not isinstance(magnitudes, np.ndarray):
-        ordered = namespace(magnitudes).sort(magnitudes, axis=1) if ranks else magnitudes
-        return {rank: ordered[:, row - rank : row - rank + 1] for rank in ranks}
+def _thresholds(magnitudes: Any, ranks: Collection[int]) -> dict[int, tuple[Any, Any]]:
+    """Per rank the ``rank``-th largest of every row, (rows, 1), and how many ties of it stay."""
+    xp = namespace(magnitudes)
+    found: dict[int, tuple[Any, Any]] = {}
     upper = magnitudes
     # Each partition leaves the larger entries at the end, where the next, smaller rank lies.
-    for rank in sorted(set(ranks), reverse=True):
+    for rank in sorted(ranks, reverse=True):
         place = upper.shape[1] - rank
-        upper = np.partition(upper, place, axis=1)[:, place:]
-        found[rank] = upper[:, :1]
+        if isinstance(upper, np.ndarray):
+            upper = np.partition(upper, place, axis=1)[:, place:]
+        else:
+            upper = xp.sort(upper, axis=1)[:, place:]
+        threshold = upper[:, :1]
+        found[rank] = threshold, rank - xp.count_nonzero(upper > threshold, axis=1)
     return found
 
 
-def _top(magnitudes: Any, count: int, thresholds: Mapping[int, Any]) -> Any:
+def _top(magnitudes: Any, count: int, thresholds: Mapping[int, tuple[Any, Any]]) -> Any:
     """True for exactly the ``count`` largest of every row of a 2-D array."""
     xp = namespace(magnitudes)
     if count >= magnitudes.shape[1]:
         return xp.ones_like(magnitudes, dtype=xp.bool)
     if count <= 0:
         return xp.zeros_like(magnitudes, dtype=xp.bool)
-    threshold = thresholds[count]
+    threshold, free = thresholds[count]
     top = magnitudes >= threshold
-    surplus = xp.count_nonzero(top, axis=1) > count
-    (tied,) = xp.nonzero(surplus)
-    if tied.shape[0]:
-        # Only the rows that have more candidates than places are decided entry by entry.
-        lines = magnitudes[tied, :]
-        above, equal = lines > threshold[tied, :], lines == threshold[tied, :]
-        free = count - xp.count_nonzero(above, axis=1)[:, None]
-        order = xp.cumulative_sum(xp.astype(equal, xp.int32), axis=1)
-        top[tied, :] = above | (equal & (order <= free))
+    rows, columns = xp.nonzero(magnitudes == threshold)
+    # Row by row, so the place of a tie within its row is its distance from the row's first.
+    places = xp.arange(rows.shape[0], dtype=rows.dtype) - xp.searchsorted(rows, rows)
+    late = places >= free[rows]
+    top[rows[late], columns[late]] = False
     return top

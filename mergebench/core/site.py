@@ -14,7 +14,10 @@ BLOCK_PATTERN = re.compile(
     r"\.(?P<index>\d+)\."
 )
 _CLASSES: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("embedding", re.compile(r"(?i)(embed|wte|wpe|embd|word_embeddings|cls_token|class_token)")),
+    (
+        "embedding",
+        re.compile(r"(?i)(embed|wte|wpe|embd|cls_token|class_token|(^|\.)shared\.weight$)"),
+    ),
     ("head", re.compile(r"(?i)(^|\.)(lm_head|score|classifier|head|embed_out|cls)(\.|$)")),
     ("norm", re.compile(r"(?i)(norm|ln_|(^|\.)ln\d*(\.|$)|layernorm)")),
 )

@@ -108,8 +108,12 @@ class ArrayTensor:
         return self.array.shape
 
     def read(self, start: int, stop: int, out: Array | None = None) -> Array:
-        """Entries ``start:stop`` of the flattened tensor; a view whenever possible."""
+        """Entries ``start:stop`` of the flattened tensor; a view unless ``out`` is given."""
         flat = self.array.reshape(-1)[start:stop]
+        if out is not None:
+            target = out[: flat.nbytes].view(flat.dtype)
+            target[:] = flat
+            return target
         flat.flags.writeable = False
         return flat
 

@@ -1,0 +1,1 @@
+"""Files on disk: read, refused, laid out and written, byte by byte."""
