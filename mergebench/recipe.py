@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -134,9 +135,7 @@ def _op_in(data: Any, where: str) -> OpRef:
         name, params = next(iter(data.items()))
         if isinstance(name, str) and (params is None or isinstance(params, Mapping)):
             return OpRef(name, {str(k): v for k, v in (params or {}).items()})
-    raise FormatError(
-        f"{where}: an op is a name or `name: {{parameter: value}}`", got=json.dumps(data)
-    )
+    raise FormatError(f"{where}: an op is a name or `name: {{parameter: value}}`", got=repr(data))
 
 
 def parse_op(text: str) -> OpRef:
@@ -230,7 +229,7 @@ def _model_in(data: Any, where: str) -> ModelRef:
 
 def _text(data: Mapping[str, Any], key: str, where: str) -> str | None:
     value = data.get(key)
-    if value is not None and not isinstance(value, (str, int)):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int))):
         raise FormatError(f"{where}: `{key}` must be text", got=repr(value))
     return None if value is None else str(value)
 
@@ -254,7 +253,9 @@ def _flag(data: Mapping[str, Any], key: str, where: str) -> bool:
 def _number(value: Any, key: str, where: str) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    # The comparison refuses NaN, infinity, and integers beyond every float.
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not abs(value) <= sys.float_info.max:
         raise FormatError(f"{where}: `{key}` must be a number", got=repr(value))
     return float(value)
 
@@ -270,7 +271,12 @@ def read_recipe(path: Path) -> Recipe:
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        try:
+            # YAML 1.1 takes JSON's 1e-05 for text, and halves of its escaped pairs for characters.
+            data = json.loads(text)
+        except ValueError:
+            data = yaml.safe_load(text)
     except FileNotFoundError:
         raise FormatError(f"{path}: no such recipe") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -11,13 +11,23 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from mergebench.adapters_zoo.adapter import AdapterSource, ReadOptions, is_adapter, read_adapter
+from mergebench.adapters_zoo.adapter import (
+    FILE_KEY,
+    AdapterSource,
+    ReadOptions,
+    is_adapter,
+    is_saved_delta,
+    parse_object,
+    read_adapter,
+)
 from mergebench.checkpoints.layout import Checkpoint, open_checkpoint
 from mergebench.checkpoints.reader import open_safetensors
-from mergebench.core.delta import Delta, Difference, Replacement, tile
+from mergebench.core.delta import Delta, Difference, Replacement, reads, tile
 from mergebench.core.errors import FormatError, MergebenchError
 from mergebench.core.task_vector import TaskVector
 from mergebench.core.tensor import FLOATING, Array, Tensor, size_of
+
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +82,7 @@ class Applied:
 def split_weight(text: str) -> tuple[str, float]:
     """``path:0.3`` into path and weight; a path that exists as written wins."""
     head, colon, tail = text.rpartition(":")
-    if not colon or Path(text).exists():
+    if not colon or _exists(Path(text)):
         return text, 1.0
     try:
         return head, float(tail)
@@ -96,6 +106,20 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def content(source: Source) -> str:
+    """A digest of every entry of an input, 32 hex digits; reads it whole."""
+    digest = xxhash.xxh3_128()
+    stored = dict(source.checkpoint.tensors) if source.checkpoint is not None else {}
+    for name, delta in (source.deltas or {}).items():
+        stored |= {f"{name}\0{place}": tensor for place, tensor in enumerate(reads(delta))}
+    for name in sorted(stored, key=str.encode):
+        size = size_of(stored[name].shape)
+        for start in range(0, size, _PIECE):
+            piece = stored[name].read(start, min(start + _PIECE, size))
+            digest.update(np.ascontiguousarray(piece).view(np.uint8).data)
+    return digest.hexdigest()
+
+
 def open_source(reference: str, options: ReadOptions) -> Source:
     """Open a path or ``base+adapter``: headers and configs only.
 
@@ -105,19 +129,28 @@ def open_source(reference: str, options: ReadOptions) -> Source:
         If nothing is there, or if it is neither a checkpoint nor a known kind of adapter.
     """
     path = Path(reference).expanduser()
-    if path.exists():
+    if _exists(path):
         return _open_path(path, reference, options)
     left, plus, right = reference.rpartition("+")
-    if plus and Path(left).expanduser().exists():
+    if plus and _exists(Path(left).expanduser()):
         return _open_pair(left, right, options)
     if reference.startswith("hf://"):
         raise MergebenchError(
             f"{reference}: references to the Hub are not opened directly",
             fix=f"run `hf download {reference[5:]}` and give the folder",
         )
-    raise MergebenchError(
-        f"{reference}: no such file or folder", fix="give a path, or base+adapter"
-    )
+    fix = "give a path, or base+adapter"
+    if "=" in reference:
+        fix = f"a parameter is written -p {reference}"
+    raise MergebenchError(f"{reference}: no such file or folder", fix=fix)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        # A name that no file system can hold.
+        return False
 
 
 def _open_pair(left: str, right: str, options: ReadOptions) -> Source:
@@ -154,9 +187,8 @@ def _open_path(path: Path, label: str, options: ReadOptions) -> Source:
         mark = fingerprint(source.tensors)
         return Source(label, None, deltas, mark, source.config or {}, identity)
     checkpoint = open_checkpoint(path)
-    return Source(
-        label, checkpoint, None, fingerprint(checkpoint.tensors), {}, tuple(checkpoint.identity)
-    )
+    once = {n: t for n, t in checkpoint.tensors.items() if n not in checkpoint.aliases}
+    return Source(label, checkpoint, None, fingerprint(once), {}, tuple(checkpoint.identity))
 
 
 def _adapter_at(
@@ -166,14 +198,13 @@ def _adapter_at(
     config: Mapping[str, Any] | None = None
     file = path
     if path.is_dir():
-        described = path / "adapter_config.json"
-        if not described.exists():
+        described, saved = path / "adapter_config.json", path / "delta.safetensors"
+        if not described.exists() and not saved.exists():
             return None
-        try:
-            config = json.loads(described.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, ValueError) as error:
-            raise FormatError(f"{described}: not JSON ({error})") from None
-        file = path / "adapter_model.safetensors"
+        file = saved
+        if described.exists():
+            config = _config_of(described)
+            file = path / "adapter_model.safetensors"
         if not file.exists():
             found = sorted(each.name for each in path.iterdir())
             raise FormatError(
@@ -195,6 +226,16 @@ def _adapter_at(
     return AdapterSource(label, opened.tensors, config, opened.metadata), (identity,)
 
 
+def _config_of(described: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads(described.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{described}: cannot be read as JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{described}: not a JSON object", got=type(config).__name__)
+    return config
+
+
 def source_of_arrays(label: str, arrays: Mapping[str, Tensor]) -> Source:
     """A source over tensors in memory: a state dict."""
     checkpoint = Checkpoint(
@@ -209,6 +250,27 @@ def source_of_arrays(label: str, arrays: Mapping[str, Tensor]) -> Source:
         identity=(),
     )
     return Source(label, checkpoint, None, fingerprint(arrays))
+
+
+def source_of_deltas(deltas: TaskVector) -> Source:
+    """A source over a task vector that is already open."""
+    stored = {
+        f"{name}.{place}": tensor
+        for name, delta in deltas.items()
+        for place, tensor in enumerate(reads(delta))
+    }
+    return Source(deltas.label, None, deltas, fingerprint(stored))
+
+
+def base_fingerprint(source: Source) -> str | None:
+    """The fingerprint of the base that a saved task vector was taken from, if it says so."""
+    if source.deltas is None or source.checkpoint is not None:
+        return None
+    if not is_saved_delta(source.deltas.metadata):
+        return None
+    base = parse_object(source.label, FILE_KEY, source.deltas.metadata[FILE_KEY]).get("base")
+    mark = base.get("fingerprint") if isinstance(base, dict) else None
+    return mark if isinstance(mark, str) else None
 
 
 def load(
@@ -237,6 +299,8 @@ def load(
     """
     options = ReadOptions(lora_alpha=lora_alpha)
     under = None if base is None else open_source(str(base), options).checkpoint
+    if base is not None and under is None:
+        raise MergebenchError(f"{base}: the base must be a checkpoint", got="an adapter")
     source = open_source(str(reference), options if under is None else with_base(options, under))
     if source.checkpoint is None:
         assert source.deltas is not None
@@ -250,9 +314,14 @@ def load(
     whole = replace(source.checkpoint, label=source.label, tensors=applied)
     if under is None:
         return whole
-    pairs = {
-        name: Difference(tensor, under.tensors[name])
-        for name, tensor in whole.tensors.items()
-        if tensor.dtype in FLOATING and name in under.tensors
-    }
+    pairs = {}
+    for name, tensor in whole.tensors.items():
+        if tensor.dtype not in FLOATING:
+            continue
+        if name not in under.tensors or under.tensors[name].shape != tensor.shape:
+            raise MergebenchError(
+                f"{reference}: {name} is not in {base}, or of another shape",
+                fix="give the base it was fine-tuned from",
+            )
+        pairs[name] = Difference(tensor, under.tensors[name])
     return TaskVector(source.label, pairs, source.fingerprint)

@@ -135,7 +135,7 @@ def lay(
             name = names.unique(source.label, pair.key_a, pair.target, found)
         placement = _placement(source, options, pair, name, names)
         a, b = source.tensors[pair.key_a], source.tensors[pair.key_b]
-        delta = LowRank(b, a, pair.scale, placement.shape, placement.transposed)
+        delta = LowRank(b, a, pair.scale, placement.shape, placement.transposed, pair.embedding)
         put(source.label, deltas, name, pair.key_a, delta)
         targets[pair.module] = name
         placed.append((pair, placement))

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mergebench.core.tensor import Array, Tensor
+from mergebench.core.tensor import DTYPES, Array, Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Scaled:
-    """``scale · source``, as float64, so that the product is rounded only where it is used.
+    """``scale · source``, computed in float64 and rounded once.
 
     Attributes
     ----------
@@ -25,8 +25,8 @@ class Scaled:
 
     @property
     def dtype(self) -> str:
-        """Always ``F64``."""
-        return "F64"
+        """``F32``, or ``F64`` for a source stored so."""
+        return "F64" if self.source.dtype == "F64" else "F32"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -34,10 +34,12 @@ class Scaled:
         return self.source.shape
 
     def read(self, start: int, stop: int, out: Array | None = None) -> Array:
-        """Entries ``start:stop`` of the flattened product, shape ``(stop-start,)``, float64."""
-        values = self.source.read(start, stop).astype(np.float64) * self.scale
+        """Entries ``start:stop`` of the flattened product, shape ``(stop-start,)``."""
+        values = (self.source.read(start, stop).astype(np.float64) * self.scale).astype(
+            DTYPES[self.dtype]
+        )
         if out is None:
             return values
-        place = out[: values.nbytes].view(np.float64)
+        place = out[: values.nbytes].view(values.dtype)
         place[:] = values
         return place

@@ -28,7 +28,7 @@ def find_ties(
     MergebenchError
         If a tensor cannot be read.
     """
-    if not _says_tied(config):
+    if not is_tied(config):
         return {}, ()
     matrices = {name: tensor for name, tensor in tensors.items() if len(tensor.shape) == 2}
     kinds = {name: kind_of(name, tensor.shape) for name, tensor in matrices.items()}
@@ -67,7 +67,8 @@ def same_bytes(left: Tensor, right: Tensor) -> bool:
     return True
 
 
-def _says_tied(config: Mapping[str, Any] | None) -> bool:
+def is_tied(config: Mapping[str, Any] | None) -> bool:
+    """Whether a config ties the head to the embeddings."""
     parts = (config or {}, (config or {}).get("text_config"))
     return any(
         isinstance(part, Mapping) and part.get("tie_word_embeddings") is True for part in parts

@@ -60,8 +60,9 @@ def inspect(
     for key, value in {**data, **update}.items():
         if value not in ([], {}, None, ""):
             table.add_row(key.replace("_", " "), _words(key, value))
-    if made:
-        table.add_row("made by", f"mergebench {made['mergebench']}, {made['recipe'].get('method')}")
+    if made and made["recipe"]:
+        how = made["recipe"].get("method") or "a chain of ops"
+        table.add_row("made by", f"mergebench {made['mergebench']}, {how}")
     console.out().print(table)
     if listed:
         rows = Table(box=None, pad_edge=False)

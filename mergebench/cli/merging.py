@@ -89,7 +89,9 @@ def plan(
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, YAML or JSON.", show_default=False)],
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe, YAML or JSON, or an output.", show_default=False)
+    ],
     out: o.Out = None,
     force: o.Force = False,
     memory: o.Memory = "512MiB",
@@ -106,9 +108,10 @@ def run(
 
       mergebench run merged/mergebench_recipe.yaml --dry-run
     """
+    from mergebench.manifest import RECIPE
     from mergebench.recipe import read_recipe
 
-    read = read_recipe(recipe)
+    read = read_recipe(recipe / RECIPE if recipe.is_dir() else recipe)
     _do(
         _with_out(replace(read, out=out or read.out)),
         force, memory, workers, dry_run, as_json, quiet,
@@ -143,6 +146,8 @@ def _recipe(
     for option, value, known in (("--dtype", dtype, DTYPES), ("--as", form, FORMS)):
         if value not in known:
             raise ParameterError(f"{option}: {value!r}", fix=did_you_mean(value, known))
+    if shard_size is not None:
+        _size("--shard-size", shard_size)
     params: dict[str, Any] = {}
     for text in param or []:
         key, value = parse_assignment(text)
@@ -168,6 +173,18 @@ def _recipe(
     )
 
 
+def _size(option: str, text: str) -> int:
+    from mergebench.checkpoints.sizes import parse_size
+    from mergebench.core.errors import ParameterError
+
+    try:
+        return parse_size(text)
+    except ParameterError as error:
+        raise ParameterError(
+            f"{option}: {error.what}", got=error.got, expected=error.expected
+        ) from None
+
+
 def _with_out(recipe: Recipe) -> Recipe:
     """Without a place given: a file if all inputs are files, else a folder."""
     if recipe.out is not None:
@@ -186,12 +203,11 @@ def _do(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    from mergebench.checkpoints.sizes import parse_size
     from mergebench.merge.engine import check_outputs, execute
     from mergebench.merge.plan import make_plan
 
     started = perf_counter()
-    made = make_plan(recipe, memory=parse_size(memory), workers=workers)
+    made = make_plan(recipe, memory=_size("--memory", memory), workers=workers)
     if dry_run:
         if as_json:
             console.say_json(made.to_json())

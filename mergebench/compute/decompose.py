@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from math import sqrt
+
 import numpy as np
 
 from mergebench.core.tensor import Array
+
+_BLOCK = 256
 
 
 def truncate(matrix: Array, rank: int) -> tuple[Array, Array, float]:
@@ -44,6 +48,10 @@ def truncate(matrix: Array, rank: int) -> tuple[Array, Array, float]:
     safe = np.where(norms > 0, norms, 1.0)
     left, right = vectors * norms, projected / safe[:, None]
     total = float(np.linalg.norm(work))
-    lost = float(np.linalg.norm(work - left @ right))
-    residual = lost / total if total > 0 else 0.0
+    # Block by block, since the difference is as large as the matrix.
+    lost = sum(
+        float(np.linalg.norm(work[row : row + _BLOCK] - left[row : row + _BLOCK] @ right)) ** 2
+        for row in range(0, size, _BLOCK)
+    )
+    residual = sqrt(lost) / total if total > 0 else 0.0
     return (left, right, residual) if wide else (right.T, left.T, residual)

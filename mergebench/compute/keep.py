@@ -29,6 +29,9 @@ def keep_mask(stack: Any, cuts: Sequence[Cut], name: str, start: int) -> Any:
     rows = []
     for model, cut in enumerate(cuts):
         magnitudes = xp.abs(stack[model, :])
+        if not _single(cut.value):
+            # Found among float64 tensors: rounded to float32 it would tie with its neighbours.
+            magnitudes = xp.astype(magnitudes, xp.float64, copy=False)
         ties = cut.ties_until(name, start, start + length)
         if ties == length:
             rows.append(magnitudes >= cut.value)
@@ -39,10 +42,17 @@ def keep_mask(stack: Any, cuts: Sequence[Cut], name: str, start: int) -> Any:
     return xp.stack(rows)
 
 
-def row_ranks_mask(stack: Any, row: int, low: int, high: int) -> Any:
+def _single(value: float) -> bool:
+    """Whether float32 holds a number as it is."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(value)) == value
+
+
+def row_ranks_mask(stack: Any, row: int, low: int, high: int, ties: bool = False) -> Any:
     """True where the magnitude's rank within its row is in ``low < rank <= high``.
 
-    Rank 1 is the largest; among equals the earlier entry ranks first.
+    Rank 1 is the largest; among equals the earlier entry ranks first. With ``ties`` all equals of
+    the last one that stays do too.
 
     Parameters
     ----------
@@ -55,10 +65,12 @@ def row_ranks_mask(stack: Any, row: int, low: int, high: int) -> Any:
     array of bool, same shape
     """
     xp = namespace(stack)
+    if stack.shape[1] == 0:
+        return xp.ones_like(stack, dtype=xp.bool)
     magnitudes = xp.reshape(xp.abs(stack), (-1, row))
     low, high = max(low, 0), min(high, row)
     thresholds = _thresholds(magnitudes, {rank for rank in (low, high) if 0 < rank < row})
-    mask = _top(magnitudes, high, thresholds)
+    mask = _top(magnitudes, high, thresholds, ties)
     if low > 0:
         mask = mask & ~_top(magnitudes, low, thresholds)
     return xp.reshape(mask, stack.shape)
@@ -81,8 +93,10 @@ def _thresholds(magnitudes: Any, ranks: Collection[int]) -> dict[int, tuple[Any,
     return found
 
 
-def _top(magnitudes: Any, count: int, thresholds: Mapping[int, tuple[Any, Any]]) -> Any:
-    """True for exactly the ``count`` largest of every row of a 2-D array."""
+def _top(
+    magnitudes: Any, count: int, thresholds: Mapping[int, tuple[Any, Any]], ties: bool = False
+) -> Any:
+    """True for exactly the ``count`` largest of every row of a 2-D array, or with all ties."""
     xp = namespace(magnitudes)
     if count >= magnitudes.shape[1]:
         return xp.ones_like(magnitudes, dtype=xp.bool)
@@ -90,9 +104,13 @@ def _top(magnitudes: Any, count: int, thresholds: Mapping[int, tuple[Any, Any]])
         return xp.zeros_like(magnitudes, dtype=xp.bool)
     threshold, free = thresholds[count]
     top = magnitudes >= threshold
+    if ties:
+        return top
     rows, columns = xp.nonzero(magnitudes == threshold)
     # Row by row, so the place of a tie within its row is its distance from the row's first.
-    places = xp.arange(rows.shape[0], dtype=rows.dtype) - xp.searchsorted(rows, rows)
+    places = xp.arange(rows.shape[0], dtype=rows.dtype, device=rows.device) - xp.searchsorted(
+        rows, rows
+    )
     late = places >= free[rows]
     top[rows[late], columns[late]] = False
     return top

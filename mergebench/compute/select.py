@@ -55,6 +55,18 @@ def bits(stack: Array) -> NDArray[Any]:
     return stack.view(kind) & np.iinfo(kind).max
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What one tile holds above and inside the bracket of a search."""
+
+    above: int
+    inside: int
+    values: NDArray[Any] | None = None
+    places: NDArray[Any] | None = None
+    counts: NDArray[Any] | None = None
+    mask: NDArray[np.uint8] | None = None
+
+
 @dataclass
 class _Target:
     """The search for one threshold: the ``rank``-th largest magnitude of one model."""
@@ -72,6 +84,7 @@ class _Target:
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BINS + 1, np.int64))
     single: bool = False
     narrowed: bool = False
+    crowded: bool = False
     known_above: int = 0
 
     def start_round(self) -> None:
@@ -79,38 +92,51 @@ class _Target:
         self.kept = []
         self.counts = np.zeros(_BINS + 1, np.int64)
         self.single = self.low == self.high and self.narrowed
+        self.crowded = False
 
     @property
     def width(self) -> int:
         """Integers per histogram bin."""
         return (self.high - self.low) // _BINS + 1
 
-    def look(self, magnitudes: NDArray[Any]) -> tuple[int, NDArray[Any], NDArray[Any]]:
-        """Count above the bracket, values and places of what lies inside."""
+    def look(self, magnitudes: NDArray[Any]) -> _Found:
+        """Count above the bracket and gather what lies inside; small whatever the data are."""
         top = magnitudes > self.high
         above = int(np.count_nonzero(top))
         inside = magnitudes >= self.low
-        places = np.flatnonzero(np.logical_xor(inside, top, out=inside))
-        return above, magnitudes[places], places
-
-    def take(self, name: bytes, start: int, found: tuple[int, NDArray[Any], NDArray[Any]]) -> None:
-        above, values, places = found
-        self.above += above
-        before = self.inside
-        self.inside += values.size
+        np.logical_xor(inside, top, out=inside)
         if self.single:
-            # All values are the threshold: only the place of the last kept tie is missing.
+            # All values are the threshold: which entries they are fits in a bit each.
+            return _Found(above, int(np.count_nonzero(inside)), mask=np.packbits(inside))
+        places = np.flatnonzero(inside)
+        values = magnitudes[places]
+        if not self.crowded and 8 * places.size <= magnitudes.size + _BINS:
+            return _Found(above, places.size, values, places)
+        counts = np.bincount((values - self.low) // self.width, minlength=_BINS + 1)
+        return _Found(above, places.size, counts=counts)
+
+    def take(self, name: bytes, start: int, found: _Found) -> None:
+        self.above += found.above
+        before = self.inside
+        self.inside += found.inside
+        if found.mask is not None:
+            # Only the place of the last tie that stays is missing.
             wanted = self.rank - self.known_above
             if before < wanted <= self.inside:
-                self.cut = Cut(
-                    self._value(self.low), name, start + int(places[wanted - before - 1])
-                )
+                places = np.flatnonzero(np.unpackbits(found.mask))
+                place = start + int(places[wanted - before - 1])
+                self.cut = Cut(self._value(self.low), name, place)
             return
-        self.counts += np.bincount((values - self.low) // self.width, minlength=_BINS + 1)
-        if self.inside <= self.capacity:
-            self.kept.append((name, values, places + start))
+        if found.values is None or found.places is None:
+            assert found.counts is not None
+            self.counts += found.counts
+            self.crowded = True
         else:
-            self.kept = []
+            bins = (found.values - self.low) // self.width
+            self.counts += np.bincount(bins, minlength=_BINS + 1)
+            self.kept.append((name, found.values, found.places + start))
+        if self.crowded or self.inside > self.capacity:
+            self.crowded, self.kept = True, []
 
     def _value(self, number: int) -> float:
         return float(np.array([number], self.kind).view(f"f{self.kind.itemsize}")[0])
@@ -128,7 +154,7 @@ class _Target:
                 self.cut = Cut(0.0, _LAST)
                 return
             self.low, self.high = 1, self.low - 1
-        elif self.inside <= self.capacity:
+        elif not self.crowded:
             self.cut = self._settle()
         else:
             self._narrow()
@@ -156,9 +182,9 @@ class _Target:
         self.low, self.high = bottom, min(bottom + width - 1, self.high)
 
 
-def sample_size(size: int) -> int:
+def sample_size(size: int, models: int) -> int:
     """How many entries to sample: the bracket then holds about one entry in a hundred or fewer."""
-    return min(max(size // 64, 1 << 16), 1 << 21)
+    return min(max(size // 64, 1 << 16), max((1 << 22) // models, 1 << 16))
 
 
 def _bracket(ordered: NDArray[Any], rank: int, size: int) -> tuple[int, int]:
@@ -205,7 +231,7 @@ def kth_magnitudes(sweep: Any, ranks: Sequence[Sequence[int]]) -> list[list[Cut]
             target.start_round()
 
         def visit(stack: Any, at: Any, pending: list[_Target] = pending) -> list[Any]:
-            magnitudes = bits(as_numpy(stack))
+            magnitudes = bits(as_numpy(stack).astype(f"f{pending[0].kind.itemsize}", copy=False))
             return [target.look(magnitudes[target.model]) for target in pending]
 
         for at, parts in sweep(visit):
@@ -226,7 +252,7 @@ def _targets(sweep: Any, wanted: Sequence[tuple[int, int]]) -> list[_Target]:
         kind = bits(as_numpy(sweep.sample(1))).dtype
         top = int(np.iinfo(kind).max)
         return [_Target(model, rank, 1, top, kind, capacity) for model, rank in wanted]
-    ordered = np.sort(bits(as_numpy(sweep.sample(sample_size(sweep.size)))), axis=-1)
+    ordered = np.sort(bits(as_numpy(sweep.sample(sample_size(sweep.size, sweep.models)))), axis=-1)
     return [
         _Target(model, rank, *_bracket(ordered[model], rank, sweep.size), ordered.dtype, capacity)
         for model, rank in wanted
@@ -235,8 +261,9 @@ def _targets(sweep: Any, wanted: Sequence[tuple[int, int]]) -> list[_Target]:
 
 def as_numpy(stack: Any) -> Array:
     """A host numpy view or copy of an array of any library, cut off from autograd."""
-    if isinstance(stack, np.ndarray):
-        return stack
     if hasattr(stack, "detach"):
         stack = stack.detach().cpu()
-    return np.asarray(stack)
+        # numpy has no bfloat16 of its own; float32 holds its numbers as they are.
+        stack = stack.float() if stack.dtype.itemsize < 4 else stack
+    array = np.asarray(stack)
+    return array.astype(np.float32) if array.dtype.itemsize < 4 else array

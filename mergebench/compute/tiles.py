@@ -62,6 +62,10 @@ class Load:
         Bytes that do not depend on the tiling (threshold search, dense matrices).
     largest : int
         Entries of the largest tensor.
+    shared : int
+        Stacks kept for other outputs.
+    factors : tuple of (int, int)
+        Per tensor its entries and the bytes of low-rank factors held while it is worked on.
     """
 
     models: int
@@ -71,15 +75,30 @@ class Load:
     unit: int
     fixed: int
     largest: int
+    shared: int = 0
+    factors: tuple[tuple[int, int], ...] = ()
 
     def bytes(self, tiling: Tiling) -> int:
         """Anonymous memory of a merge with this tiling, above the imported libraries."""
         tile = min(max(tiling.tile, self.unit), max(self.largest, 1))
         job = min(max(tiling.job, tile), max(self.largest, 1))
         # Per worker: what was read, the float stack, and about two more of it in temporaries.
-        working = tile * (self.itemsize * (4 * self.models + 6 + 2 * self.outputs))
+        stacks = (4 + self.shared) * self.models + 6 + 2 * self.outputs
+        working = tile * self.itemsize * stacks
         queued = job * self.out_itemsize * self.outputs
-        return self.fixed + tiling.workers * working + (2 * tiling.workers + 1) * queued
+        window = 2 * tiling.workers + 1
+        return self.fixed + self._held(job, window) + tiling.workers * working + window * queued
+
+    def _held(self, job: int, window: int) -> int:
+        """Factors of the tensors whose jobs can stand in the window together.
+
+        Those of many jobs share it two at a time, small ones as many as it has jobs.
+        """
+        if not self.factors:
+            return 0
+        largest = max(held for _, held in self.factors)
+        per_job = max(held / max(-(-size // job), 1) for size, held in self.factors)
+        return 2 * largest + int(window * per_job)
 
 
 def fit(load: Load, budget: int, workers: int) -> tuple[Tiling, int]:

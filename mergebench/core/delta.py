@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mergebench.core.tensor import Array, Tensor
+from mergebench.core.tensor import Array, ArrayTensor, Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +56,8 @@ class LowRank:
         convolution ``(out, channels, *kernel)`` with ``in = channels · ∏ kernel``.
     transposed : bool
         True where the weight is stored input × output (``fan_in_fan_out``, embeddings).
+    embedding : bool or None
+        Whether the module is an embedding, which adapters spell differently; ``None`` if unknown.
     """
 
     B: Tensor
@@ -63,6 +65,7 @@ class LowRank:
     scale: float
     shape: tuple[int, ...]
     transposed: bool = False
+    embedding: bool | None = None
 
     @property
     def rank(self) -> int:
@@ -84,7 +87,7 @@ class Replacement:
 
 Delta = Difference | Dense | LowRank | Replacement
 
-_ROWS = 64
+_ROWS = 8
 
 
 @singledispatch
@@ -133,11 +136,22 @@ def factors(delta: LowRank, dtype: np.dtype[Any]) -> tuple[Array, Array]:
     ``(scale · Aᵀ, Bᵀ)``.
     """
     rank = delta.rank
-    left = delta.B.read(0, prod(delta.B.shape)).reshape(-1, rank).astype(dtype)
-    right = delta.A.read(0, prod(delta.A.shape)).reshape(rank, -1).astype(dtype)
+    left = delta.B.read(0, prod(delta.B.shape)).reshape(-1, rank).astype(dtype, copy=False)
+    right = delta.A.read(0, prod(delta.A.shape)).reshape(rank, -1).astype(dtype, copy=False)
     if delta.transposed:
         left, right = right.T.copy(), left.T.copy()
-    return left * dtype.type(delta.scale), right
+    return left if delta.scale == 1 else left * dtype.type(delta.scale), right
+
+
+def resident(delta: Delta) -> Delta:
+    """The same displacement with its factors in memory, in float64 and the stored orientation.
+
+    Tiles of it then cost their product alone. Takes ``8 · r · (rows + columns)`` bytes.
+    """
+    if not isinstance(delta, LowRank):
+        return delta
+    left, right = factors(delta, np.dtype(np.float64))
+    return LowRank(ArrayTensor(left), ArrayTensor(right), 1.0, delta.shape)
 
 
 def reads(delta: Delta) -> tuple[Tensor, ...]:

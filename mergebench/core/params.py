@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
+from operator import index
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from mergebench.core.errors import ParameterError, did_you_mean
@@ -91,9 +93,13 @@ class Param:
             return str(value)
         if isinstance(value, bool):
             return None
+        if self.kind is int:
+            # Not by way of a float, which holds integers up to 2^53 only.
+            with suppress(TypeError, ValueError):
+                return int(value) if isinstance(value, str) else index(value)
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return None
         if self.kind is int:
             return int(number) if isfinite(number) and number == int(number) else None
@@ -102,7 +108,7 @@ class Param:
     def _allows(self, value: Any) -> bool:
         if self.choices or self.kind in (bool, str):
             return True
-        if not isfinite(value):
+        if not isinstance(value, int) and not isfinite(value):
             return False
         if self.low is not None and (value <= self.low if self.open_low else value < self.low):
             return False
@@ -156,6 +162,7 @@ def bind(
     """
     values = {name: param.default for name, param in params.items() if not param.required}
     values |= dict(defaults or {})
+    seen: set[str] = set()
     for key, value in given.items():
         name = key if key in params else ALIASES.get(key, key)
         if name not in params:
@@ -163,10 +170,15 @@ def bind(
                 f"{owner}: no parameter `{key}`",
                 fix=did_you_mean(key, params) if params else f"{owner} takes none",
             )
+        if name in seen:
+            raise ParameterError(
+                f"{owner}: `{name}` is given twice", fix="keep one of its spellings"
+            )
+        seen.add(name)
         values[name] = params[name].check(value, owner)
     if missing := [name for name in params if name not in values]:
         raise ParameterError(
             f"{owner}: `{missing[0]}` is required, {params[missing[0]].describe()}",
-            fix=f"add -p {missing[0]}=…",
+            fix=f"give {missing[0]}=…",
         )
     return {name: values[name] for name in params}

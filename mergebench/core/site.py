@@ -10,16 +10,16 @@ from math import prod
 
 #: Finds the stack and the index of a numbered block in a tensor name. Overridable per merge.
 BLOCK_PATTERN = re.compile(
-    r"^(?P<stack>.*?\b(?:layers?|blocks?|h|resblocks|transformer_blocks|stages|block))"
-    r"\.(?P<index>\d+)\."
+    r"^(?P<stack>(?:.*?\.)??(?:\w+_)?(?:layers?|blocks?|resblocks|stages|h))\.(?P<index>\d+)\."
 )
+#: The first that matches wins: norms stand inside embeddings, and GPT-NeoX's head is ``embed_out``.
 _CLASSES: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("norm", re.compile(r"(?i)(norm|ln_|(^|\.)ln\d*(\.|$))")),
+    ("head", re.compile(r"(?i)(^|\.)(lm_head|score|classifier|head|embed_out|cls)(\.|$)")),
     (
         "embedding",
         re.compile(r"(?i)(embed|wte|wpe|embd|cls_token|class_token|(^|\.)shared\.weight$)"),
     ),
-    ("head", re.compile(r"(?i)(^|\.)(lm_head|score|classifier|head|embed_out|cls)(\.|$)")),
-    ("norm", re.compile(r"(?i)(norm|ln_|(^|\.)ln\d*(\.|$)|layernorm)")),
 )
 
 

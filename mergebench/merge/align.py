@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from mergebench.checkpoints.layout import Checkpoint
+from mergebench.checkpoints.ties import is_tied
 from mergebench.core.delta import Delta, Dense, Difference, Replacement, reads
 from mergebench.core.errors import MismatchError
-from mergebench.core.site import make_sites
+from mergebench.core.site import kind_of, make_sites
 from mergebench.core.tensor import FLOATING, Tensor, size_of
 from mergebench.merge.stream import Item
 from mergebench.sources import Applied, Source
@@ -85,10 +86,14 @@ def align(
     under = base.checkpoint if base is not None else None
     reference = under or next((m.checkpoint for m in models if m.checkpoint is not None), None)
     table = _Table(models, tuple(weights), under)
+    notes = [] if reference is None else list(reference.notes)
     for position, model in enumerate(models):
+        added: dict[str, Tensor] = {}
         if model.checkpoint is not None and reference is not None:
-            _check_names(model, reference)
-        found = _displacements(model, base, space)
+            added = _check_names(model, reference, notes)
+            for name, tensor in added.items():
+                table.kept.setdefault(name, []).append((model.label, tensor))
+        found = _displacements(model, base, space, form, added)
         for name, delta in found.items():
             if isinstance(delta, Replacement):
                 table.kept.setdefault(name, []).append((model.label, delta.values))
@@ -103,14 +108,16 @@ def align(
         for alias, source in reference.aliases.items():
             if form == "model":
                 twins[source] = (*twins.get(source, ()), alias)
+    _check_added(table, reference)
     _keep_replacements(table, names)
     items = _items(table, reference, space, form)
     present = [n for n in names if n in items or n in table.copies]
-    notes = () if reference is None else tuple(reference.notes)
-    return Aligned(tuple(present), items, table.copies, twins, table.reasons, notes)
+    return Aligned(tuple(present), items, table.copies, twins, table.reasons, tuple(notes))
 
 
-def _displacements(model: Source, base: Source | None, space: str) -> dict[str, Delta]:
+def _displacements(
+    model: Source, base: Source | None, space: str, form: str, apart: Mapping[str, Tensor]
+) -> dict[str, Delta]:
     """What one model contributes to each floating tensor, in the method's space."""
     own = model.checkpoint
     if own is not None and model.deltas is not None and space == "delta" and base is not None:
@@ -121,21 +128,26 @@ def _displacements(model: Source, base: Source | None, space: str) -> dict[str, 
         if space == "weight" and base is not None and base.checkpoint is not None:
             own = base.checkpoint
         else:
-            under = base.checkpoint if base is not None else None
+            # An adapter holds replaced tensors in full, whatever the base has.
+            under = base.checkpoint if base is not None and form != "lora" else None
             return {name: _against(delta, under, name) for name, delta in over.items()}
     values: dict[str, Tensor] = {
         name: tensor
         for name, tensor in own.tensors.items()
-        if tensor.dtype in FLOATING and name not in own.aliases
+        if tensor.dtype in FLOATING and name not in own.aliases and name not in apart
     }
+    added: dict[str, Delta] = {}
     for name, delta in over.items():
-        values[name] = _on_top(values.get(name), delta, name, model.label)
+        if isinstance(delta, Replacement) and name not in own.tensors:
+            added[name] = delta
+        else:
+            values[name] = _on_top(values.get(name), delta, name, model.label)
     if space == "weight":
-        return {name: Dense(tensor) for name, tensor in values.items()}
+        return added | {name: Dense(tensor) for name, tensor in values.items()}
     assert base is not None
     assert base.checkpoint is not None
     origin = base.checkpoint.tensors
-    return {name: Difference(tensor, origin[name]) for name, tensor in values.items()}
+    return added | {name: Difference(tensor, origin[name]) for name, tensor in values.items()}
 
 
 def _same_weights(own: Checkpoint, base: Checkpoint | None) -> bool:
@@ -157,17 +169,28 @@ def _on_top(weight: Tensor | None, delta: Delta, name: str, label: str) -> Tenso
     return Applied(weight, delta)
 
 
-def _check_names(model: Source, reference: Checkpoint) -> None:
+def _check_names(model: Source, reference: Checkpoint, notes: list[str]) -> dict[str, Tensor]:
+    """Compare names and kinds; returns floating tensors that the reference does not have."""
     assert model.checkpoint is not None
     own = model.checkpoint
     if own is reference:
-        return
+        return {}
+    for name in own.tensors.keys() & reference.tensors.keys():
+        kinds = own.tensors[name].dtype, reference.tensors[name].dtype
+        if (kinds[0] in FLOATING) != (kinds[1] in FLOATING):
+            raise MismatchError(
+                f"{name}: {kinds[0]} in {model.label}, {kinds[1]} in {reference.label}",
+                fix="give models that agree on which tensors are numbers to merge",
+            )
     mine = set(own.tensors) - set(own.aliases)
     theirs = set(reference.tensors) - set(reference.aliases)
     missing = sorted(theirs - mine - set(own.aliases))
     extra = sorted(mine - theirs - set(reference.aliases))
-    # Buffers that newer libraries no longer save are taken from the base.
+    # Buffers that one version of a library saves and another does not.
     missing = [name for name in missing if reference.tensors[name].dtype in FLOATING]
+    for name in [name for name in extra if own.tensors[name].dtype not in FLOATING]:
+        extra.remove(name)
+        notes.append(f"{name} of {model.label} is left out: {reference.label} does not have it")
     for tied, apart, names in (
         (reference, own, mine & set(reference.aliases)),
         (own, reference, theirs & set(own.aliases)),
@@ -179,16 +202,37 @@ def _check_names(model: Source, reference: Checkpoint) -> None:
                 f"but a tensor of its own in {apart.label}",
                 fix="merge models that are both tied or both untied",
             )
-    if missing or extra:
-        parts = [
-            f"{len(names)} tensors are {what} ({_few(names)})"
-            for what, names in (("missing", missing), ("not in it", extra))
-            if names
-        ]
+    if missing:
+        others = f", and {_few(extra)} not in {reference.label}" if extra else ""
         raise MismatchError(
-            f"{model.label}: does not match {reference.label}: " + " and ".join(parts),
+            f"{model.label}: {len(missing)} tensors are missing ({_few(missing)}){others}",
             fix="give models fine-tuned from the same base",
         )
+    heads = [name for name in extra if kind_of(name, own.tensors[name].shape) == "head"]
+    if heads and is_tied(reference.config):
+        raise MismatchError(
+            f"{heads[0]}: a tensor of its own in {model.label}, but {reference.label} ties it to "
+            "the embeddings",
+            fix="merge models that are both tied or both untied",
+        )
+    return {name: own.tensors[name] for name in extra}
+
+
+def _check_added(table: _Table, reference: Checkpoint | None) -> None:
+    """A tensor that the base lacks (a new head) must be in every full model, or in none."""
+    full = [m for m in table.models if m.checkpoint is not None]
+    for name, given in table.kept.items():
+        holders = {label for label, _ in given}
+        for model in full:
+            assert model.checkpoint is not None
+            if name in model.checkpoint.tensors or reference is model.checkpoint:
+                continue
+            if any(name in m.checkpoint.tensors for m in full if m.checkpoint is not None):
+                raise MismatchError(
+                    f"{name}: is in {min(holders)}, but neither in {model.label} nor in "
+                    f"{reference.label if reference else 'a base'}",
+                    fix="give models with the same heads, or a base that has them",
+                )
 
 
 def _few(names: Sequence[str], most: int = 3) -> str:
@@ -286,11 +330,14 @@ def _keep_replacements(table: _Table, names: list[str]) -> None:
         label, first = given[0]
         for other, tensor in given[1:]:
             if not same_content(first, tensor):
+                why = "no base has it to take differences from"
+                fix = "give --base with a model that has this tensor"
+                if table.base is not None and name in table.base.tensors:
+                    why = "an adapter cannot hold the difference to the base"
+                    fix = "write a model (--as model) or a task vector (--as delta)"
                 raise MismatchError(
-                    f"{name}: {label} and {other} hold different values of it in full, and no "
-                    "base has it to take differences from",
-                    fix="give --base with a model that has this tensor, or leave it out of the "
-                    "adapters: task heads are best kept apart",
+                    f"{name}: {label} and {other} hold different values of it in full, and {why}",
+                    fix=f"{fix}, or leave it out of the adapters: task heads are best kept apart",
                 )
         table.copies[name] = first
         table.reasons[name] = f"replaced alike by {len(given)} of {len(table.models)} inputs"
@@ -305,7 +352,8 @@ def _items(table: _Table, reference: Checkpoint | None, space: str, form: str) -
     }
     sites = make_sites(shapes)
     labels = tuple(model.label for model in table.models)
-    items = {}
+    items: dict[str, Item] = {}
+    wide = False
     for name, row in table.deltas.items():
         origin = None
         if table.base is not None and space == "delta" and form == "model":
@@ -316,10 +364,11 @@ def _items(table: _Table, reference: Checkpoint | None, space: str, form: str) -
             table.reasons[name] = "no input changes it"
             continue
         stored = [tensor for delta in row if delta is not None for tensor in reads(delta)]
-        wide = any(tensor.dtype == "F64" for tensor in (*stored, *([origin] if origin else ())))
-        dtype = np.dtype(np.float64 if wide else np.float32)
-        items[name] = Item(sites[name], tuple(row), table.weights, labels, origin, dtype)
-    return items
+        wide |= any(tensor.dtype == "F64" for tensor in (*stored, *([origin] if origin else ())))
+        items[name] = Item(sites[name], tuple(row), table.weights, labels, origin)
+    # One arithmetic for the whole model, so that magnitudes of different tensors compare.
+    dtype = np.dtype(np.float64 if wide else np.float32)
+    return {name: replace(item, dtype=dtype) for name, item in items.items()}
 
 
 def _untouched(

@@ -8,16 +8,25 @@ from typing import Any
 
 import numpy as np
 
-from mergebench.adapters_zoo.adapter import ReadOptions
+from mergebench.checkpoints.layout import Checkpoint
+from mergebench.checkpoints.sizes import parse_size
 from mergebench.core.errors import MergebenchError
+from mergebench.core.task_vector import TaskVector
 from mergebench.core.tensor import ArrayTensor
 from mergebench.merge.engine import Progress, Written, execute, execute_in_memory
-from mergebench.merge.plan import DEFAULT_MEMORY, make_plan
+from mergebench.merge.limits import DEFAULT_MEMORY
+from mergebench.merge.plan import make_plan
 from mergebench.recipe import ModelRef, OpRef, Recipe, parse_op
-from mergebench.sources import Source, open_source, source_of_arrays, split_weight
+from mergebench.sources import (
+    Source,
+    fingerprint,
+    source_of_arrays,
+    source_of_deltas,
+    split_weight,
+)
 
 #: What may stand for a model: a reference, a state dict, or one of them with a weight.
-Model = str | PathLike[str] | Mapping[str, Any] | tuple[Any, float]
+Model = str | PathLike[str] | Mapping[str, Any] | Checkpoint | tuple[Any, float]
 
 
 def merge_models(
@@ -32,7 +41,8 @@ def merge_models(
     form: str = "auto",
     shard_size: str | None = None,
     lora_alpha: float | None = None,
-    memory: int = DEFAULT_MEMORY,
+    ignore_saved_base: bool = False,
+    memory: int | str = DEFAULT_MEMORY,
     workers: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -43,8 +53,9 @@ def merge_models(
     Parameters
     ----------
     models : sequence
-        Paths, ``base+adapter``, state dicts of numpy arrays or torch tensors, or pairs of one of
-        these and a weight. A path may end in ``:0.3``, its weight.
+        Paths, ``base+adapter``, state dicts of numpy arrays or torch tensors, what
+        :func:`mergebench.load` returned, or pairs of one of these and a weight. A path may end
+        in ``:0.3``, its weight.
     base : path or state dict, optional
     method : str, default "linear"
         See :data:`mergebench.methods`; its parameters are further keywords. A list of values
@@ -53,9 +64,9 @@ def merge_models(
         A ``.safetensors`` file or a folder. Without it the result is returned.
     then : sequence of str or OpRef
         Ops applied after the method, such as ``"scale:lam=0.5"``.
-    compat, dtype, form, shard_size, lora_alpha
+    compat, dtype, form, shard_size, lora_alpha, ignore_saved_base
         As in :class:`~mergebench.recipe.Recipe`.
-    memory : int, bytes, default 512 MiB
+    memory : int or str, bytes or such as "256MiB", default 512 MiB
     workers : int, optional
     force : bool, default False
         Replace an existing output.
@@ -73,8 +84,8 @@ def merge_models(
     MergebenchError
         For anything the user can fix.
     """
-    if not models:
-        raise MergebenchError("no models to merge", fix="give at least one")
+    if isinstance(models, (str, Mapping)) or not models:
+        raise MergebenchError("models: a list of at least one", got=type(models).__name__)
     pairs = [_pair(each) for each in models]
     recipe = Recipe(
         models=tuple(
@@ -90,13 +101,13 @@ def merge_models(
         form=form,
         shard_size=shard_size,
         lora_alpha=lora_alpha,
+        ignore_saved_base=ignore_saved_base,
         out=None if out is None else fspath(out),
     )
-    opened = None
-    under = _source(base, "base") if isinstance(base, Mapping) else None
-    if any(isinstance(model, Mapping) for model, _ in pairs):
-        opened = [_source(model, f"models[{i}]") for i, (model, _) in enumerate(pairs)]
-    plan = make_plan(recipe, sources=opened, base=under, memory=memory, workers=workers)
+    opened = [_source(model, f"models[{index}]") for index, (model, _) in enumerate(pairs)]
+    under = None if base is None else _source(base, "base")
+    budget = parse_size(memory) if isinstance(memory, str) else memory
+    plan = make_plan(recipe, sources=opened, base=under, memory=budget, workers=workers)
     if out is not None:
         written: list[Written] = execute(plan, force=force, progress=progress)
         return written if _several(recipe) else written[0]
@@ -112,20 +123,31 @@ def _several(recipe: Recipe) -> bool:
 
 def _pair(model: Model) -> tuple[Any, float]:
     if isinstance(model, tuple):
-        return model[0], float(model[1])
-    if isinstance(model, Mapping):
-        return model, 1.0
-    return split_weight(fspath(model))
+        try:
+            return model[0], float(model[1])
+        except (TypeError, ValueError):
+            raise MergebenchError("a weight must be a number", got=repr(model[1])) from None
+    if isinstance(model, (str, PathLike)):
+        return split_weight(fspath(model))
+    return model, 1.0
 
 
 def _label(model: Any, fallback: str) -> str:
+    if isinstance(model, (Checkpoint, TaskVector)):
+        return model.label
     return fallback if isinstance(model, Mapping) else fspath(model)
 
 
-def _source(model: Any, label: str) -> Source:
-    if not isinstance(model, Mapping):
-        return open_source(fspath(model), ReadOptions())
-    return source_of_arrays(label, {name: ArrayTensor(_array(v)) for name, v in model.items()})
+def _source(model: Any, label: str) -> Source | None:
+    """A source over what is already open or in memory; ``None`` for a path."""
+    if isinstance(model, Checkpoint):
+        return Source(model.label, model, None, fingerprint(model.tensors), {}, model.identity)
+    if isinstance(model, TaskVector):
+        return source_of_deltas(model)
+    if isinstance(model, Mapping):
+        arrays = {name: ArrayTensor(_array(value)) for name, value in model.items()}
+        return source_of_arrays(label, arrays)
+    return None
 
 
 def _array(value: Any) -> Any:

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+
 from mergebench.compute.namespace import namespace
 from mergebench.core.errors import MismatchError
 from mergebench.core.site import Site, make_sites
+from mergebench.core.tensor import FLOATING, dtype_name
 from mergebench.merge.op import At, Chain, Op, Stack
 
 R = TypeVar("R")
@@ -45,6 +48,8 @@ def apply(
     tables: list[Mapping[str, Any]] = (
         [dict(each) for each in models] if named else [{"tensor": each} for each in models]
     )
+    if not tables:
+        raise MismatchError("no task vectors", fix="give at least one")
     shares = tuple(weights) if weights is not None else (1.0,) * len(tables)
     if len(shares) != len(tables):
         raise MismatchError("one weight per model", got=str(len(shares)), expected=str(len(tables)))
@@ -89,9 +94,24 @@ def _stacks(tables: Sequence[Mapping[str, Any]]) -> list[_Piece]:
                     got=str(tuple(array.shape)),
                     expected=str(sites[name].shape),
                 )
+        _check_floating(name, arrays)
         stack = xp.stack([xp.reshape(array, (-1,)) for array in arrays])
         pieces.append(_Piece(sites[name], stack))
     return pieces
+
+
+def _check_floating(name: str, arrays: Sequence[Any]) -> None:
+    for position, array in enumerate(arrays):
+        if isinstance(array, np.ndarray):
+            floating = dtype_name(array.dtype) in FLOATING
+        else:
+            floating = namespace(array).isdtype(array.dtype, "real floating")
+        if not floating:
+            raise MismatchError(
+                f"{name}: model {position} is no task vector",
+                got=str(array.dtype),
+                expected="floating-point numbers",
+            )
 
 
 def _step(step: Op, pieces: list[_Piece], weights: tuple[float, ...]) -> list[_Piece]:

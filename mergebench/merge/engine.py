@@ -17,13 +17,15 @@ from threadpoolctl import threadpool_limits
 from mergebench.checkpoints.placement import TensorSpec
 from mergebench.checkpoints.staging import check_destination
 from mergebench.checkpoints.writer import Output
-from mergebench.compute.rounding import add_base, round_to
+from mergebench.compute.masking import moved
+from mergebench.compute.rounding import round_to
 from mergebench.core.tensor import DTYPES, Array, size_of
 from mergebench.manifest import MANIFEST, with_outputs
 from mergebench.merge.factors import write_factors
 from mergebench.merge.op import At, Stack
-from mergebench.merge.plan import Plan, Variant
-from mergebench.merge.stream import Evaluator, Item, load
+from mergebench.merge.plan import Plan
+from mergebench.merge.stream import Evaluator, Item, load, opened
+from mergebench.merge.variants import Variant
 
 #: ``(what is being done, entries done, entries in all)``.
 Progress = Callable[[str, int, int], None]
@@ -228,6 +230,7 @@ def _pieces(plan: Plan, evaluator: Evaluator, item: Item) -> Iterator[tuple[int,
     """``(first entry, one array per variant)`` of every job of a tensor, in order."""
     dtype = plan.package.dtype_of(item.site.name)
     unit, jobs = evaluator.pieces([variant.ops for variant in plan.variants], item)
+    item = opened(item)
 
     def work(start: int, stop: int) -> tuple[int, list[Array]]:
         outs = [np.empty(stop - start, DTYPES[dtype]) for _ in plan.variants]
@@ -250,15 +253,19 @@ def merged_tile(
     found = []
     for variant in variants:
         merged = evaluator.run(variant.ops, item, at, stack, memo)[0]
-        found.append(merged if base is None else add_base(merged, base))
+        found.append(merged if base is None else moved(base, merged))
     return found
 
 
 def _copy(plan: Plan, name: str, target: str, sinks: Sequence[Sink]) -> None:
     tensor = plan.aligned.copies[name]
     size = size_of(tensor.shape)
-    itemsize = DTYPES[tensor.dtype].itemsize
+    dtype = plan.layout.places[target].spec.dtype
+    itemsize = DTYPES[dtype].itemsize
     for start in range(0, size, plan.tiling.job):
         piece = np.ascontiguousarray(tensor.read(start, min(start + plan.tiling.job, size)))
+        if dtype != tensor.dtype:
+            wide = np.float64 if tensor.dtype == "F64" else np.float32
+            piece = round_to(piece.astype(wide), dtype, name)
         for sink in sinks:
             sink.write(target, start * itemsize, piece)

@@ -12,10 +12,11 @@ from mergebench.compute.rounding import round_to
 from mergebench.core.delta import LowRank, factors
 from mergebench.core.tensor import Array
 from mergebench.merge.op import At, coefficients, granularity_of, is_linear
-from mergebench.merge.stream import Evaluator, Item, load
+from mergebench.merge.stream import Evaluator, Item, load, nonfinite, opened
 
 if TYPE_CHECKING:
-    from mergebench.merge.plan import Plan, Variant
+    from mergebench.merge.plan import Plan
+    from mergebench.merge.variants import Variant
 
 
 class _Sink(Protocol):
@@ -59,7 +60,7 @@ def write_factors(
 
 
 def _concatenate(item: Item, variant: Variant) -> tuple[Array, Array]:
-    """``[c1 s1 B1 …]`` and ``[A1; …]``, each model's share balanced between both."""
+    """``[c1 s1 B1 …]`` and ``[A1; …]``."""
     lefts, rights = [], []
     wide = np.dtype(np.float64)
     for share, delta in zip(
@@ -69,6 +70,8 @@ def _concatenate(item: Item, variant: Variant) -> tuple[Array, Array]:
             left, right = factors(delta, wide)
             if delta.transposed:
                 left, right = right.T, left.T
+            if not (np.isfinite(left).all() and np.isfinite(right).all()):
+                raise nonfinite(item)
             lefts.append(left * share)
             rights.append(right)
     return np.concatenate(lefts, axis=1), np.concatenate(rights, axis=0)
@@ -76,11 +79,12 @@ def _concatenate(item: Item, variant: Variant) -> tuple[Array, Array]:
 
 def _dense(evaluator: Evaluator, variant: Variant, item: Item) -> Array:
     out = np.empty(item.site.size, item.dtype)
+    ready = opened(item)
     unit = evaluator.tiling.unit(granularity_of(variant.ops), item.site.size, item.site.row)
 
     def work(start: int, stop: int) -> None:
         for begin, end in evaluator.tiling.tiles(start, stop, unit):
-            stack, _ = load(item, begin, end)
+            stack, _ = load(ready, begin, end)
             at = At(item.site, begin, end, item.weights)
             out[begin:end] = evaluator.run(variant.ops, item, at, stack)[0]
 

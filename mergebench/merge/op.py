@@ -108,8 +108,10 @@ class OpSpec:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Op:
         """The op with these parameters, checked; positional ones in declared order."""
-        given = dict(zip(self.params, args, strict=False)) | kwargs
-        return Op(self.name, tuple(bind(self.name, self.params, given).items()))
+        placed = dict(zip(self.params, args, strict=False))
+        if len(args) > len(self.params) or placed.keys() & kwargs.keys():
+            raise TypeError(f"{self.name} takes {', '.join(self.params) or 'nothing'}, each once")
+        return Op(self.name, tuple(bind(self.name, self.params, placed | kwargs).items()))
 
 
 OPS: Registry[OpSpec] = Registry("op", "mergebench.merge.ops", "mergebench.ops")

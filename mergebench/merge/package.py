@@ -6,49 +6,36 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from mergebench.adapters_zoo.kinds.delta import delta_metadata
-from mergebench.adapters_zoo.pack import Factor, PackedLayout, PackedTensor, pack_lora
+from mergebench.adapters_zoo.pack import PackedLayout
 from mergebench.card import card
+from mergebench.checkpoints.layout import Checkpoint
 from mergebench.checkpoints.placement import PT, Layout, TensorSpec, plan_layout
 from mergebench.checkpoints.sizes import parse_size
-from mergebench.core.delta import LowRank
-from mergebench.core.errors import MismatchError, ParameterError
+from mergebench.core.errors import ParameterError
+from mergebench.core.tensor import FLOATING
 from mergebench.manifest import CARD, KEY, MANIFEST, RECIPE, as_metadata, manifest
 from mergebench.merge.align import Aligned
+from mergebench.merge.lora_layout import (
+    STORED,
+    Module,
+    dense_bytes,
+    dialect,
+    lora_layout,
+    stored_dtype,
+)
 from mergebench.merge.method import METHODS
+from mergebench.merge.op import is_linear
 from mergebench.merge.stream import Item
+from mergebench.merge.variants import Variant
 from mergebench.recipe import Recipe
 from mergebench.sources import Source
 
-if TYPE_CHECKING:
-    from mergebench.merge.plan import Variant
-
-_DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32", "f64": "F64"}
 _TORCH = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
 #: Stem of the weights inside an output folder.
 STEMS = {"model": "model", "lora": "adapter_model", "delta": "delta"}
-
-
-@dataclass(frozen=True)
-class Module:
-    """One adapted module of a LoRA output.
-
-    Attributes
-    ----------
-    own_rank, rank : int
-        Rank of the merged factors, and of the zero-padded ones in the file.
-    transposed : bool
-        The displaced weight is stored input × output.
-    specs : mapping of role to PackedTensor
-        ``A`` and ``B``, and ``alpha`` in Kohya's names.
-    """
-
-    own_rank: int
-    rank: int
-    transposed: bool
-    specs: Mapping[str, PackedTensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +122,10 @@ def package(
     form: str,
     aligned: Aligned,
     models: Sequence[Source],
+    weights: Sequence[float],
     base: Source | None,
-    linear: bool,
+    first: Source | None,
+    variants: Sequence[Variant],
 ) -> Package:
     """Decide names, dtypes, ranks and files of the outputs.
 
@@ -149,19 +138,27 @@ def package(
     single = recipe.out is not None and recipe.out.endswith(".safetensors")
     if single and shard_size is not None:
         raise ParameterError("--shard-size needs an output folder", got=str(recipe.out))
-    reference = base or next((m for m in models if m.checkpoint is not None), None)
-    stored = {name: _stored_dtype(item, recipe.dtype, form) for name, item in aligned.items.items()}
+    if form != "model" and shard_size is not None:
+        raise ParameterError("--shard-size is for models", fix="leave it out: one file is written")
+    reference = base or first
+    linear = all(is_linear(each.ops) for each in variants)
+    under = None if base is None else base.checkpoint
+    stored = {
+        name: _stored_dtype(item, recipe.dtype, form, under) for name, item in aligned.items.items()
+    }
+    if form != "model":
+        dialect(aligned.items)
     packed: PackedLayout | None = None
     modules: dict[str, Module] = {}
     renamed: dict[str, str] = {}
     metadata: Mapping[str, str] = PT
     if form == "lora":
-        packed, modules = _lora(recipe, aligned, models, base, linear)
+        packed, modules = lora_layout(recipe, aligned, models, base, variants)
         renamed = {t.source: t.name for t in packed.tensors if t.role == "value"}
         specs = [TensorSpec(t.name, t.dtype, t.shape) for t in packed.tensors]
         metadata = packed.metadata
     else:
-        specs = _specs(aligned, stored)
+        specs = _specs(aligned, stored, recipe.dtype)
     if form == "delta":
         identity = None if base is None else {"fingerprint": base.fingerprint, "path": base.label}
         metadata = delta_metadata(identity, replaced=list(aligned.copies))
@@ -177,9 +174,9 @@ def package(
         stored=stored,
         modules=modules,
         renamed=renamed,
-        dense_bytes=_dense_bytes(aligned, modules, form, linear),
+        dense_bytes=dense_bytes(aligned, modules, form, linear),
         metadata=metadata,
-        about={"inputs": _inputs(recipe, models, base), "library": _library(form, reference)},
+        about={"inputs": _inputs(models, weights, base), "library": _library(form, reference)},
         origins=tuple(_origins(models, base)),
         config={} if packed is None else packed.config,
         companions=_companions(recipe, form, reference),
@@ -187,27 +184,20 @@ def package(
     )
 
 
-def _stored_dtype(item: Item, asked: str, form: str) -> str:
+def _stored_dtype(item: Item, asked: str, form: str, base: Checkpoint | None) -> str:
     if asked != "keep":
-        return _DTYPES[asked]
+        return STORED[asked]
     if form == "delta":
         return "F64" if item.dtype.itemsize == 8 else "F32"
-    if item.base is not None:
-        return item.base.dtype
-    found = {_dtype_of(delta) for delta in item.deltas if delta is not None}
+    if base is not None and item.site.name in base.tensors:
+        return base.tensors[item.site.name].dtype
+    found = {stored_dtype(delta) for delta in item.deltas if delta is not None}
     if len(found) == 1:
         return found.pop()
     return "F64" if "F64" in found else "F32"
 
 
-def _dtype_of(delta: Any) -> str:
-    if isinstance(delta, LowRank):
-        return delta.B.dtype if delta.B.dtype == delta.A.dtype else "F32"
-    tensor = getattr(delta, "finetuned", None) or delta.values
-    return str(tensor.dtype)
-
-
-def _specs(aligned: Aligned, stored: Mapping[str, str]) -> list[TensorSpec]:
+def _specs(aligned: Aligned, stored: Mapping[str, str], asked: str) -> list[TensorSpec]:
     specs = []
     twin_of = {twin: name for name, twins in aligned.twins.items() for twin in twins}
     names = dict.fromkeys(aligned.order)
@@ -218,90 +208,23 @@ def _specs(aligned: Aligned, stored: Mapping[str, str]) -> list[TensorSpec]:
             specs.append(TensorSpec(name, stored[source], aligned.items[source].site.shape))
         elif source in aligned.copies:
             tensor = aligned.copies[source]
-            specs.append(TensorSpec(name, tensor.dtype, tensor.shape))
+            floating = tensor.dtype in FLOATING and asked != "keep"
+            dtype = STORED[asked] if floating else tensor.dtype
+            specs.append(TensorSpec(name, dtype, tensor.shape))
     return specs
 
 
-def _lora(
-    recipe: Recipe,
-    aligned: Aligned,
-    models: Sequence[Source],
-    base: Source | None,
-    linear: bool,
-) -> tuple[PackedLayout, dict[str, Module]]:
-    factors: dict[str, Factor] = {}
-    for name, item in aligned.items.items():
-        found = [delta for delta in item.deltas if delta is not None]
-        if not all(isinstance(delta, LowRank) for delta in found):
-            odd = next(type(delta).__name__ for delta in found if not isinstance(delta, LowRank))
-            raise MismatchError(
-                f"{name}: the merged update is not a LoRA ({odd.lower()} input)",
-                fix="use --as delta, or --as model with --base",
-            )
-        low = [delta for delta in found if isinstance(delta, LowRank)]
-        if len({delta.transposed for delta in low}) > 1:
-            raise MismatchError(
-                f"{name}: some inputs store it input × output and others do not",
-                fix="use --as delta",
-            )
-        rank = sum(delta.rank for delta in low)
-        if not linear:
-            rows = item.site.shape[0]
-            rank = min(rank, rows, item.site.size // rows)
-        dtypes = {_dtype_of(delta) for delta in low}
-        dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
-        dtype = dtype if recipe.dtype == "keep" else _DTYPES[recipe.dtype]
-        factors[name] = Factor(rank, item.site.shape, low[0].transposed, dtype)
-    packed = pack_lora(
-        factors,
-        dialect=_dialect(factors),
-        base_name=_base_name(models, base),
-        replacements={name: (t.dtype, t.shape) for name, t in aligned.copies.items()},
-        known_names=None if base is None or base.checkpoint is None else base.checkpoint.tensors,
-    )
-    modules = {}
-    for name, factor in factors.items():
-        specs: dict[str, PackedTensor] = {t.role: t for t in packed.tensors if t.source == name}
-        modules[name] = Module(factor.rank, specs["A"].shape[0], factor.transposed, specs)
-    return packed, modules
-
-
-def _dialect(names: Mapping[str, Factor]) -> Literal["peft", "kohya"]:
-    """Kohya's flattened names cannot be told apart without a base, so they stay as they are."""
-    flat = all(name.startswith("lora_") and name.count(".") == 1 for name in names)
-    return "kohya" if flat else "peft"
-
-
-def _base_name(models: Sequence[Source], base: Source | None) -> str | None:
-    named = {model.config.get("base_model_name_or_path") for model in models if model.config}
-    if len(named) == 1:
-        return named.pop()
-    return None if base is None else base.label
-
-
-def _dense_bytes(aligned: Aligned, modules: Mapping[str, Module], form: str, linear: bool) -> int:
-    if form != "lora":
-        return 0
-    worst = 0
-    for name, module in modules.items():
-        rows = aligned.items[name].site.shape[0]
-        columns = aligned.items[name].site.size // rows
-        written = 24 * module.rank * (rows + columns)
-        least = min(rows, columns)
-        # The matrix in float32 and twice in float64, and the Gram matrix with its eigenvectors.
-        dense = 0 if linear else 24 * rows * columns + 24 * least * least
-        worst = max(worst, written + dense)
-    return worst
-
-
-def _inputs(recipe: Recipe, models: Sequence[Source], base: Source | None) -> list[dict[str, Any]]:
-    weights = {each.path: each.weight for each in recipe.models}
+def _inputs(
+    models: Sequence[Source], weights: Sequence[float], base: Source | None
+) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for role, source in [*(("base", base) for _ in [0] if base), *(("model", m) for m in models)]:
-        assert source is not None
-        each: dict[str, Any] = {"role": role, "path": source.label}
-        if role == "model":
-            each["weight"] = weights.get(source.label, 1.0)
+    for source, weight in [*([(base, None)] if base else []), *zip(models, weights, strict=True)]:
+        each: dict[str, Any] = {
+            "role": "base" if weight is None else "model",
+            "path": source.label,
+        }
+        if weight is not None:
+            each["weight"] = weight
         each["fingerprint"] = source.fingerprint
         each["files"] = [dict(one) for one in source.identity]
         found.append(each)
@@ -309,9 +232,9 @@ def _inputs(recipe: Recipe, models: Sequence[Source], base: Source | None) -> li
 
 
 def _origins(models: Sequence[Source], base: Source | None) -> list[str | None]:
+    """Where the inputs' own configs say they come from; paths here are nobody else's business."""
     found: list[str | None] = []
     for source in [*([base] if base else []), *models]:
-        found.append(source.label)
         found.append(source.config.get("base_model_name_or_path"))
         if source.checkpoint is not None and source.checkpoint.config is not None:
             found.append(source.checkpoint.config.get("_name_or_path"))

@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from mergebench.adapters_zoo.adapter import ReadOptions
 from mergebench.checkpoints.writer import Layout
-from mergebench.compute.tiles import Load, Tiling, fit
+from mergebench.compute.tiles import Tiling
 from mergebench.core.delta import LowRank, Replacement, reads
-from mergebench.core.errors import (
-    MergebenchError,
-    MismatchError,
-    ParameterError,
-    ResourceError,
-)
-from mergebench.core.tensor import DTYPES, nbytes
+from mergebench.core.errors import MismatchError, ParameterError
+from mergebench.core.tensor import nbytes
 from mergebench.merge.align import Aligned, align
-from mergebench.merge.method import METHODS, Method
-from mergebench.merge.op import OPS, Chain, chain, granularity_of, is_linear
+from mergebench.merge.limits import DEFAULT_MEMORY, check_disk, check_places, choose_tiling
+from mergebench.merge.method import Method
+from mergebench.merge.op import coefficients, is_linear
 from mergebench.merge.package import Package, package
-from mergebench.recipe import OpRef, Recipe
-from mergebench.sources import Source, open_source, with_base
-
-DEFAULT_MEMORY = 512 << 20
-#: What a search for a threshold may hold (see compute.select), and small buffers.
-_STATISTIC, _BUFFERS = 72 << 20, 8 << 20
-
-
-@dataclass(frozen=True, eq=False)
-class Variant:
-    """One output: its label among several, expanded parameters, chain and place."""
-
-    label: str
-    recipe: Recipe
-    ops: Chain
-    out: Path | None
+from mergebench.merge.variants import Variant, make_variants, recorded, sweeps
+from mergebench.recipe import DTYPES, FORMS, Recipe
+from mergebench.sources import Source, base_fingerprint, content, open_source, with_base
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +133,7 @@ class Plan:
 def make_plan(
     recipe: Recipe,
     *,
-    sources: Sequence[Source] | None = None,
+    sources: Sequence[Source | None] | None = None,
     base: Source | None = None,
     memory: int = DEFAULT_MEMORY,
     workers: int | None = None,
@@ -162,7 +144,8 @@ def make_plan(
     ----------
     recipe : Recipe
     sources, base : optional
-        Inputs already open (state dicts in memory), in the order of ``recipe.models``.
+        Inputs already open (state dicts in memory), in the order of ``recipe.models``; the
+        others are ``None``.
     memory : int, bytes, default 512 MiB
         Most anonymous memory to use above the imported libraries.
     workers : int, optional
@@ -173,86 +156,113 @@ def make_plan(
     MergebenchError
         For anything the user can fix.
     """
-    method, variants = _variants(recipe)
+    _check_recipe(recipe)
+    method, variants = make_variants(recipe)
     options = ReadOptions(lora_alpha=recipe.lora_alpha, ignore_saved_base=recipe.ignore_saved_base)
     notes: list[str] = []
+    weights_given = [each.weight for each in recipe.models]
     if base is None and recipe.base is not None:
-        base = open_source(recipe.base, options)
-        if base.checkpoint is None:
-            raise MismatchError(f"{recipe.base}: the base must be a checkpoint", got="an adapter")
+        base = _open_base(recipe.base, options)
     if base is not None and base.checkpoint is not None:
         options = with_base(options, base.checkpoint)
-    opened = sources or [open_source(each.path, options) for each in recipe.models]
-    models, weights = _canonical(opened, [each.weight for each in recipe.models])
+    opened = _open_models(recipe, sources, options)
     space = method.space if method is not None else "delta"
-    form = _form(recipe, models, base)
-    if base is None and (named := _named_base(models, form, space)) is not None:
-        base = open_source(str(named), options)
+    form = _form(recipe, opened, base)
+    if form != "model":
+        # What is written is a displacement, so displacements are combined.
+        space = "delta"
+    if base is None and (named := _named_base(opened, form, space)) is not None:
+        base = _open_base(str(named), options)
+        assert base.checkpoint is not None
         notes.append(f"base taken from what the inputs name: {named}")
+        # Adapters are read again, now that the names and shapes of the base are known.
+        options = with_base(options, base.checkpoint)
+        opened = _open_models(recipe, sources, options)
+    models, weights = _canonical(opened, weights_given)
+    first = next((each for each in opened if each.checkpoint is not None), None)
+    notes += _provenance(opened, base, form)
     if base is None and space == "weight" and any(m.checkpoint is None for m in models):
         space = "delta"
     _check_base(recipe, models, base, form, space)
     _check_count(method, models, variants)
+    variants = recorded(variants, models, weights, base)
     aligned = align(models, weights, base, space, form)
     if not aligned.items and not aligned.copies:
         raise MismatchError("the inputs have no floating-point tensor to merge")
-    built = package(recipe, form, aligned, models, base, all(is_linear(v.ops) for v in variants))
-    tiling, needed, least = _memory(aligned, variants, built, memory, workers)
+    for each in variants:
+        if is_linear(each.ops) and aligned.items:
+            # Weights that cannot be normalised show here.
+            coefficients(each.ops, next(iter(aligned.items.values())).site, weights)
+    built = package(recipe, form, aligned, models, weights, base, first, variants)
+    tiling, needed, least = choose_tiling(aligned, variants, built, memory, workers)
     notes += [*aligned.notes, *built.notes]
     plan = Plan(
         recipe, method, models, weights, base, aligned, form, variants, built, tiling, needed,
-        least, 1 + _sweeps(variants), tuple(dict.fromkeys(notes)),
+        least, 1 + sweeps(variants), tuple(dict.fromkeys(notes)),
     )  # fmt: skip
-    _check_places(plan)
-    _check_disk(plan)
+    check_places(variants, [*models, *([base] if base is not None else [])])
+    check_disk(variants[0].out, plan.write_bytes)
     return plan
 
 
-def _variants(recipe: Recipe) -> tuple[Method | None, tuple[Variant, ...]]:
-    method = METHODS[recipe.method] if recipe.method else None
-    if method is None and not recipe.ops:
-        raise ParameterError("neither a method nor ops are given", fix="add --method")
-    then = [OPS[each.name](**each.params) for each in recipe.then]
-    found = []
-    for label, each in recipe.variants():
-        if method is None:
-            ops = [OPS[ref.name](**ref.params) for ref in recipe.ops]
-            expanded = replace(
-                each, ops=tuple(OpRef(one.name, dict(one.params)) for one in ops), params={}
-            )
-        else:
-            params = method.expand(each.params, each.compat)
-            ops = list(method.factory(**params))
-            expanded = replace(each, params=params)
-        refs = tuple(OpRef(one.name, dict(one.params)) for one in then)
-        whole = chain(*ops, *then)
-        if not any(one.spec.reduces for one in whole):
+def _check_recipe(recipe: Recipe) -> None:
+    for each in recipe.models:
+        if not isfinite(each.weight):
             raise ParameterError(
-                "the ops leave several task vectors", fix="add a combining op such as `sum`"
+                f"{each.path}: weight", expected="a finite number", got=str(each.weight)
             )
-        out = _place(recipe.out, label)
-        # The place is not part of what decides the bytes.
-        found.append(Variant(label, replace(expanded, then=refs, out=None), whole, out))
-    if len({str(each.out) for each in found}) < len(found) and recipe.out:
-        raise ParameterError("two outputs would have the same place", fix="list each value once")
-    return method, tuple(found)
+    for what, value, known in (("dtype", recipe.dtype, DTYPES), ("as", recipe.form, FORMS)):
+        if value not in known:
+            raise ParameterError(f"{what}: {value!r}", expected="one of " + ", ".join(known))
 
 
-def _place(out: str | None, label: str) -> Path | None:
-    if out is None:
-        return None
-    path = Path(out).expanduser()
-    if not label:
-        return path
-    if path.suffix == ".safetensors":
-        return path.with_name(f"{path.stem}-{label}{path.suffix}")
-    return path / label
+def _open_models(
+    recipe: Recipe, given: Sequence[Source | None] | None, options: ReadOptions
+) -> list[Source]:
+    ready = given or [None] * len(recipe.models)
+    return [
+        source or open_source(each.path, options)
+        for source, each in zip(ready, recipe.models, strict=True)
+    ]
+
+
+def _open_base(reference: str, options: ReadOptions) -> Source:
+    base = open_source(reference, options)
+    if base.checkpoint is None:
+        raise MismatchError(f"{reference}: the base must be a checkpoint", got="an adapter")
+    if base.deltas is not None:
+        raise MismatchError(
+            f"{reference}: the base must be a checkpoint alone",
+            got="one with an adapter",
+            fix=f"write it first: mergebench merge {reference} -o applied",
+        )
+    return base
+
+
+def _provenance(models: Sequence[Source], base: Source | None, form: str) -> list[str]:
+    """What the inputs say of their origins, where that does not fit together."""
+    notes = []
+    named = {name for model in models if model.config and (name := _origin(model))}
+    if len(named) > 1:
+        notes.append("the adapters name different bases: " + ", ".join(sorted(named)))
+    for model in models:
+        mark = base_fingerprint(model)
+        if base is not None and mark is not None and mark != base.fingerprint:
+            notes.append(f"{model.label} was saved as a difference to another model than the base")
+    full = [model for model in models if model.checkpoint is not None]
+    configs = [model.checkpoint.config for model in full if model.checkpoint is not None]
+    if base is None and form == "model" and any(each != configs[0] for each in configs):
+        notes.append(f"config and tokenizer are those of {full[0].label}")
+    return notes
 
 
 def _canonical(
     opened: Sequence[Source], weights: Sequence[float]
 ) -> tuple[tuple[Source, ...], tuple[float, ...]]:
-    order = sorted(range(len(opened)), key=lambda i: (opened[i].fingerprint, weights[i], i))
+    marks = [source.fingerprint for source in opened]
+    # A fingerprint samples; models that differ elsewhere only are told apart by all they hold.
+    full = [content(s) if marks.count(s.fingerprint) > 1 else "" for s in opened]
+    order = sorted(range(len(opened)), key=lambda i: (marks[i], full[i], weights[i], i))
     return tuple(opened[i] for i in order), tuple(weights[i] for i in order)
 
 
@@ -284,11 +294,12 @@ def _named_base(models: Sequence[Source], form: str, space: str) -> Path | None:
 
 
 def _origin(model: Source) -> str | None:
+    name = None
     if model.config:
-        return model.config.get("base_model_name_or_path")
-    if model.checkpoint is not None and model.checkpoint.config is not None:
-        return model.checkpoint.config.get("_name_or_path")
-    return None
+        name = model.config.get("base_model_name_or_path")
+    elif model.checkpoint is not None and model.checkpoint.config is not None:
+        name = model.checkpoint.config.get("_name_or_path")
+    return name if isinstance(name, str) else None
 
 
 def _check_base(
@@ -326,103 +337,4 @@ def _check_count(
         limit = f"{least} or more" if most is None else f"{least} to {most}"
         raise ParameterError(
             f"{method.name}: number of models", got=str(len(models)), expected=limit
-        )
-
-
-def _sweeps(variants: Sequence[Variant]) -> int:
-    """Passes that statistics need: one for each op that asks, shared beginnings counted once."""
-    asked = {
-        each.ops[: end + 1]
-        for each in variants
-        for end, op in enumerate(each.ops)
-        if op.statistic is not None
-    }
-    return len(asked)
-
-
-def _memory(
-    aligned: Aligned,
-    variants: Sequence[Variant],
-    built: Package,
-    budget: int,
-    workers: int | None,
-) -> tuple[Tiling, int, int]:
-    items = list(aligned.items.values())
-    statistic = any(op.statistic is not None for each in variants for op in each.ops)
-    fixed = _BUFFERS + (_STATISTIC if statistic else 0) + built.dense_bytes
-    largest, where = max(
-        ((_unit(variants, item.site.size, item.site.row), item.site.name) for item in items),
-        default=(1, ""),
-    )
-    load = Load(
-        models=max((len(item.deltas) for item in items), default=1),
-        outputs=len(variants),
-        itemsize=max((item.dtype.itemsize for item in items), default=4),
-        out_itemsize=max(DTYPES[spec.dtype].itemsize for spec in built.specs),
-        unit=largest,
-        fixed=fixed,
-        largest=max((item.site.size for item in items), default=1),
-    )
-    tiling, least = fit(load, budget, workers or cores())
-    needed = load.bytes(tiling)
-    if needed > budget:
-        raise ResourceError(
-            f"this merge needs at least {_mib(least)}",
-            got=f"--memory {_mib(budget)}",
-            fix=(f"its largest piece is a {_piece(variants)} of {where!r}; " if where else "")
-            + f"give --memory {-(-least // (1 << 20))}MiB",
-        )
-    return tiling, needed, least
-
-
-def _unit(variants: Sequence[Variant], size: int, row: int) -> int:
-    return Tiling().unit(_piece(variants), size, row)
-
-
-def _piece(variants: Sequence[Variant]) -> str:
-    return granularity_of(tuple(op for each in variants for op in each.ops))
-
-
-def _mib(count: int) -> str:
-    return f"{-(-count // (1 << 20))} MiB"
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:
-        return os.cpu_count() or 1
-
-
-def _check_places(plan: Plan) -> None:
-    """An output may neither replace an input nor stand inside of one, nor around it."""
-    names = [each.path for each in plan.recipe.models]
-    names += [plan.recipe.base] if plan.recipe.base else []
-    paths = [Path(part).expanduser() for name in names for part in (name, *name.split("+"))]
-    taken = [path.resolve() for path in paths if path.exists()]
-    for variant in plan.variants:
-        if variant.out is None:
-            continue
-        out = variant.out.resolve()
-        for path in taken:
-            if out == path or (path.is_dir() and path in out.parents) or out in path.parents:
-                raise MergebenchError(
-                    f"{variant.out}: the output would replace or lie inside the input {path}",
-                    fix="give another place with -o",
-                )
-
-
-def _check_disk(plan: Plan) -> None:
-    out = plan.variants[0].out
-    if out is None:
-        return
-    where = out.absolute()
-    while not where.exists():
-        where = where.parent
-    free = shutil.disk_usage(where).free
-    if free < plan.write_bytes:
-        raise ResourceError(
-            f"{out}: not enough disk, {plan.write_bytes:,} bytes are needed and {free:,} are free",
-            fix="free space or give another place with -o",
         )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any, TypeVar
 
 import numpy as np
 
 from mergebench.compute.tiles import Tiling
-from mergebench.core.delta import Delta, Dense, Difference, reads, tile
+from mergebench.core.delta import Delta, Dense, Difference, reads, resident, tile
 from mergebench.core.errors import MergebenchError
 from mergebench.core.site import Site
 from mergebench.core.tensor import Array, Tensor
@@ -50,6 +50,12 @@ class Item:
     dtype: np.dtype[Any] = field(default=np.dtype(np.float32))
 
 
+def opened(item: Item) -> Item:
+    """The item with low-rank factors read once, for as long as its tiles are worked on."""
+    deltas = tuple(None if delta is None else resident(delta) for delta in item.deltas)
+    return replace(item, deltas=deltas)
+
+
 def load(item: Item, start: int, stop: int) -> tuple[Array, Array | None]:
     """The stack of displacements (n, m) and the base's entries (m,), in the arithmetic dtype.
 
@@ -62,6 +68,9 @@ def load(item: Item, start: int, stop: int) -> tuple[Array, Array | None]:
     base: Array | None = None
     if item.base is not None:
         base = item.base.read(start, stop).astype(item.dtype)
+        # Displacements that are not taken from the base do not show what is wrong with it.
+        if not all(isinstance(delta, Difference) for delta in item.deltas):
+            _check_finite(base, item)
     for model, delta in enumerate(item.deltas):
         row = stack[model]
         match delta:
@@ -73,20 +82,30 @@ def load(item: Item, start: int, stop: int) -> tuple[Array, Array | None]:
                 else:
                     own = base
                 row[:] = finetuned.read(start, stop)
-                row -= own
+                with np.errstate(over="ignore", invalid="ignore"):
+                    row -= own
             case Dense(values):
                 row[:] = values.read(start, stop)
             case _:
                 row[:] = tile(delta, start, stop, item.dtype)
-        # Finite sums of squares prove finite entries at the cost of one fast product.
-        if not isfinite(float(np.dot(row, row))) and not np.isfinite(row).all():
-            raise _nonfinite(item)
+        _check_finite(row, item)
     return stack, base
 
 
-def _nonfinite(item: Item) -> MergebenchError:
-    for label, delta in zip(item.labels, item.deltas, strict=True):
-        for tensor in reads(delta) if delta is not None else ():
+def _check_finite(row: Array, item: Item) -> None:
+    # Finite sums of squares prove finite entries at the cost of one fast product.
+    with np.errstate(over="ignore", invalid="ignore"):
+        proven = isfinite(float(np.dot(row, row)))
+    if not proven and not np.isfinite(row).all():
+        raise nonfinite(item)
+
+
+def nonfinite(item: Item) -> MergebenchError:
+    """The error for NaN or infinity in an input: which model, which tensor, how many."""
+    made = [() if delta is None else reads(delta) for delta in item.deltas]
+    under = () if item.base is None else (item.base,)
+    for label, tensors in zip((*item.labels, "the base"), (*made, under), strict=True):
+        for tensor in tensors:
             nan = infinite = 0
             size = int(np.prod(tensor.shape))
             for start in range(0, size, 1 << 20):
@@ -134,6 +153,8 @@ class Evaluator:
                 scope = [self.items[n] for n in sorted(self.items, key=str.encode)]
             self.known[ops[:end], name] = statistic.measure(_Sweep(self, ops[: end - 1], scope))
 
+    # What overflows is found, and refused, where it is rounded.
+    @np.errstate(over="ignore", invalid="ignore")
     def run(
         self,
         ops: Chain,
@@ -214,10 +235,11 @@ class _Sweep:
         for item in self.items:
             self.owner.prepare(self.ops, item)
             unit, jobs = self.owner.pieces([self.ops], item)
+            ready = opened(item)
             for start, stop in jobs:
 
                 def job(
-                    item: Item = item, start: int = start, stop: int = stop, unit: int = unit
+                    item: Item = ready, start: int = start, stop: int = stop, unit: int = unit
                 ) -> list[tuple[At, R]]:
                     return [
                         (at, visit(stack, at)) for at, stack in self._tiles(item, start, stop, unit)
@@ -241,11 +263,12 @@ class _Sweep:
             size = item.site.size
             if wanted < offset + size:
                 self.owner.prepare(self.ops, item)
+            ready = opened(item) if wanted < offset + size else item
             while wanted < offset + size:
                 begin = int(wanted - offset) // unit * unit
                 end = min(begin + max(_RUN // unit, 1) * unit, size)
                 at = At(item.site, begin, end, item.weights)
-                parts.append(self.owner.run(self.ops, item, at, load(item, begin, end)[0]))
+                parts.append(self.owner.run(self.ops, item, at, load(ready, begin, end)[0]))
                 wanted += stride
             offset += size
         return np.concatenate(parts, axis=1)

@@ -28,7 +28,8 @@ def disjoint_mean(
         undivided sum.
     """
     xp = namespace(stack)
-    weighted = stack * xp.asarray(at.weights, dtype=stack.dtype)[:, None]
+    shares = xp.asarray(at.weights, dtype=stack.dtype, device=stack.device)[:, None]
+    weighted = stack * shares
     if divisor == "max":
         largest = xp.max(weighted, axis=0, keepdims=True)
         smallest = xp.min(weighted, axis=0, keepdims=True)
@@ -41,7 +42,7 @@ def disjoint_mean(
     if divisor == "count":
         behind = _added(present)
         return total / (behind + xp.astype(behind == 0, stack.dtype))
-    behind = _added(present * xp.asarray(at.weights, dtype=stack.dtype)[:, None])
+    behind = _added(present * shares)
     empty = behind == 0
     divided = total / (behind + xp.astype(empty, stack.dtype))
     return divided if cancelled == "sum" else silence(divided, ~empty)

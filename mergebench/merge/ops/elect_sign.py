@@ -22,7 +22,7 @@ def _votes(stack: Stack, at: At, rule: Rule, election: Election) -> tuple[Stack,
     xp = namespace(stack)
     votes = stack
     if election == "weighted":
-        votes = stack * xp.asarray(at.weights, dtype=stack.dtype)[:, None]
+        votes = stack * xp.asarray(at.weights, dtype=stack.dtype, device=stack.device)[:, None]
     counted = votes if rule == "mass" else xp.sign(votes)
     total = counted[0:1, :]
     for model in range(1, counted.shape[0]):

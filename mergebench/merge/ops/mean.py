@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mergebench.compute.masking import moved
 from mergebench.core.errors import ParameterError
 from mergebench.merge.op import At, Stack, op
 
@@ -18,9 +19,17 @@ def mean(stack: Stack, at: At) -> Stack:
     total = sum(at.weights)
     if total == 0:
         raise ParameterError(
-            "mean: the weights sum to zero", got=str(list(at.weights)), fix="use op `sum`"
+            "mean: the weights sum to zero",
+            got=str(list(at.weights)),
+            fix="take the sum: -p normalize=false, or op `sum`",
         )
-    merged = stack[0:1, :] * (at.weights[0] / total)
-    for model in range(1, stack.shape[0]):
-        merged = merged + stack[model : model + 1, :] * (at.weights[model] / total)
-    return merged
+    # Moving from the heaviest model towards the others leaves entries that are equal in all models
+    # as they are, to the last bit, and a model of weight 1 among weights 0 too.
+    pivot = max(range(len(at.weights)), key=lambda model: abs(at.weights[model]))
+    start = stack[pivot : pivot + 1, :]
+    step = None
+    for model, weight in enumerate(at.weights):
+        if model != pivot and weight:
+            part = (stack[model : model + 1, :] - start) * (weight / total)
+            step = part if step is None else step + part
+    return start if step is None else moved(start, step)

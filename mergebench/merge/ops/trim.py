@@ -71,7 +71,7 @@ def trim(
         return stack
     if scope == "row":
         length = at.site.row
-        mask = row_ranks_mask(stack, length, 0, kept(length, density, count))
+        mask = row_ranks_mask(stack, length, 0, kept(length, density, count), count == "official")
     else:
         mask = keep_mask(stack, at.value, at.site.name, at.start)
     return silence(stack, mask)

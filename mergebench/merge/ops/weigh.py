@@ -10,4 +10,4 @@ from mergebench.merge.op import At, Stack, op
 def weigh(stack: Stack, at: At) -> Stack:
     """Multiply each model by its weight: ``x_i ← w_i · x_i``."""
     xp = namespace(stack)
-    return stack * xp.asarray(at.weights, dtype=stack.dtype)[:, None]
+    return stack * xp.asarray(at.weights, dtype=stack.dtype, device=stack.device)[:, None]

@@ -1,0 +1,149 @@
+"""What the machine must offer: memory, disk, and a place that is free."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from mergebench.compute.tiles import Load, Tiling, fit
+from mergebench.core.delta import LowRank
+from mergebench.core.errors import MergebenchError, ResourceError
+from mergebench.core.tensor import DTYPES
+from mergebench.merge.align import Aligned
+from mergebench.merge.op import granularity_of
+from mergebench.merge.package import Package
+from mergebench.merge.stream import Item
+from mergebench.merge.variants import Variant
+from mergebench.sources import Source
+
+DEFAULT_MEMORY = 512 << 20
+#: What a search for a threshold may hold (see compute.select), and small buffers.
+_STATISTIC, _BUFFERS = 72 << 20, 8 << 20
+
+
+def choose_tiling(
+    aligned: Aligned,
+    variants: Sequence[Variant],
+    built: Package,
+    budget: int,
+    workers: int | None,
+) -> tuple[Tiling, int, int]:
+    """The tiling within ``budget`` bytes, the memory it needs, and the least that any needs.
+
+    Raises
+    ------
+    ResourceError
+        If even the least is above the budget, naming it.
+    """
+    items = list(aligned.items.values())
+    statistic = any(op.statistic is not None for each in variants for op in each.ops)
+    fixed = _BUFFERS + (_STATISTIC if statistic else 0) + built.dense_bytes
+    largest, where = max(
+        ((_unit(variants, item.site.size, item.site.row), item.site.name) for item in items),
+        default=(1, ""),
+    )
+    load = Load(
+        models=max((len(item.deltas) for item in items), default=1),
+        outputs=len(variants),
+        itemsize=max((item.dtype.itemsize for item in items), default=4),
+        out_itemsize=max(DTYPES[spec.dtype].itemsize for spec in built.specs),
+        unit=largest,
+        fixed=fixed,
+        largest=max((item.site.size for item in items), default=1),
+        shared=_shared(variants),
+        factors=tuple(_factors(item) for item in items),
+    )
+    tiling, least = fit(load, budget, workers or cores())
+    needed = load.bytes(tiling)
+    if needed > budget:
+        why = ""
+        if built.dense_bytes > least // 2:
+            why = "it holds the factors and matrix of a whole module, which --as delta does not; "
+        elif _piece(variants) != "entry":
+            why = f"its largest piece is a {_piece(variants)} of {where!r}; "
+        raise ResourceError(
+            f"this merge needs at least {_mib(least)}",
+            got=f"--memory {_mib(budget)}",
+            fix=f"{why}give --memory {-(-least // (1 << 20))}MiB",
+        )
+    return tiling, needed, least
+
+
+def _shared(variants: Sequence[Variant]) -> int:
+    """Beginnings of chains that are kept while a tile serves several outputs."""
+    if len(variants) == 1:
+        return 0
+    return len({each.ops[:end] for each in variants for end in range(1, len(each.ops) + 1)})
+
+
+def _factors(item: Item) -> tuple[int, int]:
+    """Entries of a tensor, and bytes of its low-rank factors while it is worked on."""
+    held = 0
+    for delta in item.deltas:
+        if isinstance(delta, LowRank):
+            held += 8 * (item.site.size // max(item.site.row, 1) + item.site.row) * delta.rank
+    return item.site.size, held
+
+
+def _unit(variants: Sequence[Variant], size: int, row: int) -> int:
+    return Tiling().unit(_piece(variants), size, row)
+
+
+def _piece(variants: Sequence[Variant]) -> str:
+    return granularity_of(tuple(op for each in variants for op in each.ops))
+
+
+def _mib(count: int) -> str:
+    return f"{-(-count // (1 << 20))} MiB"
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def check_places(variants: Sequence[Variant], inputs: Sequence[Source]) -> None:
+    """Refuse an output that would replace an input, stand inside of one, or around it.
+
+    Raises
+    ------
+    MergebenchError
+    """
+    names = [source.label for source in inputs]
+    paths = [Path(part).expanduser() for name in names for part in (name, *name.split("+"))]
+    taken = [path.resolve() for path in paths if path.exists()]
+    for variant in variants:
+        if variant.out is None:
+            continue
+        out = variant.out.resolve()
+        for path in taken:
+            if out == path or (path.is_dir() and path in out.parents) or out in path.parents:
+                raise MergebenchError(
+                    f"{variant.out}: the output would replace or lie inside the input {path}",
+                    fix="give another place with -o",
+                )
+
+
+def check_disk(out: Path | None, needed: int) -> None:
+    """Refuse an output that the disk cannot hold.
+
+    Raises
+    ------
+    ResourceError
+    """
+    if out is None:
+        return
+    where = out.absolute()
+    while not where.exists():
+        where = where.parent
+    free = shutil.disk_usage(where).free
+    if free < needed:
+        raise ResourceError(
+            f"{out}: not enough disk, {needed:,} bytes are needed and {free:,} are free",
+            fix="free space or give another place with -o",
+        )
