@@ -1,0 +1,76 @@
+"""Help pages: every command has two examples, and each example runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from inspect import getdoc
+
+import pytest
+
+from mergebench.cli.main import app
+from tests.helpers.models import fine_tune, save_folder
+from tests.helpers.running import Ran, assert_done, call
+from tests.helpers.scene import Scene
+
+PAGES = {command.callback.__name__: getdoc(command.callback) for command in app.registered_commands}
+EXAMPLE = re.compile(r"^ +(mergebench .*)$", re.MULTILINE)
+EXAMPLES = {page: EXAMPLE.findall(text) for page, text in PAGES.items()} | {
+    "": EXAMPLE.findall(app.info.help)
+}
+
+
+@pytest.mark.parametrize("page", sorted(EXAMPLES))
+def test_two_examples_on_every_page(scene: Scene, page: str) -> None:
+    """Each help page shows two different examples of its command."""
+    shown = " ".join(assert_done(call(*page.split(), "--help", cwd=scene.path)).out.split())
+
+    assert len(set(EXAMPLES[page])) == 2
+    for example in EXAMPLES[page]:
+        assert example in shown
+        assert example.startswith(f"mergebench {page}".strip())
+
+
+@pytest.mark.parametrize("page", sorted(EXAMPLES))
+def test_examples_run_as_printed(scene: Scene, page: str) -> None:
+    """Each example works in a folder that holds what it names."""
+    save_folder(scene.path / "merged", fine_tune(scene.base, 9))
+    assert_done(call("merge", "ft1", "ft2", "-b", "base", "-o", "kept", cwd=scene.path))
+    shutil.copy(scene.path / "kept" / "mergebench_recipe.yaml", scene.path / "recipe.yaml")
+    shutil.copy(scene.path / "recipe.yaml", scene.path / "merged" / "mergebench_recipe.yaml")
+    for number, name in ((1, "adapter"), (1, "adapter1"), (2, "adapter2")):
+        shutil.copytree(scene.path / f"lora{number}", scene.path / name)
+    different = ("mergebench diff",)
+
+    for example in EXAMPLES[page]:
+        words = shlex.split(example)[1:]
+        if "-o" in words:
+            shutil.rmtree(scene.path / words[words.index("-o") + 1], ignore_errors=True)
+        ran = call(*words, cwd=scene.path)
+        assert ran.code == (1 if example.startswith(different) else 0), ran
+        assert ran.out
+        assert ran.err == ""
+        (scene.path / "merged").mkdir(exist_ok=True)
+
+
+def test_help_without_words(scene: Scene) -> None:
+    """The bare command shows its help, and its code says that nothing was done."""
+    assert call(cwd=scene.path) == Ran(2, call("--help", cwd=scene.path).out, "")
+    assert call("-h", cwd=scene.path).out == call("--help", cwd=scene.path).out
+
+
+def test_commands_are_documented(scene: Scene) -> None:
+    """The first page lists every command with a summary."""
+    lines = call("--help", cwd=scene.path).out.splitlines()
+
+    for page, text in PAGES.items():
+        (line,) = [line for line in lines if line.startswith(f"  {page} ")]
+        assert line.split(None, 1)[1][:30] == text[:30]
+
+
+def test_version(scene: Scene) -> None:
+    """--version prints name and number."""
+    ran = assert_done(call("--version", cwd=scene.path))
+
+    assert re.fullmatch(r"mergebench \d+\.\d+\.\d+\n", ran.out)

@@ -1,0 +1,243 @@
+"""``inspect``, ``diff`` and ``methods``: what they say, in words and in JSON."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mergebench import methods as known_methods
+from mergebench import ops as known_ops
+from tests.helpers.adapters import factors, save_kohya
+from tests.helpers.files import F32, write
+from tests.helpers.running import assert_done, assert_refused, call
+from tests.helpers.scene import Scene
+
+
+def test_inspect_a_checkpoint(scene: Scene) -> None:
+    """Kind, counts, dtypes, blocks, classes, architecture and side files, from headers."""
+    data = assert_done(call("inspect", "base", "--json", cwd=scene.path)).json
+
+    sizes = {name: array.size for name, array in scene.base.items()}
+    assert data["kind"] == "checkpoint"
+    assert data["path"] == "base"
+    assert data["tensors"] == 10
+    assert data["parameters"] == sum(sizes.values())
+    assert data["bytes"] == sum(array.nbytes for array in scene.base.values())
+    assert data["dtypes"] == {"F32": sum(sizes.values()) - 8, "I64": 8}
+    assert data["blocks"] == {"model.layers": 2}
+    assert data["architecture"] == "ToyForCausalLM"
+    assert data["tied"] == {}
+    assert "config.json" in data["side_files"]
+    assert "tokenizer.json" in data["side_files"]
+    assert [each["name"] for each in data["files"]] == ["model.safetensors"]
+    assert len(data["fingerprint"]) == 32
+
+
+def test_inspect_says_the_same_of_a_copy(scene: Scene) -> None:
+    """The fingerprint is that of the content, wherever it lies."""
+    prints = {
+        name: assert_done(call("inspect", name, "--json", cwd=scene.path)).json["fingerprint"]
+        for name in ("base", "base.safetensors", "ft1", "ft2")
+    }
+
+    assert prints["base"] == prints["base.safetensors"]
+    assert len(set(prints.values())) == 3
+
+
+def test_inspect_adapters(scene: Scene) -> None:
+    """Adapters show family, modules, ranks and scales; a Kohya file too."""
+    save_kohya(scene.path / "k.safetensors", factors(3, rank=2), alpha=1.0)
+    for name, rank, scale in (
+        ("lora1", 4, 2.0),
+        ("a.safetensors", 4, 2.0),
+        ("k.safetensors", 2, 0.5),
+    ):
+        data = assert_done(call("inspect", name, "--json", cwd=scene.path)).json
+        assert data["kind"] == "adapter"
+        assert data["update"]["adapter"] == "lora"
+        assert data["update"]["modules"] == 4
+        assert data["update"]["ranks"] == {str(rank): 4}
+        assert data["update"]["scales"] == [scale]
+        assert data["update"]["displaced_parameters"] == 2 * (16 * 16 + 24 * 16)
+
+
+def test_inspect_tells_pairs_and_task_vectors(scene: Scene) -> None:
+    """The other two kinds of input have their names."""
+    kinds = {
+        name: assert_done(call("inspect", name, "--json", cwd=scene.path)).json["kind"]
+        for name in ("base+lora1", "tau1.safetensors")
+    }
+
+    assert kinds == {"base+lora1": "base+adapter", "tau1.safetensors": "task vector"}
+
+
+def test_inspect_lists_tensors(scene: Scene) -> None:
+    """--tensors adds a line per tensor with stored form and shape."""
+    checkpoint = call("inspect", "base", "-t", "--json", cwd=scene.path).json["tensor_list"]
+    adapter = call("inspect", "lora1", "-t", "--json", cwd=scene.path).json["tensor_list"]
+    words = assert_done(call("inspect", "lora1", "-t", cwd=scene.path)).out.splitlines()
+
+    shown = {each["tensor"]: (each["stored"], tuple(each["shape"])) for each in checkpoint}
+    assert shown["model.norm.weight"] == ("F32", (16,))
+    assert shown["model.position_ids"] == ("I64", (8,))
+    assert {each["stored"] for each in adapter} == {"rank 4, scale 2"}
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert next(line.split() for line in words if line.startswith(name)) == [
+        *(name, "rank", "4,", "scale", "2", "[24,", "16]"),
+    ]
+
+
+def test_inspect_in_words(scene: Scene) -> None:
+    """Without --json the same facts stand in two columns."""
+    shown = dict(
+        line.split(None, 1)
+        for line in assert_done(call("inspect", "base", cwd=scene.path)).out.splitlines()
+    )
+
+    assert shown["kind"].strip() == "checkpoint"
+    entries = sum(array.size for array in scene.base.values() if array.dtype == F32)
+    assert shown["dtypes"].strip() == f"F32 {entries:,}, I64 8"
+    assert shown["architecture"].strip() == "ToyForCausalLM"
+
+
+@pytest.mark.parametrize("out", ["out", "out.safetensors"])
+def test_inspect_says_who_made_it(scene: Scene, out: str) -> None:
+    """An output names its method, from the file beside it or in its header."""
+    assert_done(call("merge", "ft1", "ft2", "-b", "base", "-m", "ties", "-o", out, cwd=scene.path))
+
+    made = assert_done(call("inspect", out, "--json", cwd=scene.path)).json["made_by"]
+    assert made["recipe"]["method"] == "ties"
+    assert "made by" in call("inspect", out, cwd=scene.path).out
+
+
+def test_diff_of_equal_models(scene: Scene) -> None:
+    """Equal values exit 0, whatever the files."""
+    ran = assert_done(call("diff", "base", "base.safetensors", cwd=scene.path))
+
+    assert ran.out == "equal: 10 tensors\n"
+    data = assert_done(call("diff", "base", "base.safetensors", "--json", cwd=scene.path)).json
+    assert data == {"equal": 10, "rows": []}
+
+
+def test_diff_measures_every_tensor(scene: Scene) -> None:
+    """Different values exit 1 with relative distance, largest gap and cosine of each."""
+    ran = call("diff", "base", "ft1", "--json", cwd=scene.path)
+
+    assert ran.code == 1
+    assert ran.json["equal"] == 1
+    rows = {row["name"]: row for row in ran.json["rows"]}
+    assert sorted(rows) == sorted(scene.taus[0])
+    for name, tau in scene.taus[0].items():
+        one = scene.base[name].astype(np.float64).reshape(-1)
+        two = scene.tuned[0][name].astype(np.float64).reshape(-1)
+        norms = np.linalg.norm(one) * np.linalg.norm(two)
+        assert rows[name]["status"] == "differs"
+        assert rows[name]["entries"] == one.size
+        assert rows[name]["relative"] == pytest.approx(np.linalg.norm(tau) / np.linalg.norm(one))
+        assert rows[name]["largest"] == pytest.approx(np.abs(tau).max())
+        assert rows[name]["cosine"] == pytest.approx(one @ two / norms)
+
+
+def test_diff_shows_the_worst_first(scene: Scene) -> None:
+    """In words the tensors that differ most come first, and --top limits them."""
+    ran = call("diff", "base", "ft1", "--top", "2", cwd=scene.path)
+
+    lines = ran.out.splitlines()
+    order = sorted(
+        scene.taus[0],
+        key=lambda name: np.linalg.norm(scene.taus[0][name]) / np.linalg.norm(scene.base[name]),
+    )
+    assert ran.code == 1
+    assert [line.split()[0] for line in lines[1:3]] == order[::-1][:2]
+    assert lines[3] == "9 of 10 tensors differ, 7 more not shown (--top)"
+    assert len(lines) == 4
+
+
+def test_diff_tells_structure_from_values(scene: Scene) -> None:
+    """A missing tensor, another shape and another dtype each have their word."""
+    other = dict(scene.base)
+    other["new.weight"] = other.pop("model.norm.weight")
+    other["lm_head.weight"] = np.zeros((31, 16), F32)
+    other["model.position_ids"] = np.arange(8, dtype=np.float32)
+    other["model.embed_tokens.weight"] = other["model.embed_tokens.weight"].astype(np.float64)
+    write(scene.path / "other.safetensors", other)
+
+    ran = call("diff", "base", "other.safetensors", "--json", cwd=scene.path)
+
+    assert ran.code == 1
+    assert {row["name"]: row["status"] for row in ran.json["rows"]} == {
+        "model.norm.weight": "only left",
+        "new.weight": "only right",
+        "lm_head.weight": "shape",
+        "model.position_ids": "dtype",
+    }
+
+
+def test_diff_of_adapters_compares_updates(scene: Scene) -> None:
+    """Adapters are compared by what they do, not by their factors."""
+    assert_done(call("merge", "lora1", "-o", "same", cwd=scene.path))
+
+    same = call("diff", "lora1", "same", "--json", cwd=scene.path)
+    other = call("diff", "lora1", "lora2", "--json", cwd=scene.path)
+
+    assert max((row["relative"] for row in same.json["rows"]), default=0) < 1e-6
+    assert {row["name"]: row["relative"] for row in other.json["rows"]} == {
+        name: pytest.approx(
+            np.linalg.norm(scene.updates[1][name] - one) / np.linalg.norm(one), rel=1e-6
+        )
+        for name, one in scene.updates[0].items()
+    }
+
+
+def test_quiet_diff_only_has_an_exit_code(scene: Scene) -> None:
+    """--quiet prints nothing; the code says whether something differs."""
+    same = call("diff", "base", "base", "-q", cwd=scene.path)
+    other = call("diff", "base", "ft1", "-q", cwd=scene.path)
+
+    assert (same.code, same.out, same.err) == (0, "", "")
+    assert (other.code, other.out, other.err) == (1, "", "")
+
+
+def test_methods_are_listed(scene: Scene) -> None:
+    """Every registered method and op is listed with a line about it."""
+    listed = assert_done(call("methods", "--json", cwd=scene.path)).json
+    ops = assert_done(call("methods", "--ops", "--json", cwd=scene.path)).json
+    words = assert_done(call("methods", cwd=scene.path)).out
+
+    assert [each["method"] for each in listed] == sorted(known_methods)
+    assert [each["op"] for each in ops] == sorted(known_ops)
+    assert all(each["what"] for each in (*listed, *ops))
+    assert all(f"\n{name} " in words for name in known_methods)
+
+
+@pytest.mark.parametrize("name", sorted(known_methods))
+def test_every_method_is_described(scene: Scene, name: str) -> None:
+    """A method's page has its paper, every parameter with default and bounds, and deviations."""
+    data = assert_done(call("methods", name, "--json", cwd=scene.path)).json
+    words = assert_done(call("methods", name, cwd=scene.path)).out
+
+    declared = known_methods[name].params
+    assert data["name"] == name
+    assert data["paper"].startswith("arXiv:")
+    assert {each["name"]: each["allowed"] for each in data["params"]} == {
+        key: param.describe() for key, param in declared.items()
+    }
+    assert "Deviations" in data["doc"]
+    assert data["doc"] in words
+    for preset in data["compat"]:
+        assert f"--compat {preset}: " in words
+
+
+@pytest.mark.parametrize("name", sorted(known_ops))
+def test_every_op_is_described(scene: Scene, name: str) -> None:
+    """An op's page has its text and its parameters."""
+    data = assert_done(call("methods", name, "--json", cwd=scene.path)).json
+    words = assert_done(call("methods", name, cwd=scene.path)).out
+
+    assert {each["name"] for each in data["params"]} == set(known_ops[name].params)
+    assert data["doc"] in words
+
+
+def test_methods_of_no_such_name(scene: Scene) -> None:
+    """A name that is nothing is refused with those that are near."""
+    assert_refused(call("methods", "task_aritmetic", cwd=scene.path), "'task_arithmetic'?")

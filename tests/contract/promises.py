@@ -1,0 +1,249 @@
+"""The contracts of merge methods, one function each: ``(method, case, parameters, …)``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from mergebench import apply, merge_models
+from mergebench.compute.tiles import Tiling
+from mergebench.core.errors import MergebenchError, MismatchError
+from mergebench.core.tensor import ArrayTensor
+from mergebench.merge.engine import execute_in_memory
+from mergebench.merge.method import METHODS
+from mergebench.merge.plan import Plan, make_plan
+from mergebench.recipe import ModelRef, Recipe
+from mergebench.sources import source_of_arrays
+
+from .assertions import assert_close, assert_same_bits, assert_same_values, assert_within_ulps
+from .support import F32, Arrays, Case, merged
+
+Params = Mapping[str, Any]
+#: Larger than every tensor of a case.
+WHOLE = Tiling(1 << 20, 1 << 20, 1)
+
+
+def assert_identity(method: str, case: Case, params: Params) -> None:
+    """A single model of weight 1 comes out; exact displacements leave no rounding at all."""
+    alone = replace(case, models=case.models[:1], weights=(1.0,))
+    assert_same_values(merged(method, alone, params), alone.models[0])
+
+
+def assert_identity_within(method: str, case: Case, params: Params, epsilon: float) -> None:
+    """A single model comes out, but for one rounding of the difference and one of the sum."""
+    alone = replace(case, models=case.models[:1], weights=(1.0,))
+    for name, got in merged(method, alone, params).items():
+        model, base = alone.models[0][name], alone.base[name]
+        assert got.dtype == base.dtype
+        assert np.all(np.abs(got - model) <= epsilon * (np.abs(model) + np.abs(base))), name
+
+
+def assert_base_at_zero(method: str, case: Case, params: Params) -> None:
+    """The bits of the base, negative zeros among them."""
+    assert any(np.any(np.signbit(a) & (a == 0)) for a in case.base.values())
+    assert_same_bits(merged(method, case, params), case.base)
+
+
+def assert_order_free(method: str, case: Case, params: Params, order: Sequence[int]) -> None:
+    """The bits of any order of models and weights."""
+    shuffled = replace(
+        case,
+        models=tuple(case.models[i] for i in order),
+        weights=tuple(case.weights[i] for i in order),
+    )
+    assert_same_bits(merged(method, shuffled, params), merged(method, case, params))
+
+
+def planned(method: str, case: Case, params: Params, **options: Any) -> Plan:
+    """The plan of a merge of arrays in memory, for one worker."""
+    labels = [f"models[{i}]" for i in range(len(case.models))]
+    opened = [
+        source_of_arrays(label, {name: ArrayTensor(array) for name, array in each.items()})
+        for label, each in zip([*labels, "base"], [*case.models, case.base], strict=True)
+    ]
+    recipe = Recipe(
+        models=tuple(map(ModelRef, labels, case.weights)), method=method, params=params, base="base"
+    )
+    return make_plan(recipe, sources=opened[:-1], base=opened[-1], workers=1, **options)
+
+
+def assert_tiling_free(method: str, case: Case, params: Params, tiling: Tiling) -> None:
+    """The bits of one big tile on one worker."""
+    plan = planned(method, case, params)
+    (whole,) = execute_in_memory(replace(plan, tiling=WHOLE))
+    (pieces,) = execute_in_memory(replace(plan, tiling=tiling))
+    assert_same_bits(pieces, whole)
+
+
+def assert_same_from_files(method: str, case: Case, params: Params, folder: Path) -> None:
+    """The bits of the merge in memory, whether the result is returned or written."""
+    expected = merged(method, case, params)
+    paths = []
+    for index, each in enumerate([case.base, *case.models]):
+        paths.append(folder / f"{index}.safetensors")
+        save_file(each, paths[-1])
+    base, *models = paths
+    pairs = list(zip(models, case.weights, strict=True))
+    assert_same_bits(merge_models(pairs, base=base, method=method, **params), expected)
+    out = folder / "out.safetensors"
+    merge_models(pairs, base=base, method=method, out=out, force=True, **params)
+    assert_same_bits(load_file(out), expected)
+
+
+def assert_inputs_untouched(method: str, case: Case, params: Params) -> None:
+    """Inputs that cannot be written to are enough, and torch tensors keep their bytes."""
+    frozen = case.mapped(np.copy)
+    for each in (frozen.base, *frozen.models):
+        for array in each.values():
+            array.flags.writeable = False
+    expected = merged(method, frozen, params)
+    assert_same_bits(frozen.base, case.base)
+    tensors = case.mapped(np.copy)
+    as_torch = replace(
+        tensors,
+        base={name: torch.from_numpy(array) for name, array in tensors.base.items()},
+        models=tuple(
+            {name: torch.from_numpy(array) for name, array in each.items()}
+            for each in tensors.models
+        ),
+    )
+    got = merged(method, as_torch, params)
+    assert_same_bits({name: tensor.numpy() for name, tensor in got.items()}, expected)
+    for before, after in zip(case.models, tensors.models, strict=True):
+        assert_same_bits(after, before)
+    assert_same_bits(tensors.base, case.base)
+
+
+def assert_layout_free(method: str, case: Case, params: Params) -> None:
+    """The bits of contiguous arrays, from column-major and from strided ones."""
+    expected = merged(method, case, params)
+    columns = case.mapped(lambda array: np.array(array, order="F"))
+    assert_same_bits(merged(method, columns, params), expected)
+
+    def strided(array: np.ndarray) -> np.ndarray:
+        return np.repeat(array[::-1], 2, axis=0)[::-2] if array.ndim else array
+
+    assert_same_bits(case.mapped(strided).base, case.base)
+    assert_same_bits(merged(method, case.mapped(strided), params), expected)
+
+
+def assert_buffers_kept(method: str, case: Case, params: Params, other: np.ndarray) -> None:
+    """A tensor that is not floating-point is copied, and refused where a model differs in it."""
+    base, *models = ({**each, "steps": other} for each in (case.base, *case.models))
+    whole = replace(case, base=base, models=tuple(models))
+    assert_same_bits({"steps": merged(method, whole, params)["steps"]}, {"steps": other})
+    models[-1] = {**models[-1], "steps": other ^ other.dtype.type(1)}
+    with pytest.raises(MismatchError, match=r"^steps: .* must agree"):
+        merged(method, replace(whole, models=tuple(models)), params)
+
+
+def assert_rounded_once(method: str, case: Case, params: Params) -> None:
+    """A merge in float32 of the same numbers, rounded to the dtype of the case."""
+    (dtype,) = {array.dtype for array in case.base.values()}
+    wide = merged(method, case.astype(F32), params)
+    rounded = {name: array.astype(dtype) for name, array in wide.items()}
+    assert_same_bits(merged(method, case, params), rounded)
+
+
+def assert_refuses_nonfinite(method: str, case: Case, params: Params, where: str) -> None:
+    """An error that names the model, the tensor, and how much of what is in it."""
+    name = "model.layers.0.attn.weight"
+    spoilt = case.mapped(np.copy)
+    tables = {"the base": spoilt.base}
+    tables |= {f"models[{index}]": each for index, each in enumerate(spoilt.models)}
+    flat = tables[where][name].reshape(-1)
+    flat[3], flat[11], flat[17] = np.nan, np.nan, -np.inf
+    with pytest.raises(MergebenchError) as caught:
+        merged(method, spoilt, params)
+    said = f"{where}: tensor {name!r} has 2 NaN and 1 infinite entries of 20"
+    assert caught.value.what == said
+
+
+def in_torch(tables: Sequence[Arrays]) -> list[dict[str, torch.Tensor]]:
+    """Copies as torch tensors."""
+    return [{name: torch.tensor(array) for name, array in each.items()} for each in tables]
+
+
+def assert_torch_agrees(method: str, case: Case, params: Params) -> None:
+    """The chain on torch tensors within one ulp of the chain on numpy arrays."""
+    chain = METHODS[method](**params)
+    plain = apply(chain, case.task_vectors, case.weights)
+    got = apply(chain, in_torch(case.task_vectors), case.weights)
+    assert set(got) == set(plain)
+    for name, expected in plain.items():
+        assert_within_ulps(got[name].numpy(), expected)
+
+
+def assert_gradients(method: str, case: Case, params: Params, seed: int) -> None:
+    """The derivative along a random direction is that of finite differences, in float64."""
+    chain = METHODS[method](**params)
+    random = np.random.default_rng(seed)
+    inputs = in_torch(case.task_vectors)
+    for each in inputs:
+        for tensor in each.values():
+            tensor.requires_grad_()
+    ways, heights = (
+        [{n: torch.tensor(random.normal(size=t.shape)) for n, t in each.items()} for each in inputs]
+        for _ in range(2)
+    )
+
+    def loss(step: float) -> torch.Tensor:
+        moved = [
+            {n: tensor + step * way[n] for n, tensor in each.items()}
+            for each, way in zip(inputs, ways, strict=True)
+        ]
+        out = apply(chain, moved, case.weights)
+        return torch.stack([(heights[0][n] * out[n]).sum() for n in out]).sum()
+
+    loss(0.0).backward()
+    slope = sum(
+        float((tensor.grad * way[n]).sum())
+        for each, way in zip(inputs, ways, strict=True)
+        for n, tensor in each.items()
+    )
+    step = 1e-7
+    with torch.no_grad():
+        measured = float(loss(step) - loss(-step)) / (2 * step)
+    assert abs(slope - measured) <= 1e-5 * (1 + abs(measured)), (slope, measured)
+
+
+def assert_homogeneous(method: str, case: Case, params: Params, power: int) -> None:
+    """2^power times the task vectors give exactly 2^power times the merged one."""
+    chain, factor = METHODS[method](**params), 2.0**power
+    plain = apply(chain, case.task_vectors, case.weights)
+
+    def scaled(arrays: Mapping[str, np.ndarray]) -> Arrays:
+        return {name: np.asarray(array * F32.type(factor)) for name, array in arrays.items()}
+
+    moved = apply(chain, [scaled(tau) for tau in case.task_vectors], case.weights)
+    assert_same_values(moved, scaled(plain))
+
+
+def assert_apply_is_merge(method: str, case: Case, params: Params) -> None:
+    """The merge into a base of zeros is the chain on the models themselves."""
+    raised = replace(case, base={name: np.zeros_like(a) for name, a in case.base.items()})
+    chain = METHODS[method](**params)
+    assert_same_values(merged(method, raised, params), apply(chain, raised.models, case.weights))
+
+
+def assert_sweep_is_single(method: str, case: Case, params: Params, key: str, several: Any) -> None:
+    """One reading of the inputs gives the bits of separate merges, value by value."""
+    outputs = merged(method, case, {**params, key: list(several)})
+    assert len(outputs) == len(several)
+    for value, output in zip(several, outputs, strict=True):
+        assert_same_bits(output, merged(method, case, {**params, key: value}))
+
+
+def assert_factored_is_dense(
+    factored: Mapping[str, np.ndarray], dense: Mapping[str, np.ndarray]
+) -> None:
+    """The merge of factors is the merge of their products, to 1e-5 of the largest entry."""
+    assert all(np.abs(array).max(initial=0) > 0 for array in dense.values()), "nothing to compare"
+    assert_close(factored, dense, 1e-5)

@@ -1,0 +1,196 @@
+"""Random cases for the contracts: models of a few small tensors, and declared parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil, floor
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+
+from mergebench import merge_models
+from mergebench.core.params import Param
+from mergebench.core.registry import Registry
+from mergebench.merge.method import METHODS
+from mergebench.merge.op import OPS
+
+from . import exemptions
+
+# Explaining a failure takes longer than finding it, where every example is a merge.
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
+FEW = settings(max_examples=15, deadline=None, phases=PHASES)
+SOME = settings(FEW, max_examples=30)
+# For what holds in general position only: two magnitudes may differ by less than a rounding.
+GENERIC = settings(FEW, derandomize=True)
+
+F32 = np.dtype(np.float32)
+F64 = np.dtype(np.float64)
+BF16 = np.dtype(ml_dtypes.bfloat16)
+F16 = np.dtype(np.float16)
+F8 = np.dtype(ml_dtypes.float8_e4m3fn)
+F8_WIDE = np.dtype(ml_dtypes.float8_e5m2)
+
+#: Every kind of tensor that may stand in a model: matrices, a vector, a kernel, a scalar, nothing.
+SHAPES: Mapping[str, tuple[int, ...]] = {
+    "model.layers.1.attn.weight": (4, 5),
+    "model.embed.weight": (6, 4),
+    "model.layers.0.attn.bias": (5,),
+    "model.layers.0.attn.weight": (4, 5),
+    "model.scale": (),
+    "model.layers.1.conv.weight": (2, 3, 1, 3),
+    "model.empty": (0, 3),
+    "model.hollow": (3, 0),
+}
+#: How the entries of a task vector are spread: "exact" ones add up without any rounding.
+KINDS = ("exact", "ternary", "sparse", "normal")
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A base and some fine-tunes of it with their weights."""
+
+    base: Arrays
+    models: tuple[Arrays, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def task_vectors(self) -> list[Arrays]:
+        """Fine-tuned minus base, in the dtype of the fine-tunes."""
+        return [
+            {name: np.asarray(array - self.base[name]) for name, array in each.items()}
+            for each in self.models
+        ]
+
+    @property
+    def unweighted(self) -> Case:
+        """The same with weights of 1, so that exact entries add up without rounding."""
+        return replace(self, weights=(1.0,) * len(self.models))
+
+    def astype(self, dtype: np.dtype[Any]) -> Case:
+        """Every tensor in another dtype."""
+        return self.mapped(lambda array: array.astype(dtype))
+
+    def mapped(self, change: Callable[[np.ndarray], np.ndarray]) -> Case:
+        """Every tensor replaced by what ``change`` makes of it."""
+        base, *models = (
+            {name: np.asarray(change(array)) for name, array in each.items()}
+            for each in (self.base, *self.models)
+        )
+        return replace(self, base=base, models=tuple(models))
+
+
+def displacement(random: np.random.Generator, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Entries of a task vector, float32."""
+    if kind == "exact":
+        values = random.integers(-3, 4, shape) / 4
+    elif kind == "ternary":
+        values = random.integers(-1, 2, shape) / 2
+    else:
+        values = random.normal(size=shape)
+        if kind == "sparse":
+            values = values * (random.random(shape) < 0.3)
+    return np.asarray(values, F32)
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    dtype: np.dtype[Any] = F32,
+    least: int = 1,
+    most: int = 4,
+    kinds: Sequence[str] = KINDS,
+    shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+) -> Case:
+    """Cases with multiples of 1/4 in the base, some of them negative zeros."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    kind = draw(st.sampled_from(kinds))
+    count = draw(st.integers(least, most))
+    base = {}
+    for name, shape in shapes.items():
+        values = np.asarray(random.integers(-6, 7, shape) / 4, F32)
+        base[name] = np.where(random.random(shape) < 0.1, F32.type(-0.0), values).astype(dtype)
+    models = tuple(
+        {
+            name: np.asarray(base[name].astype(F32) + displacement(random, kind, shape), dtype)
+            for name, shape in shapes.items()
+        }
+        for _ in range(count)
+    )
+    share = st.sampled_from([1.0, 0.5, 2.0, 0.3, 1.5, -0.75])
+    weights = draw(
+        st.lists(share, min_size=count, max_size=count).filter(lambda each: abs(sum(each)) > 0.1)
+    )
+    return Case(base, models, tuple(weights))
+
+
+def values_of(param: Param) -> st.SearchStrategy[Any]:
+    """Everything that a parameter allows, numbers as 64ths within ±4."""
+    if param.choices:
+        return st.sampled_from(param.choices)
+    if param.kind is bool:
+        return st.booleans()
+    if param.kind not in (float, int):
+        raise TypeError(f"{param.name}: no strategy for {param.kind}")
+    grid = 64 if param.kind is float else 1
+    low = -4.0 if param.low is None else param.low
+    high = max(low, 0) + 4.0 if param.high is None else param.high
+    first, last = ceil(low * grid), floor(high * grid)
+    first += param.open_low and first == low * grid
+    last -= param.open_high and last == high * grid
+    return st.integers(first, last).map(lambda number: param.kind(number / grid))
+
+
+def parameters(declared: Mapping[str, Param], **fixed: Any) -> st.SearchStrategy[dict[str, Any]]:
+    """One value for every declared parameter; those in ``fixed`` are given where declared."""
+    return st.fixed_dictionaries(
+        {
+            name: st.just(fixed[name]) if name in fixed else values_of(param)
+            for name, param in declared.items()
+        }
+    )
+
+
+def drawn(data: st.DataObject, method: str, **fixed: Any) -> dict[str, Any]:
+    """Parameters of a method."""
+    return data.draw(parameters(METHODS[method].params, **fixed), label="parameters")
+
+
+def merged(method: str, case: Case, params: Mapping[str, Any], **options: Any) -> Any:
+    """``merge_models`` on a case."""
+    models = list(zip(case.models, case.weights, strict=True))
+    return merge_models(models, base=case.base, method=method, **{**params, **options})
+
+
+def names(
+    contract: str, registry: Registry[Any], exempt: Mapping[tuple[str, str], str]
+) -> list[str]:
+    """What a contract is to be checked on: everything registered, but for the exemptions."""
+    if contract not in exemptions.CONTRACTS:
+        raise ValueError(f"{contract!r} is not a declared contract")
+    return [name for name in registry if (contract, name) not in exempt]
+
+
+def every_method(contract: str) -> Callable[[Any], Any]:
+    """Parametrize a test by ``method`` and mark it as the check of a contract."""
+    return _marked(contract, "method", names(contract, METHODS, exemptions.METHODS_EXEMPT))
+
+
+def every_op(contract: str) -> Callable[[Any], Any]:
+    """Parametrize a test by ``name`` of an op and mark it as the check of a contract."""
+    return _marked(contract, "name", names(contract, OPS, exemptions.OPS_EXEMPT))
+
+
+def _marked(contract: str, argument: str, chosen: list[str]) -> Callable[[Any], Any]:
+    def decorate(test: Any) -> Any:
+        test = pytest.mark.parametrize(argument, chosen)(test)
+        test.checks = (contract, argument, frozenset(chosen))
+        return test
+
+    return decorate

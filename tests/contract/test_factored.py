@@ -1,0 +1,190 @@
+"""Adapters: factors merge as their products do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from mergebench import merge_models
+from mergebench.core.errors import MergebenchError
+from mergebench.merge.method import METHODS
+from mergebench.merge.op import is_linear
+
+from .assertions import assert_same_bits
+from .promises import assert_factored_is_dense
+from .support import F32, F64, GENERIC, Arrays, drawn, every_method
+
+#: Weights of the base and the modules that adapters may change.
+SHAPES = {"model.layers.0.q.weight": (7, 5), "model.layers.1.q.weight": (7, 5), "norm.weight": (5,)}
+MODULES = ("model.layers.0.q", "model.layers.1.q")
+Factors = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def save_lora(folder: Path, factors: Factors, alpha: float) -> Path:
+    """A PEFT folder with ``lora_A``, ``lora_B`` and its config."""
+    folder.mkdir(parents=True)
+    tensors = {}
+    for module, (B, A) in factors.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = A
+        tensors[f"base_model.model.{module}.lora_B.weight"] = B
+    save_file(tensors, folder / "adapter_model.safetensors")
+    rank = next(iter(factors.values()))[1].shape[0]
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["q"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def product(factors: Factors, alpha: float) -> Arrays:
+    """``alpha / r · B A`` under the names of the weights, in float64."""
+    return {
+        f"{module}.weight": alpha / A.shape[0] * (B.astype(F64) @ A.astype(F64))
+        for module, (B, A) in factors.items()
+    }
+
+
+def save_delta(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
+    """A saved task vector: its entries, and metadata that say what it is."""
+    about = json.dumps({"kind": "delta", "version": 1, "base": None, "replaced": []})
+    save_file(dict(arrays), path, {"format": "pt", "mergebench": about})
+    return path
+
+
+class Scene:
+    """A base and some adapters on it, as files in factors and as files of dense products."""
+
+    def __init__(self, folder: Path, random: np.random.Generator, count: int) -> None:
+        self.base = {name: random.normal(size=shape).astype(F32) for name, shape in SHAPES.items()}
+        self.factored, self.dense, self.products = [], [], []
+        for index in range(count):
+            rank, alpha = int(random.integers(1, 4)), float(random.integers(1, 9))
+            chosen = MODULES if index == 0 else MODULES[: int(random.integers(1, 3))]
+            factors = {
+                module: (
+                    random.normal(size=(7, rank)).astype(F32),
+                    random.normal(size=(rank, 5)).astype(F32),
+                )
+                for module in chosen
+            }
+            self.factored.append(save_lora(folder / f"lora{index}", factors, alpha))
+            self.products.append(product(factors, alpha))
+            narrow = {name: array.astype(F32) for name, array in self.products[-1].items()}
+            self.dense.append(save_delta(folder / f"delta{index}.safetensors", narrow))
+        self.weights = [float(w) for w in random.choice([1.0, 0.5, 2.0, 1.5], count)]
+
+    def merged(self, paths: list[Path], method: str, params: Mapping[str, Any], **how: Any) -> Any:
+        """The merge of either form."""
+        pairs = list(zip(paths, self.weights, strict=True))
+        return merge_models(pairs, method=method, **params, **how)
+
+
+def scene_of(data: st.DataObject, folders: pytest.TempPathFactory) -> Scene:
+    """A scene in a folder of its own, from a drawn seed and a number of adapters."""
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
+    return Scene(folders.mktemp("scene"), random, data.draw(st.integers(1, 3)))
+
+
+@every_method("factored")
+@given(data=st.data())
+@GENERIC
+def test_lora_task_vectors_merge_as_dense_ones(
+    method: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """LoRA files and files of their dense ΔW give the same merged task vector."""
+    scene = scene_of(data, tmp_path_factory)
+    params = drawn(data, method, density=data.draw(st.sampled_from([0.25, 0.5, 1.0])), lam=1.5)
+    params |= {name: 0.25 for name in params if name == "gamma"}
+    got = scene.merged(scene.factored, method, params, form="delta")
+    assert_factored_is_dense(got, scene.merged(scene.dense, method, params, form="delta"))
+
+
+@every_method("factored")
+@given(data=st.data())
+@GENERIC
+def test_lora_merges_into_the_base_as_dense(
+    method: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """LoRA files merged into a base give what files of their dense ΔW give."""
+    scene = scene_of(data, tmp_path_factory)
+    params = drawn(data, method)
+    got = scene.merged(scene.factored, method, params, base=scene.base)
+    expected = scene.merged(scene.dense, method, params, base=scene.base)
+    assert_factored_is_dense(got, expected)
+    assert_same_bits({"norm": got["norm.weight"]}, {"norm": expected["norm.weight"]})
+
+
+@every_method("factored")
+@given(data=st.data())
+@GENERIC
+def test_lora_comes_out_as_lora(
+    method: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Adapters give an adapter: lossless for linear chains, the best of its rank for others."""
+    scene = scene_of(data, tmp_path_factory)
+    params = drawn(data, method)
+    dense = scene.merged(scene.factored, method, params, form="delta")
+    out = scene.merged(scene.factored, method, params, form="lora")
+    linear = is_linear(METHODS[method](**params))
+    for module in MODULES:
+        A = out[f"base_model.model.{module}.lora_A.weight"].astype(F64)
+        B = out[f"base_model.model.{module}.lora_B.weight"].astype(F64)
+        wanted = dense[f"{module}.weight"].astype(F64)
+        ranks = [p[f"{module}.weight"] for p in scene.products if f"{module}.weight" in p]
+        limit = sum(np.linalg.matrix_rank(each) for each in ranks)
+        U, S, Vt = np.linalg.svd(wanted, full_matrices=False)
+        kept = len(S) if linear else min(limit, len(S))
+        best = (U[:, :kept] * S[:kept]) @ Vt[:kept]
+        scale = max(np.abs(wanted).max(), 1e-30)
+        lost, least = np.linalg.norm(B @ A - wanted), np.linalg.norm(best - wanted)
+        assert lost <= least + 1e-5 * scale * wanted.size, (module, lost, least)
+
+
+@every_method("non-finite")
+@pytest.mark.parametrize("form", ["model", "delta"])
+def test_nan_in_factors_is_refused(method: str, form: str, tmp_path: Path) -> None:
+    """A NaN in a factor is an error that names the adapter, the weight and the number."""
+    B, A = np.ones((7, 2), F32), np.ones((2, 5), F32)
+    B[3, 1] = np.nan
+    spoilt = save_lora(tmp_path / "spoilt", {MODULES[0]: (B, A)}, 2.0)
+    base = {name: np.ones(shape, F32) for name, shape in SHAPES.items()}
+    with pytest.raises(MergebenchError) as caught:
+        merge_models([spoilt], base=base, method=method, form=form)
+    # Where whole weights are averaged, the spoilt row of the adapted weight is what is found.
+    whole = METHODS[method].space == "weight" and form == "model"
+    found = "5 NaN and 0 infinite entries of 35" if whole else "1 NaN and 0 infinite entries of 14"
+    assert caught.value.what == f"{spoilt}: tensor {MODULES[0] + '.weight'!r} has {found}"
+
+
+@every_method("non-finite")
+def test_nan_under_an_adapter_is_refused(method: str, tmp_path: Path) -> None:
+    """A NaN of the base in a weight that an adapter changes is an error that names the base."""
+    sound = save_lora(
+        tmp_path / "sound", {MODULES[0]: (np.ones((7, 2), F32), np.ones((2, 5), F32))}, 2.0
+    )
+    base = {name: np.ones(shape, F32) for name, shape in SHAPES.items()}
+    base[f"{MODULES[0]}.weight"][2, 2] = np.nan
+    with pytest.raises(MergebenchError, match=r"has 1 NaN and 0 infinite entries of 35"):
+        merge_models([sound], base=base, method=method)
+
+
+@every_method("files")
+def test_an_adapter_beside_arrays_is_read_as_beside_files(method: str, tmp_path: Path) -> None:
+    """An adapter that needs its base's names and an option merges with arrays in memory too."""
+    B, A = np.ones((7, 2), F32), np.full((2, 5), 0.5, F32)
+    tensors = {"lora_unet_model_layers_0_q.lora_up.weight": B}
+    tensors["lora_unet_model_layers_0_q.lora_down.weight"] = A
+    adapter = tmp_path / "kohya.safetensors"
+    save_file(tensors, adapter)
+    base = {f"unet.{name}": np.ones(shape, F32) for name, shape in SHAPES.items()}
+    tuned = {name: array + F32.type(0.25) for name, array in base.items()}
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    options: dict[str, Any] = {"base": base, "method": method, "lora_alpha": 4.0}
+    expected = merge_models([tmp_path / "tuned.safetensors", adapter], **options)
+    assert_same_bits(merge_models([tuned, adapter], **options), expected)

@@ -1,0 +1,224 @@
+"""Every registered op: what its declaration says is what its implementation does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergebench import apply
+from mergebench.compute.tiles import Tiling
+from mergebench.core.site import make_sites
+from mergebench.core.tensor import ArrayTensor
+from mergebench.merge.engine import execute_in_memory
+from mergebench.merge.op import OPS, Op, coefficients
+from mergebench.merge.plan import make_plan
+from mergebench.recipe import ModelRef, OpRef, Recipe
+from mergebench.sources import source_of_arrays
+
+from .assertions import assert_close, assert_same_bits, assert_same_values, assert_within_ulps
+from .promises import WHOLE, in_torch
+from .support import F32, F64, FEW, GENERIC, SHAPES, SOME, Arrays, Case, cases, every_op, parameters
+
+
+def op_of(data: st.DataObject, name: str, **fixed: Any) -> Op:
+    """An op with drawn parameters."""
+    return OPS[name](**data.draw(parameters(OPS[name].params, **fixed), label="parameters"))
+
+
+def results(op: Op, case: Case) -> list[Arrays]:
+    """One dictionary of arrays per model that the op leaves."""
+    out = apply(op, case.task_vectors, case.weights)
+    return [out] if isinstance(out, Mapping) else out
+
+
+@every_op("untouched inputs")
+@given(data=st.data())
+@FEW
+def test_ops_do_not_write_to_what_they_get(name: str, data: st.DataObject) -> None:
+    """An op runs on stacks that cannot be written to, and gives the shape that it declares."""
+    op, case = op_of(data, name), data.draw(cases(kinds=("exact", "normal")))
+    seen = []
+
+    original = op.spec.function
+    count = len(case.models)
+
+    def guarded(stack: np.ndarray, at: Any, **params: Any) -> np.ndarray:
+        stack.flags.writeable = False
+        before = stack.copy()
+        out = original(stack, at, **params)
+        assert_same_bits({"stack": stack}, {"stack": before})
+        seen.append((stack.shape, out.shape, out.dtype))
+        return out
+
+    object.__setattr__(op.spec, "function", guarded)
+    try:
+        results(op, case)
+    finally:
+        object.__setattr__(op.spec, "function", original)
+    assert len(seen) == len(case.base)
+    for before, after, dtype in seen:
+        assert before[0] == count
+        assert after == ((1 if op.spec.reduces else count), before[1])
+        assert dtype == F32
+
+
+@every_op("double")
+@given(data=st.data())
+@GENERIC
+def test_ops_keep_float64(name: str, data: st.DataObject) -> None:
+    """In float64 an op gives float64 values, which float32 gives but for its rounding."""
+    op, case = op_of(data, name), data.draw(cases(kinds=("normal",)))
+    wide = results(op, case.astype(F64))
+    assert {array.dtype for each in wide for array in each.values()} == {F64}
+    for narrow, each in zip(results(op, case), wide, strict=True):
+        assert_close(narrow, each, 1e-5, least=1.0)
+
+
+@every_op("torch")
+@given(data=st.data())
+@SOME
+def test_ops_agree_between_libraries(name: str, data: st.DataObject) -> None:
+    """An op on torch tensors gives the values of numpy within an ulp, with the same mask."""
+    op, case = op_of(data, name), data.draw(cases())
+    out = apply(op, in_torch(case.task_vectors), case.weights)
+    tables = [out] if isinstance(out, Mapping) else out
+    for expected, got in zip(results(op, case), tables, strict=True):
+        for tensor, array in expected.items():
+            assert isinstance(got[tensor], torch.Tensor)
+            assert_within_ulps(got[tensor].numpy(), array)
+
+
+@every_op("torch")
+@given(data=st.data())
+@FEW
+def test_ops_stay_on_the_device_of_their_input(name: str, data: st.DataObject) -> None:
+    """No op mixes in an array of another device: where there is no data, none is missed."""
+    op = op_of(data, name, density=1.0, gamma=0.0, scope="row", tie="plus")
+    tables = [{"w": torch.empty((3, 4), device="meta")}] * 3
+    out = apply(op, tables, [1.0, 0.5, 2.0])
+    for each in [out] if isinstance(out, Mapping) else out:
+        assert each["w"].device.type == "meta"
+        assert each["w"].shape == (3, 4)
+
+
+@every_op("homogeneous")
+@given(data=st.data())
+@FEW
+def test_ops_pass_powers_of_two(name: str, data: st.DataObject) -> None:
+    """An op on task vectors times 4 gives exactly 4 times what it gave."""
+    op, case = op_of(data, name), data.draw(cases())
+    larger = case.mapped(lambda array: np.asarray(array * F32.type(4)))
+    for plain, four in zip(results(op, case), results(op, larger), strict=True):
+        assert_same_values(four, {n: np.asarray(a * F32.type(4)) for n, a in plain.items()})
+
+
+@every_op("order")
+@given(data=st.data())
+@SOME
+def test_ops_treat_models_alike(name: str, data: st.DataObject) -> None:
+    """Models in another order come out in that order, or as the same one within a rounding."""
+    op, case = op_of(data, name), data.draw(cases(least=2, kinds=("exact", "ternary")))
+    order = data.draw(st.permutations(range(len(case.models))))
+    shuffled = Case(
+        case.base, tuple(case.models[i] for i in order), tuple(case.weights[i] for i in order)
+    )
+    before, after = results(op, case), results(op, shuffled)
+    if op.spec.reduces:
+        # Sums of values times weights may round differently in another order.
+        assert_close(after[0], before[0], 1e-5, least=1.0)
+        return
+    for place, index in enumerate(order):
+        assert_same_values(after[place], before[index])
+
+
+def gradients(op: Op, case: Case) -> tuple[Any, list[dict[str, torch.Tensor]]]:
+    """What an op gives for the first model it leaves, and the derivatives of its sum."""
+    inputs = in_torch(case.task_vectors)
+    for each in inputs:
+        for tensor in each.values():
+            tensor.requires_grad_()
+    out = apply(op, inputs, case.weights)
+    merged = out if isinstance(out, Mapping) else out[0]
+    torch.stack([tensor.sum() for tensor in merged.values()]).sum().backward()
+    zero = torch.zeros
+    return merged, [
+        {name: zero(t.shape) if t.grad is None else t.grad for name, t in each.items()}
+        for each in inputs
+    ]
+
+
+@every_op("gradients")
+@given(data=st.data())
+@GENERIC
+def test_gradients_pass_through_ops(name: str, data: st.DataObject) -> None:
+    """Where something comes out of an op, some input has a derivative, and it is a number."""
+    merged, slopes = gradients(op_of(data, name), data.draw(cases(F64, kinds=("normal",))))
+    flat = torch.cat([slope.reshape(-1) for each in slopes for slope in each.values()])
+    assert torch.isfinite(flat).all()
+    assert bool(flat.any()) == any(bool(tensor.any()) for tensor in merged.values())
+
+
+LINEAR = [name for name in OPS if OPS[name].linear]
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@given(data=st.data())
+@FEW
+def test_linear_ops_are_their_coefficients(name: str, data: st.DataObject) -> None:
+    """The derivatives of a linear op are the weights that `coefficients` says, everywhere."""
+    op, case = op_of(data, name), data.draw(cases(F64, kinds=("normal",)))
+    table = coefficients((op,), make_sites(SHAPES)["model.embed.weight"], case.weights)
+    count = len(case.models)
+    first = np.reshape(table, (-1, count))[0]
+    for share, each in zip(first, gradients(op, case)[1], strict=True):
+        for slope in each.values():
+            assert torch.allclose(slope.double(), torch.tensor(share), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@given(data=st.data())
+@FEW
+def test_ops_declared_linear_add_up(name: str, data: st.DataObject) -> None:
+    """What is declared linear maps a sum of two cases to the sum of their results."""
+    op, case = op_of(data, name), data.draw(cases(kinds=("exact",), least=2, most=2))
+    one, other = case.task_vectors
+    weights = (case.weights[0],) * 2
+    zero = {tensor: np.zeros_like(array) for tensor, array in one.items()}
+
+    def run(*models: Arrays) -> Arrays:
+        out = apply(op, models, weights)
+        return out if isinstance(out, Mapping) else out[0]
+
+    total = {tensor: np.asarray(one[tensor] + other[tensor]) for tensor in one}
+    parts = run(one, zero), run(other, zero)
+    together = {tensor: np.asarray(parts[0][tensor] + parts[1][tensor]) for tensor in one}
+    assert_close(run(total, zero), together, 1e-5, least=1.0)
+
+
+@every_op("tiling")
+@given(data=st.data())
+@SOME
+def test_granularity_is_fine_enough(name: str, data: st.DataObject) -> None:
+    """Streamed in pieces of its declared granularity an op gives the bits of the whole."""
+    case = data.draw(cases())
+    op = op_of(data, name)
+    chain = (OpRef(name, dict(op.params)), *([] if op.spec.reduces else [OpRef("sum")]))
+    tables = [*case.models, case.base]
+    labels = [f"models[{i}]" for i in range(len(case.models))]
+    opened = [
+        source_of_arrays(label, {key: ArrayTensor(array) for key, array in each.items()})
+        for label, each in zip([*labels, "base"], tables, strict=True)
+    ]
+    recipe = Recipe(tuple(map(ModelRef, labels, case.weights)), method="", ops=chain, base="base")
+    plan = make_plan(recipe, sources=opened[:-1], base=opened[-1], workers=1)
+    tiling = Tiling(data.draw(st.integers(1, 9)), data.draw(st.integers(1, 30)), 2)
+    (whole,) = execute_in_memory(replace(plan, tiling=WHOLE))
+    (pieces,) = execute_in_memory(replace(plan, tiling=tiling))
+    assert_same_bits(pieces, whole)

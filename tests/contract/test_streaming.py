@@ -1,0 +1,110 @@
+"""What must not change a bit: order, tiles, workers, memory, files, strides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from mergebench.compute.tiles import Tiling
+
+from .assertions import assert_same_bits
+from .promises import (
+    assert_inputs_untouched,
+    assert_layout_free,
+    assert_order_free,
+    assert_same_from_files,
+    assert_tiling_free,
+    planned,
+)
+from .support import BF16, F16, F32, FEW, SOME, Case, cases, drawn, every_method, merged
+
+
+@every_method("order")
+@given(data=st.data())
+@SOME
+def test_order_of_models_is_immaterial(method: str, data: st.DataObject) -> None:
+    """Models and weights in any order give the same bits."""
+    case = data.draw(cases(least=2))
+    order = data.draw(st.permutations(range(len(case.models))))
+    assert_order_free(method, case, drawn(data, method), order)
+
+
+@every_method("order")
+@given(data=st.data())
+@FEW
+def test_order_of_models_that_differ_in_few_entries_is_immaterial(
+    method: str, data: st.DataObject
+) -> None:
+    """Even where models differ in a single stretch of a long tensor, their order is immaterial."""
+    random = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    base = {"w": random.normal(size=4000).astype(F32)}
+    models = []
+    for _ in range(3):
+        model = base["w"].copy()
+        model[200:1000] += random.normal(size=800).astype(F32)
+        models.append({"w": model})
+    case = Case(base, tuple(models), (1.0, 1.0, 1.0))
+    order = data.draw(st.permutations(range(3)))
+    assert_order_free(method, case, drawn(data, method), order)
+
+
+@every_method("tiling")
+@given(data=st.data())
+@SOME
+def test_tiles_and_jobs_are_immaterial(method: str, data: st.DataObject) -> None:
+    """Tiny odd tiles on one to three workers give the bits of one big tile."""
+    tile = data.draw(st.integers(1, 17))
+    tiling = Tiling(tile, data.draw(st.integers(1, 40)), data.draw(st.integers(1, 3)))
+    assert_tiling_free(method, data.draw(cases()), drawn(data, method), tiling)
+
+
+@every_method("tiling")
+@given(data=st.data())
+@settings(FEW, max_examples=3, phases=(Phase.generate,))
+def test_workers_and_memory_are_immaterial(method: str, data: st.DataObject) -> None:
+    """One, two and three workers and any sufficient memory budget give the same bits."""
+    shapes = {"b": (310, 257), "a": (130, 601), "c": (3, 5), "v": (4099,)}
+    case = data.draw(cases(shapes=shapes, least=2, most=3))
+    params = drawn(data, method)
+    expected = merged(method, case, params, workers=1)
+    least = planned(method, case, params).least_memory
+    budgets = [least, least + (1 << 18), least + (1 << 20), 1 << 34]
+    tilings = {planned(method, case, params, memory=budget).tiling for budget in budgets}
+    assert len(tilings) >= 3, "the budgets must lead to different tilings"
+    for workers in (1, 2, 3):
+        for budget in budgets:
+            got = merged(method, case, params, workers=workers, memory=budget)
+            assert_same_bits(got, expected)
+
+
+@every_method("files")
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@given(data=st.data())
+@FEW
+def test_streamed_is_in_memory(
+    method: str, dtype: Any, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """From safetensors files, returned or written, come the bits of a merge in memory."""
+    folder = tmp_path_factory.mktemp("streamed")
+    assert_same_from_files(method, data.draw(cases(dtype)), drawn(data, method), folder)
+
+
+@every_method("untouched inputs")
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@given(data=st.data())
+@FEW
+def test_inputs_are_not_written_to(method: str, dtype: Any, data: st.DataObject) -> None:
+    """Read-only arrays can be merged, and torch tensors are left as they were."""
+    assert_inputs_untouched(method, data.draw(cases(dtype)), drawn(data, method))
+
+
+@every_method("layout")
+@given(data=st.data())
+@FEW
+def test_strides_are_immaterial(method: str, data: st.DataObject) -> None:
+    """Column-major, strided and reversed arrays give the bits of contiguous ones."""
+    assert_layout_free(method, data.draw(cases()), drawn(data, method))

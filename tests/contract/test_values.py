@@ -1,0 +1,171 @@
+"""What a merge is, whatever the method: identity, base, homogeneity, and the arrays it gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergebench import apply
+from mergebench.merge.method import METHODS
+
+from .assertions import assert_close
+from .exemptions import NEUTRAL
+from .promises import (
+    assert_apply_is_merge,
+    assert_base_at_zero,
+    assert_buffers_kept,
+    assert_homogeneous,
+    assert_identity,
+    assert_identity_within,
+    assert_rounded_once,
+    assert_sweep_is_single,
+)
+from .support import (
+    BF16,
+    F8,
+    F8_WIDE,
+    F16,
+    F32,
+    F64,
+    FEW,
+    SOME,
+    cases,
+    drawn,
+    every_method,
+    merged,
+    values_of,
+)
+
+EXACT = ("exact", "ternary")
+
+
+@every_method("identity")
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F8, F64], ids=str)
+@given(data=st.data())
+@FEW
+def test_one_model_comes_out(method: str, dtype: Any, data: st.DataObject) -> None:
+    """With neutral parameters a single model is the result, exactly where nothing rounds."""
+    case = data.draw(cases(dtype, most=1, kinds=EXACT))
+    assert_identity(method, case, drawn(data, method, **NEUTRAL))
+
+
+@every_method("identity")
+@given(data=st.data())
+@FEW
+def test_one_model_comes_out_within_a_rounding(method: str, data: st.DataObject) -> None:
+    """Any float32 model is the result within the rounding of its difference to the base."""
+    case = data.draw(cases(most=1, kinds=("normal",)))
+    assert_identity_within(method, case, drawn(data, method, **NEUTRAL), 2.0**-23)
+
+
+@every_method("double")
+@pytest.mark.parametrize("base_dtype", [F64, F32], ids=str)
+@given(data=st.data())
+@FEW
+def test_float64_is_not_narrowed(method: str, base_dtype: Any, data: st.DataObject) -> None:
+    """A float64 model survives its merge to float64's precision, whatever the base is stored in."""
+    case = data.draw(cases(base_dtype, most=1, kinds=("normal",)))
+    fine = np.random.default_rng(0)
+    model = {
+        name: np.asarray(array.astype(F64) + 2.0**-30 * fine.random(array.shape))
+        for name, array in case.models[0].items()
+    }
+    case = type(case)(
+        {name: array.astype(F64) for name, array in case.base.items()}, (model,), (1.0,)
+    )
+    assert_identity_within(method, case, drawn(data, method, **NEUTRAL), 2.0**-52)
+
+
+@every_method("double")
+@given(data=st.data())
+@FEW
+def test_both_precisions_in_one_model(method: str, data: st.DataObject) -> None:
+    """A model of float32 and float64 tensors merges as the same numbers in float64 do."""
+    case = data.draw(cases(most=2, kinds=EXACT)).unweighted
+    params = drawn(data, method)
+    some = data.draw(st.sets(st.sampled_from(sorted(case.base)), min_size=1))
+    mixed = case.mapped(np.copy)
+    for each in (mixed.base, *mixed.models):
+        each.update({name: each[name].astype(F64) for name in some})
+    wide = case.astype(F64)
+    assert_close(merged(method, mixed, params), merged(method, wide, params), 1e-6)
+    chain = METHODS[method](**params)
+    assert_close(apply(chain, mixed.task_vectors), apply(chain, wide.task_vectors), 1e-6)
+
+
+@every_method("base at zero")
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)
+@given(data=st.data())
+@FEW
+def test_scale_zero_is_the_base(method: str, dtype: Any, data: st.DataObject) -> None:
+    """λ = 0 gives the bits of the base, negative zeros included."""
+    case = data.draw(cases(dtype).map(_with_negative_zero))
+    assert_base_at_zero(method, case, drawn(data, method, lam=0.0))
+
+
+def _with_negative_zero(case: Any) -> Any:
+    case.base["model.layers.0.attn.bias"][2] = -0.0
+    return case
+
+
+@every_method("homogeneous")
+@given(data=st.data())
+@SOME
+def test_powers_of_two_pass_through(method: str, data: st.DataObject) -> None:
+    """Scaling every task vector by a power of two scales the result by it, exactly."""
+    power = data.draw(st.sampled_from([-5, -1, 1, 7]))
+    assert_homogeneous(method, data.draw(cases()), drawn(data, method), power)
+
+
+@every_method("in memory")
+@given(data=st.data())
+@SOME
+def test_apply_on_arrays_is_the_merge(method: str, data: st.DataObject) -> None:
+    """`apply` gives the values that the streaming engine gives."""
+    # Sums of two do not depend on their order, which the engine chooses by content.
+    assert_apply_is_merge(method, data.draw(cases(most=2)), drawn(data, method))
+
+
+@every_method("rounded once")
+@pytest.mark.parametrize("dtype", [BF16, F16, F8, F8_WIDE], ids=str)
+@given(data=st.data())
+@FEW
+def test_small_dtypes_are_rounded_once(method: str, dtype: Any, data: st.DataObject) -> None:
+    """Small dtypes are merged in float32 and rounded once, at the end."""
+    case = data.draw(cases(dtype, most=2))
+    assert_rounded_once(method, case, drawn(data, method))
+
+
+@every_method("buffers")
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        np.array(7),
+        np.array([True, False]),
+        np.array([[3, -4]], np.int8),
+        np.array([2**31 - 1], np.int32),
+        np.array([255, 0], np.uint8),
+    ],
+    ids=lambda array: str(array.dtype),
+)
+@given(data=st.data())
+@FEW
+def test_integers_are_copied(method: str, buffer: np.ndarray, data: st.DataObject) -> None:
+    """Integer and boolean tensors are the base's, and an error where a model has others."""
+    assert_buffers_kept(method, data.draw(cases()), drawn(data, method), buffer)
+
+
+@every_method("sweep")
+@given(data=st.data())
+@FEW
+def test_a_list_of_values_is_that_many_merges(method: str, data: st.DataObject) -> None:
+    """Several values of a parameter give, in one reading, the bits of separate merges."""
+    params = drawn(data, method)
+    key = data.draw(st.sampled_from(sorted(params)))
+    wanted = values_of(METHODS[method].params[key])
+    several = data.draw(st.lists(wanted, min_size=1, max_size=3, unique=True))
+    assert_sweep_is_single(method, data.draw(cases()), params, key, several)

@@ -1,0 +1,1 @@
+"""Small models on disk, ways to run the command, and comparisons."""

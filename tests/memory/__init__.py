@@ -1,0 +1,1 @@
+"""Memory is set by ``--memory``, not by the size of the models."""

@@ -1,0 +1,1 @@
+"""What merges write, opened by the programs that will open it."""
