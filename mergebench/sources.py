@@ -20,8 +20,8 @@ from mergebench.adapters_zoo.adapter import (
     parse_object,
     read_adapter,
 )
+from mergebench.checkpoints.containers import DCP, open_weights
 from mergebench.checkpoints.layout import Checkpoint, open_checkpoint
-from mergebench.checkpoints.reader import open_safetensors
 from mergebench.core.delta import Delta, Difference, Replacement, reads, tile
 from mergebench.core.errors import FormatError, MergebenchError
 from mergebench.core.task_vector import TaskVector
@@ -205,16 +205,18 @@ def _adapter_at(
         if described.exists():
             config = _config_of(described)
             file = path / "adapter_model.safetensors"
+            if not file.exists():
+                file = path / "adapter_model.bin"
         if not file.exists():
             found = sorted(each.name for each in path.iterdir())
             raise FormatError(
-                f"{path}: adapter_config.json without adapter_model.safetensors",
+                f"{path}: adapter_config.json without adapter_model.safetensors or .bin",
                 got=", ".join(found),
-                fix="convert .bin weights to safetensors first",
+                fix="copy the whole adapter folder",
             )
-    elif path.suffix == ".json":
+    elif path.suffix in (".json", ".gguf") or path.name == DCP:
         return None
-    opened = open_safetensors(file)
+    opened = open_weights(file)
     if config is None and not is_adapter(opened.tensors, config, opened.metadata):
         return None
     identity = {

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mergebench.checkpoints.containers import Container, choices, is_container, open_weights
 from mergebench.checkpoints.descriptors import cannot
 from mergebench.checkpoints.documents import is_file, read_object
 from mergebench.checkpoints.quantized import refuse_quantized
-from mergebench.checkpoints.reader import SafetensorsFile, open_safetensors
+from mergebench.checkpoints.reader import SafetensorsFile
 from mergebench.checkpoints.shards import open_shards
 from mergebench.checkpoints.sides import find_sides, is_weights
 from mergebench.checkpoints.ties import find_ties
@@ -21,7 +22,7 @@ from mergebench.core.tensor import Tensor
 _STEMS = ("model", "diffusion_pytorch_model")
 # transformers puts a variant before the suffix, diffusers before ".json" in an index.
 _INDEX = re.compile(r"^.+\.index(\.[\w-]+)?\.json$")
-_PART = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
+_PART = re.compile(r"-(\d+)-of-(\d+)\.\w+$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,8 @@ class Checkpoint:
         Files a loader needs besides weights; files not copied on purpose (Python code, links out
         of the folder, weights of further sentence-transformers modules).
     aliases : mapping of str to str
-        Tied weights stored twice: head -> embedding, both in ``tensors``.
+        Tied weights stored twice, as head -> embedding, and names of one PyTorch file that share
+        their memory, as name -> the first such name; both sides are in ``tensors``.
     identity : tuple of mapping
         Per file: ``name``, ``size`` in bytes, ``mtime_ns``, ``header_hash``.
     notes : tuple of str
@@ -76,17 +78,21 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, *, allow_quantized: bool = False) -> Checkpoint:
-    """Open a safetensors file, an index of shards, or the folder of a model.
+    """Open a file of weights, an index of shards, or the folder of a model.
 
     Headers and configs are read; weights only where the config ties the embeddings and the
-    checkpoint stores both sides, which are then compared.
+    checkpoint stores both sides, which are then compared, and where a PyTorch file cannot be
+    mapped, which is noted.
 
     Parameters
     ----------
     path : Path
-        A safetensors file; ``*.index.json``; or a folder with ``model.safetensors``,
-        ``diffusion_pytorch_model.safetensors``, an index, or exactly one safetensors file.
-        A file of such a name stands for its folder: its config and side files are taken too.
+        A safetensors file, a PyTorch file (``.bin``, ``.pt``, ``.pth``, ``.ckpt``) or a GGUF
+        file; ``*.index.json``; or a folder with ``model.safetensors``,
+        ``diffusion_pytorch_model.safetensors``, an index, or exactly one safetensors file; else
+        with ``pytorch_model.bin`` or its index, a DCP ``.metadata``, or exactly one file of
+        another of these formats. A file of such a name stands for its folder: its config and
+        side files are taken too.
     allow_quantized : bool, default False
         Open quantized checkpoints too, to look at them.
 
@@ -101,26 +107,31 @@ def open_checkpoint(path: Path, *, allow_quantized: bool = False) -> Checkpoint:
     label = str(path)
     weights, folder = _locate(path)
     notes: tuple[str, ...] = ()
-    files: Mapping[str, SafetensorsFile]
+    files: Mapping[str, SafetensorsFile | Container]
     if _INDEX.match(weights.name):
         files, notes = open_shards(weights)
     else:
-        files = {weights.name: open_safetensors(weights)}
+        files = {weights.name: open_weights(weights)}
         if _is_part(weights.name):
             notes = (f"{weights.name} is one shard of several; the others are not opened",)
     tensors: dict[str, Tensor] = {}
     shard_of: dict[str, str] = {}
     metadata: dict[str, str] = {}
+    shared: dict[str, str] = {}
     for file, content in files.items():
         tensors.update(content.tensors)
         shard_of.update(dict.fromkeys(content.tensors, file))
         metadata = {**content.metadata, **metadata}
+        if isinstance(content, Container):
+            shared |= content.aliases
+            notes += content.notes
     config = None
     if folder is not None and is_file(folder / "config.json"):
         config = read_object(folder / "config.json")
     if not allow_quantized:
         refuse_quantized(label, config, tensors)
-    aliases, tied = find_ties(config, tensors)
+    ties, tied = find_ties(config, tensors)
+    aliases = {**shared, **{head: shared.get(origin, origin) for head, origin in ties.items()}}
     sides, left_out = find_sides(folder) if folder is not None else ((), ())
     return Checkpoint(
         label=label,
@@ -162,7 +173,8 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
         raise _adapter(path)
     if _INDEX.match(name):
         return path, path.parent
-    return path, path.parent if _stem(name) in _STEMS else None
+    own = _stem(name) in _STEMS or (_stem(name) in ("pytorch_model", "") and is_container(name))
+    return path, path.parent if own else None
 
 
 def _weights_in(folder: Path) -> Path:
@@ -180,8 +192,9 @@ def _weights_in(folder: Path) -> Path:
         [name for name in found if name in plain or name in plain_indexes],
         indexes,
         singles,
+        *choices(names),
     ):
-        if len(choice) == 1 and not (choice is singles and _is_part(choice[0])):
+        if len(choice) == 1 and not _is_part(choice[0]):
             return folder / choice[0]
         if choice:
             raise FormatError(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from mergebench.checkpoints.containers import PICKLED, Container, open_weights
 from mergebench.checkpoints.documents import is_file, read_object
-from mergebench.checkpoints.reader import SafetensorsFile, open_safetensors
+from mergebench.checkpoints.reader import SafetensorsFile
 from mergebench.core.errors import FormatError
 from mergebench.core.tensor import nbytes
 
@@ -66,8 +67,12 @@ def shard_path(index: Path, name: str) -> Path:
     return path
 
 
-def open_shards(index: Path) -> tuple[Mapping[str, SafetensorsFile], tuple[str, ...]]:
+def open_shards(
+    index: Path,
+) -> tuple[Mapping[str, SafetensorsFile | Container], tuple[str, ...]]:
     """All shards of an index, by file name in sorted order, and notes for the user.
+
+    An index named ``*.bin.index.json`` is one of PyTorch files, any other of safetensors files.
 
     Raises
     ------
@@ -92,26 +97,32 @@ def open_shards(index: Path) -> tuple[Mapping[str, SafetensorsFile], tuple[str, 
         declared.setdefault(file, set()).add(tensor)
     paths = {file: shard_path(index, file) for file in sorted(declared)}
     _check_present(index, paths)
-    shards = {file: open_safetensors(path) for file, path in paths.items()}
+    shards = {file: open_weights(path) for file, path in paths.items()}
     _check_names(index, declared, shards)
-    total = sum(
-        nbytes(tensor.dtype, tensor.shape)
+    sizes = {
+        name: nbytes(tensor.dtype, tensor.shape)
         for shard in shards.values()
-        for tensor in shard.tensors.values()
-    )
+        for name, tensor in shard.tensors.items()
+    }
+    total = sum(sizes.values())
+    shared = [n for each in shards.values() if isinstance(each, Container) for n in each.aliases]
+    # Some writers count a shared tensor under each of its names, some once.
+    counts = (total, total - sum(sizes[name] for name in shared))
     about = document.get("metadata")
     stated = about.get("total_size") if isinstance(about, dict) else None
-    if stated is not None and stated != total:
+    if stated is not None and stated not in counts:
         return shards, (f"{index.name} states total_size {stated}, its tensors take {total} bytes",)
     return shards, ()
 
 
 def _check_present(index: Path, paths: Mapping[str, Path]) -> None:
+    pickled = ".bin." in index.name
+    suffixes = PICKLED if pickled else (".safetensors",)
     for file, path in paths.items():
         if is_file(path):
             continue
-        if not file.endswith(".safetensors"):
-            raise _not_safetensors(index, file)
+        if not file.endswith(suffixes):
+            raise _foreign(index, file, pickled)
         missing = sum(not is_file(other) for other in paths.values())
         raise FormatError(
             f"{index}: shard {file} is missing",
@@ -120,19 +131,22 @@ def _check_present(index: Path, paths: Mapping[str, Path]) -> None:
             fix=_SOUND,
         )
     for file in paths:
-        if not file.endswith(".safetensors"):
-            raise _not_safetensors(index, file)
+        if not file.endswith(suffixes):
+            raise _foreign(index, file, pickled)
 
 
-def _not_safetensors(index: Path, file: str) -> FormatError:
+def _foreign(index: Path, file: str, pickled: bool) -> FormatError:
+    kind = "PyTorch" if pickled else "safetensors"
     return FormatError(
-        f"{index}: names {file}, which is not a safetensors file",
+        f"{index}: names {file}, which is not a {kind} file",
         fix="convert the model to safetensors",
     )
 
 
 def _check_names(
-    index: Path, declared: Mapping[str, set[str]], shards: Mapping[str, SafetensorsFile]
+    index: Path,
+    declared: Mapping[str, set[str]],
+    shards: Mapping[str, SafetensorsFile | Container],
 ) -> None:
     holder: dict[str, str] = {}
     for file, shard in shards.items():

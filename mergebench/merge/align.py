@@ -86,7 +86,10 @@ def align(
     under = base.checkpoint if base is not None else None
     reference = under or next((m.checkpoint for m in models if m.checkpoint is not None), None)
     table = _Table(models, tuple(weights), under)
-    notes = [] if reference is None else list(reference.notes)
+    full = [each.checkpoint for each in models if each.checkpoint is not None]
+    notes = [
+        note for each in dict.fromkeys((*([under] if under else []), *full)) for note in each.notes
+    ]
     for position, model in enumerate(models):
         added: dict[str, Tensor] = {}
         if model.checkpoint is not None and reference is not None:

@@ -352,7 +352,7 @@ def test_lora_bias_is_dense_and_lazy(tmp_path: Path) -> None:
     buffer = np.zeros(100, np.uint8)
     got = delta.values.read(2, 7, buffer)
 
-    assert delta.values.dtype == "F64"
+    assert delta.values.dtype == "F32"
     assert_close(got, stored[2:7].astype(np.float64) * 1.5, 0)
     assert np.array_equal(buffer[:40].view(np.float64), got)
     assert not buffer[40:].any()
