@@ -59,6 +59,13 @@ class Case:
         return merge_models(pairs, base=self.base, method=method, **params)
 
 
+def alone(method: str, tau: Mapping[str, Sequence[np.ndarray]], **params: Any) -> Any:
+    """What a method makes of the first task vector by itself."""
+    only = {name: np.asarray(each[0], np.float32) for name, each in tau.items()}
+    zero = {name: np.zeros_like(array) for name, array in only.items()}
+    return merge_models([only], base=zero, method=method, **params)
+
+
 @st.composite
 def cases(draw: st.DrawFn, *, levels: bool = True, signed: bool = True, most: int = 4) -> Case:
     """Multiples of 1/4 with many zeros and equals, or else random numbers."""
@@ -133,11 +140,7 @@ def test_ties_keeps_what_the_oracle_keeps(scope: Any, count: Any, data: st.DataO
     case = data.draw(cases(most=1))
     tau = case.task_vectors
     (mask,) = methods.ties_mask(tau, case.density, scope, count)
-    zero = {name: np.zeros_like(array) for name, array in case.base.items()}
-    only = [{name: np.asarray(each[0], np.float32) for name, each in tau.items()}]
-    got = merge_models(
-        only, base=zero, method="ties", density=case.density, scope=scope, count=count
-    )
+    got = alone("ties", tau, density=case.density, scope=scope, count=count)
     assert_same_mask(got, tau, mask)
 
 
@@ -174,14 +177,9 @@ def test_every_variant_of_ties(scope: Any, count: Any, data: st.DataObject) -> N
 def test_ties_of_random_numbers(case: Case) -> None:
     """Numbers whose sums round give the float64 result within the rounding."""
     for scope, count in TRIMS:
-        delta = methods.ties(
-            case.task_vectors,
-            density=case.density,
-            weights=case.weights,
-            scope=scope,
-            count=count,
-        )
-        got = case.merged("ties", density=case.density, scope=scope, count=count)
+        settled: dict[str, Any] = {"density": case.density, "scope": scope, "count": count}
+        delta = methods.ties(case.task_vectors, weights=case.weights, **settled)
+        got = case.merged("ties", **settled)
         assert_rounds_to(got, methods.apply_to_base(case.base, delta))
 
 
@@ -239,10 +237,7 @@ def test_every_variant_of_breadcrumbs(
     got = case.merged("breadcrumbs", lam=case.lam, **params)
     assert_rounds_to(got, methods.apply_to_base(case.base, delta, case.lam))
     mask = methods.breadcrumbs_mask(tau, case.density, gamma, **named)[0]
-    zero = {name: np.zeros_like(array) for name, array in case.base.items()}
-    only = [{name: np.asarray(each[0], np.float32) for name, each in tau.items()}]
-    alone = merge_models(only, base=zero, method="breadcrumbs", lam=1.0, **params)
-    assert_same_mask(alone, {name: each[:1] for name, each in tau.items()}, mask)
+    assert_same_mask(alone("breadcrumbs", tau, lam=1.0, **params), tau, mask)
 
 
 @given(case=cases(), gamma=st.integers(0, 19))

@@ -1,0 +1,49 @@
+"""Train digit experts, merge them with the installed command, and report the result."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+        help="one split, base and set of experts each (default: 0 1 2)",
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=HERE / "work",
+        help="where trained models are cached and merges written (default: work/ beside this file)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=HERE / "out",
+        help="where picture, table and JSON go (default: out/ beside this file)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the first seed, one LoRA rank and few epochs: shows that everything runs",
+    )
+    return parser.parse_args()
+
+
+# Worker processes import this file too, and --help should not wait for torch.
+if __name__ == "__main__":
+    options = parse()
+
+    from digits_demo.demo import run
+    from digits_demo.settings import Settings, quick
+
+    settings = Settings(seeds=tuple(dict.fromkeys(options.seeds)))
+    run(quick(settings) if options.quick else settings, options.work, options.out)
