@@ -97,6 +97,12 @@ def find_foreign(folder: Path) -> Path | None:
     """
     if (unknown := _first_unknown(folder)) is not None:
         return unknown
+    # A model inside a folder is not that folder's model: a shelf of models is never replaced. The
+    # parts of a diffusers pipeline are listed in its index.
+    pipeline = (folder / "model_index.json").exists()
+    for below in [] if pipeline else sorted(folder.glob("*/**/*")):
+        if is_weights(below.name) or below.name == "adapter_config.json":
+            return below
     files = [below for below in sorted(folder.rglob("*")) if not below.is_dir()]
     return None if any(is_weights(file.name) for file in files) else next(iter(files), None)
 

@@ -565,3 +565,17 @@ def test_transformers_loads_what_we_write(tmp_path: Path, shard_size: int | None
     files = len(list((tmp_path / "out").glob("*.safetensors")))
     assert (files == 1) == (shard_size is None)
     assert open_checkpoint(tmp_path / "out").notes == ()
+
+
+def test_a_shelf_of_models_is_not_replaced(tmp_path: Path) -> None:
+    """A folder that holds other model folders is kept, also with force."""
+    shelf = tmp_path / "zoo"
+    for name in ("one", "two"):
+        (shelf / name).mkdir(parents=True)
+        (shelf / name / "config.json").write_text("{}")
+        (shelf / name / "model.safetensors").write_bytes(b"weights")
+
+    with pytest.raises(MergebenchError, match=r"model\.safetensors"):
+        check_destination(shelf, single_file=False, force=True)
+
+    assert (shelf / "one" / "model.safetensors").read_bytes() == b"weights"
