@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mergebench.core.delta import LowRank
@@ -34,11 +35,10 @@ def describe(source: Source) -> dict[str, Any]:
         data["tied"] = dict(source.checkpoint.aliases)
         data["side_files"] = sorted(source.checkpoint.sides())
         data["notes"] = list(source.checkpoint.notes)
-        made = from_metadata(source.checkpoint.metadata) or _manifest_beside(source)
-        if made:
-            data["made_by"] = {key: made.get(key) for key in ("mergebench", "recipe")}
     if source.deltas is not None:
         data["update"] = _of_deltas(source)
+    if (made := _made_by(source)) and "recipe" in made:
+        data["made_by"] = {key: made.get(key) for key in ("mergebench", "recipe")}
     data["files"] = [dict(each) for each in source.identity]
     data["fingerprint"] = source.fingerprint
     return data
@@ -51,9 +51,16 @@ def _kind(source: Source) -> str:
     return "task vector" if source.deltas.metadata.get("kind") == "delta" else "adapter"
 
 
-def _manifest_beside(source: Source) -> dict[str, Any] | None:
-    assert source.checkpoint is not None
-    folder = source.checkpoint.folder
+def _made_by(source: Source) -> dict[str, Any] | None:
+    """The manifest in the header of a single file, or beside the weights in a folder."""
+    if source.checkpoint is not None and source.deltas is not None:
+        return None
+    about = source.checkpoint if source.checkpoint is not None else source.deltas
+    assert about is not None
+    found = from_metadata(about.metadata)
+    folder = source.checkpoint.folder if source.checkpoint is not None else Path(source.label)
+    if found is not None and "recipe" in found:
+        return found
     if folder is None or not (path := folder / MANIFEST).is_file():
         return None
     try:

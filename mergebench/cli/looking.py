@@ -36,8 +36,8 @@ def inspect(
 
     Examples:
 
+    \b
       mergebench inspect merged
-
       mergebench inspect adapter --tensors
     """
     from mergebench.describe import describe
@@ -116,8 +116,8 @@ def diff(
 
     Examples:
 
+    \b
       mergebench diff base merged
-
       mergebench diff adapter1 adapter2 --json
     """
     from mergebench.differences import differences
@@ -171,8 +171,8 @@ def methods(
 
     Examples:
 
+    \b
       mergebench methods
-
       mergebench methods ties
     """
     from mergebench.merge.method import METHODS

@@ -32,8 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Merge, inspect and ship fine-tuned models and adapters.\n\n"
-    "Examples:\n\n"
-    "  mergebench merge a.safetensors b.safetensors --method breadcrumbs\n\n"
+    "Examples:\n\n\b\n"
+    "  mergebench merge a.safetensors b.safetensors --method breadcrumbs\n"
     "  mergebench merge ft1 ft2 --base base --method ties -p density=0.2 -o merged",
 )
 app.command("merge")(merging.merge)

@@ -45,8 +45,8 @@ def merge(
 
     Examples:
 
+    \b
       mergebench merge a.safetensors b.safetensors --method breadcrumbs
-
       mergebench merge ft1:0.5 ft2 --base base -m ties -p density=0.2 -p lam=0.5,1 -o merged
     """
     recipe = _recipe(
@@ -77,8 +77,8 @@ def plan(
 
     Examples:
 
+    \b
       mergebench plan a.safetensors b.safetensors --method breadcrumbs
-
       mergebench plan ft1 ft2 --base base --method ties --memory 256MiB --json
     """
     recipe = _recipe(
@@ -104,8 +104,8 @@ def run(
 
     Examples:
 
+    \b
       mergebench run recipe.yaml -o merged
-
       mergebench run merged/mergebench_recipe.yaml --dry-run
     """
     from mergebench.manifest import RECIPE
