@@ -10,7 +10,7 @@ import numpy as np
 
 from mergebench.checkpoints.layout import Checkpoint
 from mergebench.checkpoints.sizes import parse_size
-from mergebench.core.errors import MergebenchError
+from mergebench.core.errors import FormatError, MergebenchError
 from mergebench.core.task_vector import TaskVector
 from mergebench.core.tensor import ArrayTensor
 from mergebench.merge.engine import Progress, Written, execute, execute_in_memory
@@ -167,6 +167,8 @@ def _array(value: Any) -> Any:
             torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
             torch.float8_e5m2: (torch.uint8, ml_dtypes.float8_e5m2),
         }
+        if tensor.dtype not in names:
+            raise FormatError("tensor dtype has no counterpart", got=str(tensor.dtype)) from None
         plain, dtype = names[tensor.dtype]
         return tensor.view(plain).numpy().view(dtype)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mergebench.compute.tiles import Load, Tiling, fit
 from mergebench.core.delta import LowRank
-from mergebench.core.errors import MergebenchError, ResourceError
+from mergebench.core.errors import MergebenchError, ParameterError, ResourceError
 from mergebench.core.tensor import DTYPES
 from mergebench.merge.align import Aligned
 from mergebench.merge.op import granularity_of
@@ -55,6 +55,8 @@ def choose_tiling(
         shared=_shared(variants),
         factors=tuple(_factors(item) for item in items),
     )
+    if workers is not None and workers < 1:
+        raise ParameterError("workers", expected="at least 1", got=str(workers))
     tiling, least = fit(load, budget, workers or cores())
     needed = load.bytes(tiling)
     if needed > budget:

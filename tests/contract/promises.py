@@ -22,8 +22,8 @@ from mergebench.merge.plan import Plan, make_plan
 from mergebench.recipe import ModelRef, Recipe
 from mergebench.sources import source_of_arrays
 
-from .assertions import assert_close, assert_same_bits, assert_same_values, assert_within_ulps
-from .support import F32, Arrays, Case, merged
+from .assertions import assert_close, assert_same_bits, assert_same_values
+from .support import F32, Case, merged
 
 Params = Mapping[str, Any]
 #: Larger than every tensor of a case.
@@ -72,6 +72,12 @@ def planned(method: str, case: Case, params: Params, **options: Any) -> Plan:
         models=tuple(map(ModelRef, labels, case.weights)), method=method, params=params, base="base"
     )
     return make_plan(recipe, sources=opened[:-1], base=opened[-1], workers=1, **options)
+
+
+def as_planned(plan: Plan, case: Case) -> Case:
+    """The models in the order in which a plan adds them up."""
+    places = [int(model.label.strip("models[]")) for model in plan.models]
+    return replace(case, models=tuple(case.models[i] for i in places), weights=plan.weights)
 
 
 def assert_tiling_free(method: str, case: Case, params: Params, tiling: Tiling) -> None:
@@ -147,9 +153,16 @@ def assert_buffers_kept(method: str, case: Case, params: Params, other: np.ndarr
 def assert_rounded_once(method: str, case: Case, params: Params) -> None:
     """A merge in float32 of the same numbers, rounded to the dtype of the case."""
     (dtype,) = {array.dtype for array in case.base.values()}
-    wide = merged(method, case.astype(F32), params)
-    rounded = {name: array.astype(dtype) for name, array in wide.items()}
-    assert_same_bits(merged(method, case, params), rounded)
+    plan = planned(method, case, params)
+    wide = as_planned(plan, case).astype(F32)
+    chain = METHODS[method](**params)
+    if METHODS[method].space == "weight":
+        exact = apply(chain, wide.models, wide.weights)
+    else:
+        exact = apply(chain, wide.task_vectors, wide.weights)
+        exact = {name: np.asarray(exact[name] + array) for name, array in wide.base.items()}
+    rounded = {name: array.astype(dtype) for name, array in exact.items()}
+    assert_same_values(execute_in_memory(plan)[0], rounded)
 
 
 def assert_refuses_nonfinite(method: str, case: Case, params: Params, where: str) -> None:
@@ -166,71 +179,13 @@ def assert_refuses_nonfinite(method: str, case: Case, params: Params, where: str
     assert caught.value.what == said
 
 
-def in_torch(tables: Sequence[Arrays]) -> list[dict[str, torch.Tensor]]:
-    """Copies as torch tensors."""
-    return [{name: torch.tensor(array) for name, array in each.items()} for each in tables]
-
-
-def assert_torch_agrees(method: str, case: Case, params: Params) -> None:
-    """The chain on torch tensors within one ulp of the chain on numpy arrays."""
-    chain = METHODS[method](**params)
-    plain = apply(chain, case.task_vectors, case.weights)
-    got = apply(chain, in_torch(case.task_vectors), case.weights)
-    assert set(got) == set(plain)
-    for name, expected in plain.items():
-        assert_within_ulps(got[name].numpy(), expected)
-
-
-def assert_gradients(method: str, case: Case, params: Params, seed: int) -> None:
-    """The derivative along a random direction is that of finite differences, in float64."""
-    chain = METHODS[method](**params)
-    random = np.random.default_rng(seed)
-    inputs = in_torch(case.task_vectors)
-    for each in inputs:
-        for tensor in each.values():
-            tensor.requires_grad_()
-    ways, heights = (
-        [{n: torch.tensor(random.normal(size=t.shape)) for n, t in each.items()} for each in inputs]
-        for _ in range(2)
-    )
-
-    def loss(step: float) -> torch.Tensor:
-        moved = [
-            {n: tensor + step * way[n] for n, tensor in each.items()}
-            for each, way in zip(inputs, ways, strict=True)
-        ]
-        out = apply(chain, moved, case.weights)
-        return torch.stack([(heights[0][n] * out[n]).sum() for n in out]).sum()
-
-    loss(0.0).backward()
-    slope = sum(
-        float((tensor.grad * way[n]).sum())
-        for each, way in zip(inputs, ways, strict=True)
-        for n, tensor in each.items()
-    )
-    step = 1e-7
-    with torch.no_grad():
-        measured = float(loss(step) - loss(-step)) / (2 * step)
-    assert abs(slope - measured) <= 1e-5 * (1 + abs(measured)), (slope, measured)
-
-
-def assert_homogeneous(method: str, case: Case, params: Params, power: int) -> None:
-    """2^power times the task vectors give exactly 2^power times the merged one."""
-    chain, factor = METHODS[method](**params), 2.0**power
-    plain = apply(chain, case.task_vectors, case.weights)
-
-    def scaled(arrays: Mapping[str, np.ndarray]) -> Arrays:
-        return {name: np.asarray(array * F32.type(factor)) for name, array in arrays.items()}
-
-    moved = apply(chain, [scaled(tau) for tau in case.task_vectors], case.weights)
-    assert_same_values(moved, scaled(plain))
-
-
 def assert_apply_is_merge(method: str, case: Case, params: Params) -> None:
     """The merge into a base of zeros is the chain on the models themselves."""
     raised = replace(case, base={name: np.zeros_like(a) for name, a in case.base.items()})
-    chain = METHODS[method](**params)
-    assert_same_values(merged(method, raised, params), apply(chain, raised.models, case.weights))
+    plan = planned(method, raised, params)
+    ordered = as_planned(plan, raised)
+    expected = apply(METHODS[method](**params), ordered.models, ordered.weights)
+    assert_same_values(execute_in_memory(plan)[0], expected)
 
 
 def assert_sweep_is_single(method: str, case: Case, params: Params, key: str, several: Any) -> None:

@@ -13,13 +13,9 @@ from mergebench import apply, merge_models
 from mergebench.core.errors import MergebenchError
 from mergebench.merge.method import METHODS
 
+from .array_promises import assert_gradients, assert_homogeneous, assert_torch_agrees
 from .assertions import assert_same_values
-from .promises import (
-    assert_gradients,
-    assert_homogeneous,
-    assert_refuses_nonfinite,
-    assert_torch_agrees,
-)
+from .promises import assert_refuses_nonfinite
 from .support import BF16, F16, F32, F64, FEW, GENERIC, SOME, cases, drawn, every_method
 
 

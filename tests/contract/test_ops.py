@@ -22,8 +22,9 @@ from mergebench.merge.plan import make_plan
 from mergebench.recipe import ModelRef, OpRef, Recipe
 from mergebench.sources import source_of_arrays
 
+from .array_promises import in_torch
 from .assertions import assert_close, assert_same_bits, assert_same_values, assert_within_ulps
-from .promises import WHOLE, in_torch
+from .promises import WHOLE
 from .support import F32, F64, FEW, GENERIC, SHAPES, SOME, Arrays, Case, cases, every_op, parameters
 
 

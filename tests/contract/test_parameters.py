@@ -75,6 +75,14 @@ def test_weights_are_finite(method: str, weight: Any) -> None:
 
 
 @every_method("parameters")
+@pytest.mark.parametrize("workers", [0, -1])
+def test_workers_are_at_least_one(method: str, workers: int) -> None:
+    """No merge runs on no worker."""
+    with pytest.raises(ParameterError, match=f"workers, expected at least 1, got {workers}"):
+        merge_models([MODEL], base=MODEL, method=method, workers=workers)
+
+
+@every_method("parameters")
 def test_weights_that_cannot_be_merged_are_refused_by_the_plan(method: str) -> None:
     """Weights that a method cannot take are refused before data are read; others plan and run."""
     case = Case(MODEL, (MODEL, MODEL), (1.0, -1.0))
