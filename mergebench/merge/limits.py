@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -129,23 +128,3 @@ def check_places(variants: Sequence[Variant], inputs: Sequence[Source]) -> None:
                     f"{variant.out}: the output would replace or lie inside the input {path}",
                     fix="give another place with -o",
                 )
-
-
-def check_disk(out: Path | None, needed: int) -> None:
-    """Refuse an output that the disk cannot hold.
-
-    Raises
-    ------
-    ResourceError
-    """
-    if out is None:
-        return
-    where = out.absolute()
-    while not where.exists():
-        where = where.parent
-    free = shutil.disk_usage(where).free
-    if free < needed:
-        raise ResourceError(
-            f"{out}: not enough disk, {needed:,} bytes are needed and {free:,} are free",
-            fix="free space or give another place with -o",
-        )

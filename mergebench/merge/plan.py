@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.adapters_zoo.adapter import ReadOptions
+from mergebench.checkpoints.disk import check_space
 from mergebench.checkpoints.writer import Layout
 from mergebench.compute.tiles import Tiling
 from mergebench.core.delta import LowRank, Replacement, reads
 from mergebench.core.errors import MismatchError, ParameterError
 from mergebench.core.tensor import nbytes
 from mergebench.merge.align import Aligned, align
-from mergebench.merge.limits import DEFAULT_MEMORY, check_disk, check_places, choose_tiling
+from mergebench.merge.limits import DEFAULT_MEMORY, check_places, choose_tiling
 from mergebench.merge.method import Method
 from mergebench.merge.op import coefficients, is_linear
 from mergebench.merge.package import Package, package
@@ -201,7 +202,8 @@ def make_plan(
         least, 1 + sweeps(variants), tuple(dict.fromkeys(notes)),
     )  # fmt: skip
     check_places(variants, [*models, *([base] if base is not None else [])])
-    check_disk(variants[0].out, plan.write_bytes)
+    if variants[0].out is not None:
+        check_space(variants[0].out, plan.write_bytes)
     return plan
 
 
