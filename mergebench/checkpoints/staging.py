@@ -1,42 +1,36 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and work that outlives a killed run.
+
+What must be on the disk, and in which order, for a power cut to do no harm:
+
+1. the data of a tensor, then the line of the journal that calls it finished;
+2. all data, then the side files, then the names in the staged folder;
+3. the rename, which shows the output, then the folder it stands in;
+4. only then is what was replaced deleted, and after it the journal and the lock.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import os
+import re
 import secrets
 import shutil
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from fnmatch import fnmatchcase
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from mergebench.checkpoints.descriptors import cannot
-from mergebench.checkpoints.disk import check_space
-from mergebench.checkpoints.sides import is_side, is_weights
+from mergebench.checkpoints.disk import check_space, remove, sync_folder, sync_tree, taken_bytes
+from mergebench.checkpoints.journal import Head, Journal, Past, read_journal
+from mergebench.checkpoints.locks import Lock, acquire
+from mergebench.checkpoints.replacing import find_foreign, swap_in
 from mergebench.core.errors import MergebenchError
 
-#: What people and tools put beside weights, so that a folder of it may be replaced.
-_KNOWN = (
-    "*.safetensors.index*.json",
-    "*.bin.index*.json",
-    "adapter_config.json",
-    "model_index.json",
-    "quantize_config.json",
-    "trainer_state.json",
-    "*_results.json",
-    "mergebench*.*",
-    "recipe.*",
-    "manifest.json",
-    "mergekit_config.y*ml",
-    "README.md",
-    "*.jinja",
-    ".gitattributes",
-    ".DS_Store",
-)
-_EXCHANGE = 2
-_AT_FDCWD = -100
+#: Characters of a name that hidden names keep.
+_LONGEST = 50
+_MARK = "[0-9a-f]{8}(-(part|journal|lock|trash))?"
 
 
 def resolve(destination: Path, *, single_file: bool) -> Path:
@@ -46,7 +40,9 @@ def resolve(destination: Path, *, single_file: bool) -> Path:
     return destination.resolve()
 
 
-def check_destination(destination: Path, *, single_file: bool, force: bool) -> None:
+def check_destination(
+    destination: Path, *, single_file: bool, force: bool, key: str | None = None
+) -> None:
     """Refuse a destination that exists, unless it may be replaced; nothing is written.
 
     Parameters
@@ -58,6 +54,8 @@ def check_destination(destination: Path, *, single_file: bool, force: bool) -> N
     force : bool
         Allow to replace a file, or a folder that is empty or holds a model or an adapter and
         nothing else.
+    key : str, optional
+        Allow what a run with this key has put there before it was killed.
 
     Raises
     ------
@@ -65,7 +63,7 @@ def check_destination(destination: Path, *, single_file: bool, force: bool) -> N
         If it may not be written there.
     """
     place = resolve(destination, single_file=single_file)
-    if not os.path.lexists(place):
+    if not os.path.lexists(place) or _is_finished(place, key):
         return
     if single_file == (place.is_dir() and not place.is_symlink()):
         is_a, wanted = ("folder", "file") if single_file else ("file", "folder")
@@ -89,157 +87,307 @@ def check_destination(destination: Path, *, single_file: bool, force: bool) -> N
         )
 
 
-def find_foreign(folder: Path) -> Path | None:
-    """Why a folder is no model or adapter: the first file that neither has.
+@dataclass(frozen=True)
+class Hidden:
+    """Where an output is made, under names that the next run finds again.
 
-    ``None`` for a model, an adapter and an empty folder. Without any weights every file counts,
-    since a README or a config alone may belong to anything.
+    Attributes
+    ----------
+    part, journal, lock : Path
+    old : Path
+        What is being replaced, where the system cannot exchange two folders in one step. It
+        comes back if the run is killed before its successor stands.
+    trash : Path
+        What nobody needs any more.
     """
-    if (unknown := _first_unknown(folder)) is not None:
-        return unknown
-    # A model inside a folder is not that folder's model: a shelf of models is never replaced. The
-    # parts of a diffusers pipeline are listed in its index.
-    pipeline = (folder / "model_index.json").exists()
-    for below in [] if pipeline else sorted(folder.glob("*/**/*")):
-        if is_weights(below.name) or below.name == "adapter_config.json":
-            return below
-    files = [below for below in sorted(folder.rglob("*")) if not below.is_dir()]
-    return None if any(is_weights(file.name) for file in files) else next(iter(files), None)
+
+    part: Path
+    journal: Path
+    lock: Path
+    old: Path
+    trash: Path
+
+    @classmethod
+    def beside(cls, place: Path, mark: str = "") -> Self:
+        """The hidden names of a place; ``mark`` sets those of one run apart from all others."""
+        name = place.name
+        # Names have at most 255 bytes, and a character up to 4.
+        if len(name) > _LONGEST:
+            name = f"{name[: _LONGEST - 9]}~{zlib.crc32(name.encode(errors='surrogateescape')):08x}"
+        stem = f".{name}.mergebench-{mark}"
+        ends = ("part", "journal", "lock", "old", "trash")
+        return cls(*(place.with_name(stem + end) for end in ends))
 
 
-def _first_unknown(folder: Path) -> Path | None:
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir() and not entry.is_symlink():
-            if (unknown := _first_unknown(entry)) is not None:
-                return unknown
-        elif not (
-            is_weights(entry.name)
-            or is_side(entry.name)
-            or any(fnmatchcase(entry.name, pattern) for pattern in _KNOWN)
-        ):
-            return entry
-    return None
-
-
-@contextmanager
-def stage(destination: Path, needed: int, *, single_file: bool, force: bool) -> Iterator[Path]:
-    """A hidden place beside the destination, swapped in when the block ends without error.
-
-    The block gets the path of the place: a folder that exists, or a file yet to be made. Missing
-    parents are made, and taken away again if the block fails.
+def staged_bytes(destination: Path, *, single_file: bool) -> int:
+    """Bytes on the disk that earlier runs hold for an output: this run uses them, or frees them.
 
     Parameters
     ----------
     destination : Path
         Where the output is to appear.
-    needed : int
-        Bytes to be written.
+    single_file : bool
+        Whether it is a file, rather than a folder.
+    """
+    return taken_bytes(Hidden.beside(resolve(destination, single_file=single_file)).part)
+
+
+def _is_finished(place: Path, key: str | None) -> bool:
+    if key is None:
+        return False
+    past = read_journal(Hidden.beside(place).journal)
+    return past is not None and past.head == Head(key, _inode(place))
+
+
+class Stage:
+    """A hidden place beside a destination, from which the output is swapped in.
+
+    With a key it outlives a killed or interrupted run: a journal beside it says what has been
+    done, and the next run with the same key goes on from there.
+
+    The steps are called in this order: :meth:`open`; with a key :meth:`begin`, unless an earlier
+    run has; :meth:`swap`; :meth:`forget`. At any point :meth:`leave` gives up instead.
+
+    Parameters
+    ----------
+    destination : Path
+        Where the output is to appear.
     single_file, force : bool
         As in :func:`check_destination`.
+    key : str or None
+        Names everything that decides the bytes.
 
-    Raises
-    ------
-    ResourceError
-        If the disk is too small.
-    MergebenchError
-        As :func:`check_destination`, and if the system refuses.
+    Attributes
+    ----------
+    part : Path
+        Where to write: a folder that exists, or a file yet to be made.
+    past : Past or None
+        What an earlier run has done of this very output.
+    finished : bool
+        Whether the output is in its place.
+    restarted : bool
+        Whether earlier work was thrown away, as of another key or damaged.
+    journal : Journal or None
     """
-    check_destination(destination, single_file=single_file, force=force)
-    check_space(destination, needed)
-    place = resolve(destination, single_file=single_file)
-    missing = [parent for parent in place.parents if not parent.exists()]
-    staged = _hidden(place)
-    try:
+
+    def __init__(
+        self, destination: Path, *, single_file: bool, force: bool, key: str | None
+    ) -> None:
+        self.destination = destination
+        self.place = resolve(destination, single_file=single_file)
+        self._single, self._force, self._key = single_file, force, key
+        self._hidden = Hidden.beside(self.place)
+        self._lock: Lock | None = None
+        self._made: list[Path] = []
+        self._trash: Path | None = None
+        self._ours = False
+        self.part = self._hidden.part
+        self.past: Past | None = None
+        self.journal: Journal | None = None
+        self.finished = self.restarted = False
+
+    def open(self, needed: int, intact: Callable[[Path], bool]) -> None:
+        """Lock the destination and find what an earlier run has left, or start afresh.
+
+        Missing parents are made.
+
+        Parameters
+        ----------
+        needed : int
+            Bytes to be written.
+        intact : callable
+            Whether a path holds the planned files, whatever their data.
+
+        Raises
+        ------
+        ResourceError
+            If the disk is too small.
+        MergebenchError
+            As :func:`check_destination`; if another run writes the same output; and if the
+            system refuses.
+        """
+        self._check(self._key)
+        self._make_parents()
+        self._lock = acquire(self._hidden.lock, self.destination)
         try:
-            for parent in reversed(missing):
+            if self._lock is None:
+                # Without locks nobody knows whose the work under a common name is.
+                self._hidden = Hidden.beside(self.place, f"{secrets.token_hex(4)}-")
+                self.part, self._key = self._hidden.part, None
+            else:
+                self._mend()
+                self._clean()
+                self._find(intact)
+            self._ours = True
+            # What was found may have changed what stands there.
+            if not self.finished:
+                self._check()
+                check_space(self.destination, needed, taken_bytes(self.part) if self.past else 0)
+            if self.past is not None:
+                self.journal = Journal.resume(self._hidden.journal, self.past)
+            elif not self._single:
+                self.part.mkdir()
+        except OSError as error:
+            raise cannot("made", self.part, error) from error
+
+    def _check(self, key: str | None = None) -> None:
+        check_destination(self.destination, single_file=self._single, force=self._force, key=key)
+
+    def _make_parents(self) -> None:
+        self._made = [parent for parent in self.place.parents if not parent.exists()]
+        try:
+            for parent in reversed(self._made):
                 parent.mkdir(exist_ok=True)
-            if not single_file:
-                staged.mkdir()
+                sync_folder(parent.parent)
         except OSError as error:
-            raise cannot("made", staged, error) from error
-        yield staged
-        sync_tree(staged)
-        # Another process may have been as quick as this one.
-        check_destination(destination, single_file=single_file, force=force)
+            raise cannot("made", self.part, error) from error
+
+    def _clean(self) -> None:
+        """Delete what runs without locks have left."""
+        stem = self._hidden.part.name.removesuffix("part")
+        pattern = re.compile(re.escape(stem) + _MARK)
+        for entry in self.place.parent.iterdir():
+            if pattern.fullmatch(entry.name):
+                remove(entry)
+
+    def _mend(self) -> None:
+        """Undo a replacement that was cut short, or delete what it has replaced."""
+        old, trash = self._hidden.old, self._hidden.trash
+        remove(trash)
+        if os.path.lexists(old):
+            old.rename(trash if os.path.lexists(self.place) else self.place)
+            remove(trash)
+
+    def _find(self, intact: Callable[[Path], bool]) -> None:
+        journal = self._hidden.journal
+        past = read_journal(journal)
+        part, place = _inode(self.part), _inode(self.place)
+        if past is not None and past.head.key == self._key:
+            if past.head.place == part and intact(self.part):
+                self.past = past
+                return
+            if past.head.place == place and intact(self.place):
+                self.past, self.finished = past, True
+                remove(self.part)
+                return
+        if past is not None:
+            self.restarted = not past.empty and past.head.place == part
+        else:
+            self.restarted = part >= 0 and os.path.lexists(journal)
+        remove(journal)
+        remove(self.part)
+
+    def begin(self) -> None:
+        """Start the journal of the files that are staged now.
+
+        Raises
+        ------
+        OSError
+        """
+        inode = _inode(self.part)
+        # Some file systems number nothing; there no run could tell whose work it finds.
+        if self._key is None or inode <= 0:
+            return
+        sync_tree(self.part)
+        self.journal = Journal.start(self._hidden.journal, Head(self._key, inode))
+        sync_folder(self.place.parent)
+
+    def seal(self) -> None:
+        """Bring the names of what is staged to the disk, and see whether it may be shown.
+
+        Raises
+        ------
+        MergebenchError
+            As :func:`check_destination`: another program may have been as quick as this one.
+        """
+        if not self.finished:
+            sync_tree(self.part)
+            self._check()
+
+    def swap(self) -> None:
+        """Put what is staged and sealed into its place.
+
+        Raises
+        ------
+        MergebenchError
+            As :meth:`seal`, and if the system refuses.
+        """
+        if self.finished:
+            return
+        self._check()
         try:
-            _swap_in(staged, place)
+            self._trash = swap_in(self.part, self.place, self._hidden.old, self._hidden.trash)
         except OSError as error:
-            raise cannot("replaced", destination, error) from error
-    except BaseException:
-        _remove(staged)
-        for parent in missing:
-            with suppress(OSError):
-                parent.rmdir()
-        raise
-    for parent in (place.parent, *(above.parent for above in missing)):
-        _sync(parent)
+            raise cannot("replaced", self.destination, error) from error
+        self.finished = True
+        # What was replaced is deleted only once its successor is sure to stay.
+        sync_folder(self.place.parent)
 
+    def forget(self) -> None:
+        """Delete what was replaced, the journal and the lock.
 
-def _hidden(place: Path) -> Path:
-    # Names have at most 255 bytes, and a character up to 4.
-    return place.with_name(f".{place.name[:50]}.mergebench-{secrets.token_hex(4)}")
-
-
-def _swap_in(staged: Path, place: Path) -> None:
-    if staged.is_file() or not place.exists():
-        staged.replace(place)
-        return
-    trash = staged
-    if not _exchange(staged, place):
-        trash = _hidden(place)
+        Raises
+        ------
+        MergebenchError
+            If what was replaced cannot be deleted; the output is complete.
+        """
         try:
-            place.rename(trash)
-            staged.rename(place)
-        except BaseException:
-            if trash.exists() and not place.exists():
-                trash.rename(place)
-            raise
-    try:
-        shutil.rmtree(trash)
-    except OSError as error:
-        raise MergebenchError(
-            f"{place}: is complete, but what it replaced is still there",
-            got=f"{trash}: {error.strerror}",
-            fix="delete that folder",
-        ) from error
-    except BaseException:
-        _remove(trash)
-        raise
-
-
-def _exchange(left: Path, right: Path) -> bool:
-    """Swap two paths in one step; False where the system or the disk cannot."""
-    if not sys.platform.startswith("linux"):
-        return False
-    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if function is None:
-        return False
-    done = function(
-        _AT_FDCWD, os.fsencode(left), _AT_FDCWD, os.fsencode(right), ctypes.c_uint(_EXCHANGE)
-    )
-    return bool(done == 0)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
-
-
-def sync_tree(folder: Path) -> None:
-    """Wait until the names in a folder and in those below are on the disk."""
-    if folder.is_dir():
-        for below, _, _ in os.walk(folder):
-            _sync(Path(below))
-
-
-def _sync(folder: Path) -> None:
-    # Windows cannot open a folder, and some network disks cannot sync one.
-    with suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
+            if self._trash is not None:
+                self._delete(self._trash)
         finally:
-            os.close(fd)
+            self._end(journal=True)
+
+    def _delete(self, trash: Path) -> None:
+        try:
+            shutil.rmtree(trash)
+        except OSError as error:
+            raise MergebenchError(
+                f"{self.place}: is complete, but what it replaced is still there",
+                got=f"{trash}: {error.strerror}",
+                fix="delete that folder",
+            ) from error
+        except BaseException:
+            remove(trash)
+            raise
+
+    def leave(self, *, keep: bool) -> None:
+        """Give up.
+
+        Parameters
+        ----------
+        keep : bool
+            Leave what is staged, and the journal, for the next run; otherwise nothing remains,
+            not even the parents made here.
+        """
+        try:
+            if self._trash is not None:
+                remove(self._trash)
+            if self._ours:
+                with suppress(OSError):
+                    self._mend()
+            if self._ours and not keep and not self.finished:
+                remove(self.part)
+        finally:
+            self._end(journal=self._ours and not keep)
+        if not keep:
+            for parent in self._made:
+                with suppress(OSError):
+                    parent.rmdir()
+
+    def _end(self, *, journal: bool) -> None:
+        try:
+            if self.journal is not None:
+                self.journal.close()
+            if journal:
+                remove(self._hidden.journal)
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+
+def _inode(path: Path) -> int:
+    """Of the file or folder itself, not of what a link leads to; -1 where there is none."""
+    try:
+        return path.lstat().st_ino
+    except OSError:
+        return -1

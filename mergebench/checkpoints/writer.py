@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from mergebench.checkpoints.descriptors import WRITE, Handle, cannot
-from mergebench.checkpoints.disk import create, disk_errors
+from mergebench.checkpoints.disk import create, disk_errors, flush, holds, remove
 from mergebench.checkpoints.placement import (
     PT,
     Layout,
     Place,
+    PlannedFile,
     TensorSpec,
     plan_layout,
 )
+from mergebench.checkpoints.recorder import Recorder
 from mergebench.checkpoints.sizes import parse_size
-from mergebench.checkpoints.staging import check_destination, stage
-from mergebench.core.errors import MergebenchError
+from mergebench.checkpoints.spans import Spans
+from mergebench.checkpoints.staging import Stage, check_destination
+from mergebench.core.errors import MergebenchError, ResourceError
 from mergebench.core.tensor import Array
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "check_destination",
     "parse_size",
     "plan_layout",
+    "together",
 ]
 
 
@@ -43,8 +45,12 @@ class Output:
 
     On entry the headers are written and the space is reserved, in a hidden place beside the
     destination. On a clean exit everything is synced to the disk and swapped in by one rename (of
-    a folder as a whole, so no old shard remains); on any error, an interrupt included, the hidden
-    place is removed and the destination is as it was. Modes honour the umask.
+    a folder as a whole, so no old shard remains); on any error, an interrupt included, the
+    destination is as it was. Modes honour the umask. While one run writes an output, others are
+    refused.
+
+    With a key, what has been done outlives a killed run, an interrupt, a full disk and a read
+    error: the next run with the same key finds it. Any other error deletes it, as without a key.
 
     Parameters
     ----------
@@ -58,6 +64,19 @@ class Output:
         Further files of the folder: relative name with ``/`` -> content, or a file to copy.
     force : bool, default False
         Replace what is there; a folder only if it holds nothing but a model or an adapter.
+    key : str, optional
+        Names everything that decides the bytes; equal keys mean equal bytes.
+
+    Attributes
+    ----------
+    finished : mapping of tensor name to digest
+        Tensors that an earlier run has finished; writing them again does nothing.
+    settled : mapping of str to JSON value
+        What an earlier run has measured.
+    restarted : bool
+        Whether the work of an earlier run was thrown away, as of another key or damaged.
+    kept : bool
+        Whether, after an error, there is something to go on from.
     """
 
     def __init__(
@@ -68,9 +87,10 @@ class Output:
         single_file: bool = False,
         side: Mapping[str, bytes | Path] | None = None,
         force: bool = False,
+        key: str | None = None,
     ) -> None:
         self.destination, self.layout = Path(destination), layout
-        self._single, self._force = single_file, force
+        self._single = single_file
         self._side = dict(side or {})
         if single_file and len(layout.files) > 1:
             raise MergebenchError(
@@ -82,38 +102,28 @@ class Output:
             raise ValueError("a single file has no side files")
         for name in self._side:
             self._check_side(name)
-        self._lock = threading.Lock()
-        self._exit = ExitStack()
+        self.finished: Mapping[str, str] = {}
+        self.settled: Mapping[str, Any] = {}
+        self.restarted = self.kept = False
+        self._alone = ExitStack()
+        self._stage = Stage(self.destination, single_file=single_file, force=force, key=key)
+        self._recorder: Recorder | None = None
         self._handles: dict[str, Handle] = {}
-        self._root = self.destination
-        self._written: dict[str, list[list[int]]] = {}
+        self._open = False
+        self._spans = Spans()
 
     def __enter__(self) -> Self:
-        """Reserve the space and write headers and side files.
+        """Reserve the space and write headers and side files, or find them.
 
         Raises
         ------
         ResourceError
             If the disk is too small.
         MergebenchError
-            If the destination exists and may not be replaced, or the system refuses.
+            If the destination exists and may not be replaced, if another run is writing it, or
+            if the system refuses.
         """
-        needed = self.layout.total_bytes
-        with ExitStack() as stack:
-            self._root = stack.enter_context(
-                stage(self.destination, needed, single_file=self._single, force=self._force)
-            )
-            stack.callback(self._close)
-            for file in self.layout.files:
-                path = self._root if self._single else self._root / file.name
-                with disk_errors(self.destination, needed):
-                    create(path, file.size, file.head)
-                self._handles[file.name] = Handle(path, WRITE)
-            if self.layout.index is not None:
-                self._add(self.layout.index, self.layout.index_bytes())
-            for name, content in self._side.items():
-                self._add(name, content)
-            self._exit = stack.pop_all()
+        self._alone.enter_context(together([self]))
         return self
 
     def __exit__(
@@ -122,16 +132,56 @@ class Output:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None:
-            try:
-                self._finish()
-            except BaseException as failure:
-                self._exit.__exit__(type(failure), failure, failure.__traceback__)
-                raise
-        self._exit.__exit__(kind, error, trace)
+        self._alone.__exit__(kind, error, trace)
+
+    def _enter(self) -> None:
+        stage = self._stage
+        stage.open(self.layout.total_bytes, self._intact)
+        self.restarted = stage.restarted
+        if stage.past is not None:
+            self.finished, self.settled = stage.past.finished, stage.past.settled
+        self._open = True
+        if stage.finished:
+            return
+        with self._disk_errors():
+            if stage.past is None:
+                for file in self.layout.files:
+                    create(self._path(file), file.size, file.head)
+            elif not self._single:
+                # A manifest, or side files that the inputs no longer have.
+                planned = {file.name for file in self.layout.files}
+                for entry in stage.part.iterdir():
+                    if entry.name not in planned:
+                        remove(entry)
+        for file in self.layout.files:
+            self._handles[file.name] = Handle(self._path(file), WRITE)
+        if self.layout.index is not None:
+            self._add(self.layout.index, self.layout.index_bytes())
+        for name, content in self._side.items():
+            self._add(name, content)
+        if stage.journal is None:
+            with self._disk_errors():
+                stage.begin()
+        if stage.journal is not None:
+            self._recorder = Recorder(stage.journal, self._sync)
+
+    def _path(self, file: PlannedFile) -> Path:
+        return self._stage.part if self._single else self._stage.part / file.name
+
+    def _intact(self, root: Path) -> bool:
+        """Whether a file or folder has the planned sizes and headers."""
+        return all(
+            holds(root if self._single else root / file.name, file.size, file.head)
+            for file in self.layout.files
+        )
+
+    def _disk_errors(self) -> AbstractContextManager[None]:
+        return disk_errors(self.destination, self.layout.total_bytes)
 
     def write(self, name: str, byte_start: int, data: bytes | memoryview | Array) -> None:
         """Write bytes of a tensor; any thread, any order, also again.
+
+        Those of a tensor that an earlier run has finished are there already, and stay.
 
         Parameters
         ----------
@@ -152,20 +202,62 @@ class Output:
             For an unknown tensor or bytes beyond its end: a mistake of the caller.
         """
         place = self.layout.places.get(name)
-        if place is None or place.file not in self._handles:
+        if place is None or not self._open:
             raise ValueError(f"{name!r} is no tensor of this output, or the output is not open")
         view = _bytes_of(data)
         stop = byte_start + len(view)
         if not 0 <= byte_start <= stop <= place.nbytes:
             raise ValueError(f"{name!r}: bytes {byte_start}:{stop} of {place.nbytes}")
-        with disk_errors(self.destination, self.layout.total_bytes):
+        if name in self.finished or self._stage.finished:
+            return
+        with self._disk_errors():
             self._handles[place.file].write_at(view, place.offset + byte_start)
-        with self._lock:
-            spans = self._written.setdefault(name, [])
-            if spans and spans[-1][1] == byte_start:
-                spans[-1][1] = stop
-            else:
-                spans.append([byte_start, stop])
+            if self._recorder is not None:
+                self._recorder.poll()
+        self._spans.add(name, byte_start, stop)
+
+    def finish(self, name: str, digest: str) -> None:
+        """Note that a tensor has all its bytes, so that no later run need write it again.
+
+        Parameters
+        ----------
+        name : str
+        digest : str
+            Given back by ``finished`` of a later run.
+
+        Raises
+        ------
+        ResourceError, MergebenchError
+            If what was noted before could not be brought to the disk.
+        ValueError
+            For an unknown tensor, or one that lacks bytes: a mistake of the caller.
+        """
+        place = self.layout.places.get(name)
+        if place is None or not self._open:
+            raise ValueError(f"{name!r} is no tensor of this output, or the output is not open")
+        if missing := self._missing(name, place):
+            raise ValueError(f"{name!r}: bytes {missing[0]}:{missing[1]} were never written")
+        if self._recorder is not None and name not in self.finished:
+            with self._disk_errors():
+                self._recorder.finish(name, digest, place.file, place.nbytes)
+
+    def settle(self, name: str, value: Any) -> None:
+        """Note something measured, so that no later run need measure it again.
+
+        Parameters
+        ----------
+        name : str
+        value : JSON value
+            Given back by ``settled`` of a later run.
+
+        Raises
+        ------
+        ResourceError, MergebenchError
+            If what was noted before could not be brought to the disk.
+        """
+        if self._recorder is not None:
+            with self._disk_errors():
+                self._recorder.settle(name, value)
 
     def add_side(self, name: str, content: bytes | Path) -> None:
         """Write one more side file, such as a manifest known only at the end.
@@ -177,9 +269,12 @@ class Output:
         MergebenchError
             If a file cannot be copied or written.
         """
-        if self._single or not self._handles:
+        if self._single or not self._open:
             raise ValueError("side files need an open output that is a folder")
         self._check_side(name)
+        if self._stage.finished:
+            return
+        self._record()
         self._add(name, content)
 
     def _check_side(self, name: str) -> None:
@@ -192,27 +287,112 @@ class Output:
 
     def _add(self, name: str, content: bytes | Path) -> None:
         data = _content(content)
-        path = self._root / name
-        with disk_errors(self.destination, self.layout.total_bytes):
+        path = self._stage.part / name
+        with self._disk_errors():
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                flush(file.fileno())
 
-    def _finish(self) -> None:
+    def _missing(self, name: str, place: Place) -> tuple[int, int] | None:
+        if name in self.finished or self._stage.finished:
+            return None
+        return self._spans.first_gap(name, place.nbytes)
+
+    def _sync(self, files: Collection[str]) -> None:
+        for name in sorted(files):
+            with self._handles[name].borrow() as fd:
+                flush(fd, data_only=True)
+
+    def _record(self) -> None:
+        if self._recorder is not None:
+            with self._disk_errors():
+                self._recorder.flush()
+
+    def _seal(self) -> None:
+        """Check that nothing is missing and wait until all of it is on the disk."""
         for name, place in self.layout.places.items():
-            if missing := _first_gap(self._written.get(name, []), place.nbytes):
+            if missing := self._missing(name, place):
                 raise RuntimeError(f"{name!r}: bytes {missing[0]}:{missing[1]} were never written")
-        with disk_errors(self.destination, self.layout.total_bytes):
+        with self._disk_errors():
             for handle in self._handles.values():
-                handle.sync()
+                with handle.borrow() as fd:
+                    flush(fd)
+        self._record()
         self._close()
+        self._stage.seal()
+
+    def _leave(self, *, resumable: bool) -> None:
+        """Give up, keeping what a later run can use."""
+        past, recorder = self._stage.past, self._recorder
+        try:
+            if resumable and recorder is not None and not recorder.broken:
+                with suppress(Exception):
+                    recorder.flush()
+            earlier = past is not None and not past.empty
+            self.kept = resumable and (earlier or (recorder is not None and recorder.recorded))
+        finally:
+            self._close()
+            self._stage.leave(keep=self.kept)
 
     def _close(self) -> None:
+        self._open = False
+        if self._recorder is not None:
+            self._recorder.close()
         for handle in self._handles.values():
             handle.close()
         self._handles.clear()
+
+
+@contextmanager
+def together(outputs: Sequence[Output]) -> Iterator[None]:
+    """Open several outputs of one run, and let them appear once all of them are complete.
+
+    A run that is killed while they appear is recognised by the next one with the same keys,
+    which then shows the rest. An error after which that helps carries a note saying so.
+
+    Raises
+    ------
+    ResourceError, MergebenchError
+        As entering an output, and if the system refuses to write or to rename.
+    """
+    entered = False
+    try:
+        for output in outputs:
+            output._enter()
+        entered = True
+        yield
+        for output in outputs:
+            output._seal()
+        for output in outputs:
+            output._stage.swap()
+    except BaseException as error:
+        # An error before any work says nothing about what earlier runs have left.
+        resumable = not entered or _is_resumable(error)
+        with ExitStack() as stack:
+            for output in outputs:
+                stack.callback(output._leave, resumable=resumable)
+        if any(output.kept for output in outputs):
+            error.add_note("what is done is kept: run the same command again to go on from there")
+        raise
+    try:
+        with ExitStack() as stack:
+            for output in outputs:
+                stack.callback(output._stage.forget)
+    except KeyboardInterrupt as error:
+        error.add_note("the output is complete")
+        raise
+
+
+def _is_resumable(error: BaseException) -> bool:
+    """Whether the same command may succeed next time: not so if an input or the plan is wrong."""
+    outside = (OSError, ResourceError, MemoryError)
+    return (
+        not isinstance(error, Exception)
+        or isinstance(error, outside)
+        or isinstance(error.__cause__, OSError)
+    )
 
 
 def _content(source: bytes | Path) -> bytes:
@@ -231,12 +411,3 @@ def _bytes_of(data: bytes | memoryview | Array) -> memoryview:
         # The buffer protocol knows neither bfloat16 nor float8.
         return data.reshape(-1).view(np.uint8).data
     return memoryview(data).cast("B")
-
-
-def _first_gap(spans: list[list[int]], size: int) -> tuple[int, int] | None:
-    position = 0
-    for start, stop in sorted(spans):
-        if start > position:
-            return position, start
-        position = max(position, stop)
-    return None if position >= size else (position, size)

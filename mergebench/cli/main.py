@@ -17,12 +17,18 @@ class _PipeClosedError(Exception):
     """Carries a broken pipe past typer, which would make it exit code 1: findings."""
 
 
+class _InterruptedError(Exception):
+    """Carries the notes of an interrupt past typer, which would turn it into a bare exit code."""
+
+
 class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:
             raise _PipeClosedError from error
+        except KeyboardInterrupt as error:
+            raise _InterruptedError("; ".join(_notes(error))) from error
 
 
 app = typer.Typer(
@@ -70,11 +76,14 @@ def main() -> None:
 
     0 done, 1 findings, 2 the user can fix it, 70 a bug, 130 interrupted.
     """
+    state = ""
     try:
         code = app(prog_name="mergebench", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         code = EXIT_INTERRUPTED
+    except _InterruptedError as error:
+        code, state = EXIT_INTERRUPTED, str(error)
     except (_PipeClosedError, BrokenPipeError):
         # The reader of our output has gone, as `head` does; nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -82,14 +91,19 @@ def main() -> None:
     except Exception as error:
         code = _explain(error)
     if code == EXIT_INTERRUPTED:
-        console.fail("interrupted; nothing was written")
+        console.fail(f"interrupted; {state or 'nothing was written'}")
     sys.exit(code)
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What those who saw an error pass have added to it."""
+    return list(getattr(error, "__notes__", ()))
 
 
 def _explain(error: Exception) -> int:
     """Print one line; the exit code."""
     if isinstance(error, MergebenchError):
-        console.fail(str(error))
+        console.fail("; ".join([str(error), *_notes(error)]))
         return EXIT_USER
     # What typer raises for a wrong command line; its class moves between releases.
     if (words := getattr(error, "format_message", None)) is not None:

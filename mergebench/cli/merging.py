@@ -219,7 +219,8 @@ def _do(
         for text in made.notes:
             console.note(text)
     with console.bar(quiet or as_json) as progress:
-        written = execute(made, force=force, progress=progress)
+        note = None if quiet else console.note
+        written = execute(made, force=force, progress=progress, note=note)
     seconds = perf_counter() - started
     if as_json:
         console.say_json({"seconds": round(seconds, 3), "outputs": [_plain(w) for w in written]})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from mergebench.checkpoints.placement import TensorSpec
 from mergebench.checkpoints.staging import check_destination
-from mergebench.checkpoints.writer import Output
+from mergebench.checkpoints.writer import Output, together
 from mergebench.compute.masking import moved
 from mergebench.compute.rounding import round_to
 from mergebench.core.tensor import DTYPES, Array, size_of
@@ -24,6 +24,7 @@ from mergebench.manifest import MANIFEST, with_outputs
 from mergebench.merge.factors import write_factors
 from mergebench.merge.op import At, Stack
 from mergebench.merge.plan import Plan
+from mergebench.merge.resume import Ledger, resume_key
 from mergebench.merge.stream import Evaluator, Item, load, opened
 from mergebench.merge.variants import Variant
 
@@ -36,6 +37,10 @@ class Sink(Protocol):
 
     def write(self, name: str, byte_start: int, data: Array) -> None:
         """Take the entries of a tensor from byte ``byte_start`` on."""
+        ...
+
+    def finish(self, name: str) -> None:
+        """Take note that a tensor has all its bytes."""
         ...
 
 
@@ -75,21 +80,36 @@ class Memory:
         begin = byte_start // target.itemsize
         target[begin : begin + data.size] = data.reshape(-1)
 
+    def finish(self, name: str) -> None:
+        """Nothing is left to do."""
+
 
 @dataclass(eq=False)
 class _Digests:
-    """Hashes what passes through on its way to a sink."""
+    """Hashes what passes through on its way to an output; what was there before stays."""
 
-    sink: Sink
+    output: Output
     states: dict[str, Any] = field(default_factory=dict)
 
     def write(self, name: str, byte_start: int, data: Array) -> None:
+        if name in self.output.finished:
+            return
         state = self.states.setdefault(name, xxhash.xxh3_128())
         state.update(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
-        self.sink.write(name, byte_start, data)
+        self.output.write(name, byte_start, data)
+
+    def finish(self, name: str) -> None:
+        self.output.finish(name, self.digest(name))
+
+    def digest(self, name: str) -> str:
+        if name in self.output.finished:
+            return self.output.finished[name]
+        # An empty tensor has no bytes to pass through.
+        return str(self.states.setdefault(name, xxhash.xxh3_128()).hexdigest())
 
     def digests(self) -> dict[str, str]:
-        return {name: state.hexdigest() for name, state in sorted(self.states.items())}
+        names = {*self.states, *self.output.finished}
+        return {name: self.digest(name) for name in sorted(names)}
 
 
 class _Here(Executor):
@@ -125,11 +145,24 @@ def check_outputs(plan: Plan, *, force: bool = False) -> None:
     """
     for variant in plan.variants:
         if variant.out is not None:
-            check_destination(variant.out, single_file=plan.package.single_file, force=force)
+            check_destination(
+                variant.out,
+                single_file=plan.package.single_file,
+                force=force,
+                key=resume_key(plan, variant),
+            )
 
 
-def execute(plan: Plan, *, force: bool = False, progress: Progress | None = None) -> list[Written]:
+def execute(
+    plan: Plan,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
+) -> list[Written]:
     """Run a plan and write its outputs, all of them in one reading of the inputs.
+
+    A run that was killed or interrupted is continued by the next one with an equal plan.
 
     Parameters
     ----------
@@ -139,6 +172,8 @@ def execute(plan: Plan, *, force: bool = False, progress: Progress | None = None
         Replace existing outputs.
     progress : callable, optional
         Called from this thread.
+    note : callable, optional
+        Called with sentences about work of an earlier run that is continued or thrown away.
 
     Returns
     -------
@@ -147,28 +182,17 @@ def execute(plan: Plan, *, force: bool = False, progress: Progress | None = None
     Raises
     ------
     MergebenchError
-        For what only the data can show: NaN, overflow of the output dtype, a full disk.
+        For what only the data can show: NaN, overflow of the output dtype, a full disk; and if
+        another run is writing one of the outputs.
     """
-    with ExitStack() as stack:
-        outputs = []
-        for variant in plan.variants:
-            if variant.out is None:
-                raise ValueError("a variant has no place to be written to")
-            sides = plan.package.sides(variant)
-            single = plan.package.single_file
-            outputs.append(
-                stack.enter_context(
-                    Output(
-                        variant.out,
-                        plan.package.layout_of(variant),
-                        single_file=single,
-                        side=sides,
-                        force=force,
-                    )
-                )
-            )
+    outputs = [_output(plan, variant, force) for variant in plan.variants]
+    with together(outputs):
+        ledger = Ledger(plan, outputs)
+        if note is not None:
+            for sentence in ledger.notes():
+                note(sentence)
         sinks = [_Digests(output) for output in outputs]
-        residuals = _run(plan, sinks, progress or (lambda what, done, total: None))
+        residuals = _run(plan, sinks, progress or (lambda what, done, total: None), ledger)
         if not plan.package.single_file:
             for variant, output, sink in zip(plan.variants, outputs, sinks, strict=True):
                 text = with_outputs(plan.package.manifest_of(variant), sink.digests())
@@ -180,16 +204,31 @@ def execute(plan: Plan, *, force: bool = False, progress: Progress | None = None
     ]  # fmt: skip
 
 
+def _output(plan: Plan, variant: Variant, force: bool) -> Output:
+    if variant.out is None:
+        raise ValueError("a variant has no place to be written to")
+    return Output(
+        variant.out,
+        plan.package.layout_of(variant),
+        single_file=plan.package.single_file,
+        side=plan.package.sides(variant),
+        force=force,
+        key=resume_key(plan, variant),
+    )
+
+
 def execute_in_memory(plan: Plan, progress: Progress | None = None) -> list[dict[str, Array]]:
     """Run a plan and return its outputs as arrays, in the order of ``plan.variants``."""
     sinks = [Memory(plan.package.specs) for _ in plan.variants]
-    _run(plan, sinks, progress or (lambda what, done, total: None))
+    _run(plan, sinks, progress or (lambda what, done, total: None), Ledger(plan))
     return [sink.arrays for sink in sinks]
 
 
-def _run(plan: Plan, sinks: Sequence[Sink], progress: Progress) -> list[dict[str, float]]:
+def _run(
+    plan: Plan, sinks: Sequence[Sink], progress: Progress, ledger: Ledger
+) -> list[dict[str, float]]:
     total = plan.entries * plan.passes
-    done = 0
+    done = ledger.swept
     residuals: list[dict[str, float]] = [{} for _ in sinks]
     with _workers(plan.tiling.workers) as pool:
 
@@ -198,32 +237,48 @@ def _run(plan: Plan, sinks: Sequence[Sink], progress: Progress) -> list[dict[str
             done += entries
             progress("measuring", min(done, total), total)
 
-        evaluator = Evaluator(plan.aligned.items, plan.tiling, pool, swept)
+        evaluator = Evaluator(plan.aligned.items, plan.tiling, pool, swept, ledger.known)
         for name in plan.aligned.order:
-            if name in plan.aligned.copies:
-                target = plan.package.renamed.get(name, name)
-                for spec_name in (target, *plan.aligned.twins.get(name, ())):
-                    _copy(plan, name, spec_name, sinks)
+            targets = _targets(plan, name)
+            item = plan.aligned.items.get(name)
+            if ledger.is_finished(targets):
+                for index, found in enumerate(residuals):
+                    if (lost := ledger.lost(index, name)) is not None:
+                        found[name] = lost
+                done += 0 if item is None else item.site.size
                 continue
-            item = plan.aligned.items[name]
-            for variant in plan.variants:
-                evaluator.prepare(variant.ops, item)
-            if plan.form == "lora":
+            if item is None:
+                for target in targets:
+                    _copy(plan, name, target, sinks)
+            else:
+                for variant in plan.variants:
+                    evaluator.prepare(variant.ops, item)
+            if item is not None and plan.form == "lora":
                 for index, (variant, sink) in enumerate(zip(plan.variants, sinks, strict=True)):
                     lost = write_factors(plan, evaluator, variant, item, sink)
                     if lost is not None:
                         residuals[index][name] = lost
+                        ledger.lose(index, name, lost)
                 done += item.site.size
-            else:
-                names = (name, *plan.aligned.twins.get(name, ()))
+            elif item is not None:
                 for start, parts in _pieces(plan, evaluator, item):
                     for sink, part in zip(sinks, parts, strict=True):
-                        for spec_name in names:
-                            sink.write(spec_name, start * part.itemsize, part)
+                        for target in targets:
+                            sink.write(target, start * part.itemsize, part)
                     done += parts[0].size
                     progress("merging", min(done, total), total)
+            for sink in sinks:
+                for target in targets:
+                    sink.finish(target)
             progress("merging", min(done, total), total)
     return residuals
+
+
+def _targets(plan: Plan, name: str) -> list[str]:
+    """Tensors of the output that one tensor of the plan gives."""
+    if name in plan.package.modules:
+        return [spec.name for spec in plan.package.modules[name].specs.values()]
+    return [plan.package.renamed.get(name, name), *plan.aligned.twins.get(name, ())]
 
 
 def _pieces(plan: Plan, evaluator: Evaluator, item: Item) -> Iterator[tuple[int, list[Array]]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from mergebench.adapters_zoo.adapter import ReadOptions
 from mergebench.checkpoints.disk import check_space
+from mergebench.checkpoints.staging import staged_bytes
 from mergebench.checkpoints.writer import Layout
 from mergebench.compute.tiles import Tiling
 from mergebench.core.delta import LowRank, Replacement, reads
@@ -203,7 +204,9 @@ def make_plan(
     )  # fmt: skip
     check_places(variants, [*models, *([base] if base is not None else [])])
     if variants[0].out is not None:
-        check_space(variants[0].out, plan.write_bytes)
+        places = [each.out for each in variants if each.out is not None]
+        held = sum(staged_bytes(place, single_file=built.single_file) for place in places)
+        check_space(variants[0].out, plan.write_bytes, held)
     return plan
 
 

@@ -45,7 +45,7 @@ def interrupted(place: Path, *extra: str) -> Ran:
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        while process.poll() is None and not list(place.rglob(".*mergebench-*")):
+        while process.poll() is None and not list(place.rglob(".*mergebench-part")):
             time.sleep(0.002)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)

@@ -1,0 +1,235 @@
+"""Going on where an interrupted run of the same merge has stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from mergebench.checkpoints.writer import Output
+from mergebench.compute.select import Cut
+from mergebench.core.tensor import Tensor, size_of
+from mergebench.merge.op import Chain
+from mergebench.merge.plan import Plan
+from mergebench.merge.variants import Variant
+from mergebench.sources import Source
+
+_PIECE = 1 << 22
+
+
+def resume_key(plan: Plan, variant: Variant) -> str:
+    """Names everything that decides the bytes of one output, 32 hex digits.
+
+    That is the recipe with every parameter at its value, the inputs, the layout and the version
+    of mergebench; not threads, memory, or the place of the output. Inputs are known by names,
+    sizes, modification times and headers of their files; those in memory by their content.
+    """
+    about = {
+        "mergebench": version("mergebench"),
+        "recipe": variant.recipe.to_dict(),
+        "ops": [str(op) for op in variant.ops],
+        "form": plan.form,
+        "base": None if plan.base is None else _identity(plan.base),
+        "models": [_identity(model) for model in plan.models],
+        "weights": [weight.hex() for weight in plan.weights],
+        "layout": plan.package.layout_of(variant).to_json(),
+    }
+    text = json.dumps(about, sort_keys=True, default=repr)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _identity(source: Source) -> dict[str, Any]:
+    found = {
+        "label": source.label,
+        "fingerprint": source.fingerprint,
+        "config": dict(source.config),
+        "files": [dict(each) for each in source.identity],
+    }
+    if not source.identity and source.checkpoint is not None:
+        # The fingerprint samples; a state dict may have changed between the samples.
+        found["content"] = _content(source.checkpoint.tensors)
+    return found
+
+
+def _content(tensors: Mapping[str, Tensor]) -> str:
+    digest = xxhash.xxh3_128()
+    for name, tensor in tensors.items():
+        digest.update(f"{name}\0{tensor.dtype}\0{tensor.shape}\0".encode())
+        size = size_of(tensor.shape)
+        for start in range(0, size, _PIECE):
+            piece = np.ascontiguousarray(tensor.read(start, min(start + _PIECE, size)))
+            digest.update(piece.view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def encode(value: Any) -> Any:
+    """A measured value as plain JSON, exactly.
+
+    Raises
+    ------
+    TypeError
+        For a type that :func:`decode` would not give back.
+    """
+    # Exact types: a number of numpy is no Python number, and computes otherwise.
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return value
+    if kind is float:
+        return {"float": value.hex()}
+    if kind is bytes:
+        return {"bytes": value.hex()}
+    if kind is list:
+        return [encode(each) for each in value]
+    if kind is tuple:
+        return {"tuple": [encode(each) for each in value]}
+    if kind is dict:
+        return {"dict": [[encode(key), encode(each)] for key, each in value.items()]}
+    if kind is Cut:
+        return {"cut": [encode(each) for each in (value.value, value.name, value.index)]}
+    if kind is np.ndarray and value.dtype.kind in "biuf" and value.dtype.isnative:
+        data = np.ascontiguousarray(value).tobytes()
+        return {"array": [value.dtype.str, list(value.shape), data.hex()]}
+    raise TypeError(f"a {kind.__name__} cannot be kept for a later run")
+
+
+def decode(data: Any) -> Any:
+    """The value that :func:`encode` was given.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If it never was.
+    """
+    if isinstance(data, list):
+        return [decode(each) for each in data]
+    if not isinstance(data, dict):
+        return data
+    ((kind, body),) = data.items()
+    match kind:
+        case "float":
+            return float.fromhex(body)
+        case "bytes":
+            return bytes.fromhex(body)
+        case "tuple":
+            return tuple(decode(each) for each in body)
+        case "dict":
+            return {decode(key): decode(each) for key, each in body}
+        case "cut":
+            return Cut(*(decode(each) for each in body))
+        case "array":
+            dtype, shape, content = body
+            return np.frombuffer(bytes.fromhex(content), np.dtype(dtype)).reshape(shape).copy()
+    raise ValueError(f"{kind!r} is no kind of value")
+
+
+def _statistic(ops: Chain, name: str) -> str:
+    return json.dumps(["statistic", [str(op) for op in ops], name])
+
+
+def _residual(name: str) -> str:
+    return json.dumps(["residual", name])
+
+
+class _Known(dict[tuple[Chain, str], Any]):
+    """Measured values by (ops up to the one that asked, tensor name); new ones are noted."""
+
+    def __init__(self, outputs: Sequence[tuple[Variant, Output]]) -> None:
+        super().__init__()
+        self._outputs = outputs
+
+    def __setitem__(self, key: tuple[Chain, str], value: Any) -> None:
+        super().__setitem__(key, value)
+        ops, name = key
+        try:
+            data = encode(value)
+        except TypeError:
+            return
+        for variant, output in self._outputs:
+            if variant.ops[: len(ops)] == ops:
+                output.settle(_statistic(ops, name), data)
+
+    def recall(self, key: tuple[Chain, str], value: Any) -> None:
+        """Take over what an earlier run has measured."""
+        super().__setitem__(key, value)
+
+
+class Ledger:
+    """What earlier runs have done of a merge, and what this one adds.
+
+    Parameters
+    ----------
+    plan : Plan
+    outputs : sequence of Output
+        Open, in the order of ``plan.variants``; none for a merge in memory.
+
+    Attributes
+    ----------
+    known : mapping of (ops, tensor name) to value
+        For :class:`~mergebench.merge.stream.Evaluator`.
+    swept : int
+        Entries that need not be read again to measure them.
+    """
+
+    def __init__(self, plan: Plan, outputs: Sequence[Output] = ()) -> None:
+        self._plan, self._outputs = plan, tuple(outputs)
+        pairs = list(zip(plan.variants, outputs, strict=True)) if outputs else []
+        self.known = _Known(pairs)
+        self.swept = 0
+        for variant, output in pairs:
+            for ops, name, size in _asked(plan, variant):
+                data = output.settled.get(_statistic(ops, name))
+                if data is not None and (ops, name) not in self.known:
+                    self.known.recall((ops, name), decode(data))
+                    self.swept += size
+
+    def is_finished(self, names: Sequence[str]) -> bool:
+        """Whether every output has all these tensors."""
+        return bool(self._outputs) and all(
+            name in output.finished for output in self._outputs for name in names
+        )
+
+    def lose(self, index: int, name: str, residual: float) -> None:
+        """Note what truncation has cost a tensor of output ``index``; before it is finished."""
+        if self._outputs:
+            self._outputs[index].settle(_residual(name), encode(residual))
+
+    def lost(self, index: int, name: str) -> float | None:
+        """What an earlier run has noted; ``None`` where nothing was truncated."""
+        data = self._outputs[index].settled.get(_residual(name))
+        return None if data is None else float(decode(data))
+
+    def notes(self) -> Iterator[str]:
+        """What the user should know about earlier runs."""
+        for output in self._outputs:
+            if output.restarted:
+                yield (
+                    f"{output.destination}: an interrupted run had other inputs, parameters or "
+                    "another version, or its files are damaged; starting over"
+                )
+        if any(output.finished or output.settled for output in self._outputs):
+            names = self._plan.package.layout.places
+            done = sum(self.is_finished([name]) for name in names)
+            measured = f" and {len(self.known)} measurements" if self.known else ""
+            yield (
+                f"resuming an interrupted run: {done} of {len(names)} tensors{measured} are "
+                "done already"
+            )
+
+
+def _asked(plan: Plan, variant: Variant) -> Iterator[tuple[Chain, str, int]]:
+    """Every statistic that a variant needs: ops, tensor name or nothing, entries it reads."""
+    for end, op in enumerate(variant.ops, start=1):
+        statistic = op.statistic
+        if statistic is None:
+            continue
+        ops = variant.ops[:end]
+        if statistic.scope == "model":
+            yield ops, "", plan.entries
+        else:
+            for name, item in plan.aligned.items.items():
+                yield ops, name, item.site.size

@@ -1,0 +1,1 @@
+"""Killed, without power, out of disk, interrupted: an output is whole or absent, and resumes."""
