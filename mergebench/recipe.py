@@ -6,11 +6,14 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mergebench.core.errors import FormatError, ParameterError, did_you_mean
+from mergebench.core.rules import add_rules, parse_weight
+from mergebench.core.schedule import Cases, to_plain
 
 #: Version of the recipe format, written as the key ``mergebench``.
 VERSION = 1
@@ -20,10 +23,10 @@ FORMS = ("auto", "model", "lora", "delta")
 
 @dataclass(frozen=True)
 class ModelRef:
-    """One input: a reference (path, ``base+adapter``) and its weight."""
+    """One input: a reference (path, ``base+adapter``) and its weight, a number or a schedule."""
 
     path: str
-    weight: float = 1.0
+    weight: Any = 1.0
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,15 @@ class Recipe:
     method : str
         Name of a merge method; ``""`` where ``ops`` are given instead.
     params : mapping
-        Parameters of the method. A list of values asks for one output per value.
+        Parameters of the method. A list of values asks for one output per value. A value may be a
+        schedule: other values for other tensors (see :mod:`mergebench.core.schedule`).
     ops : tuple of OpRef
         A chain written out, in place of a method.
     then : tuple of OpRef
         Ops applied after the method, in order.
+    include, exclude : tuple of str
+        Selectors (see :mod:`mergebench.core.selector`) of the tensors to merge: those that any of
+        ``include`` matches, all if it is empty, and none of ``exclude``.
     base : str or None
     compat : str or None
         Preset that supplies defaults for ``params``.
@@ -70,6 +77,8 @@ class Recipe:
     params: Mapping[str, Any] = field(default_factory=dict)
     ops: tuple[OpRef, ...] = ()
     then: tuple[OpRef, ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     base: str | None = None
     compat: str | None = None
     dtype: str = "keep"
@@ -88,12 +97,17 @@ class Recipe:
             data["method"] = self.method
         if self.params:
             data["params"] = {
-                key: list(value) if isinstance(value, tuple) else value
+                key: list(map(to_plain, value)) if isinstance(value, tuple) else to_plain(value)
                 for key, value in self.params.items()
             }
-        data["models"] = [{"path": each.path, "weight": each.weight} for each in self.models]
+        data["models"] = [
+            {"path": each.path, "weight": to_plain(each.weight)} for each in self.models
+        ]
         if self.then:
             data["then"] = [_op_out(each) for each in self.then]
+        for key in ("include", "exclude"):
+            if value := getattr(self, key):
+                data[key] = list(value)
         plain = Recipe(())
         for key in (
             "base",
@@ -119,13 +133,21 @@ class Recipe:
         """``(label, recipe)`` of every output: one per combination of listed values."""
         swept = [key for key, value in self.params.items() if isinstance(value, (list, tuple))]
         for values in itertools.product(*(self.params[key] for key in swept)):
-            label = ",".join(f"{key}={value}" for key, value in zip(swept, values, strict=True))
+            label = ",".join(
+                f"{key}={_named(value)}" for key, value in zip(swept, values, strict=True)
+            )
             chosen = {**self.params, **dict(zip(swept, values, strict=True))}
             yield label, replace(self, params=chosen)
 
 
+def _named(value: Any) -> Any:
+    """What an output is called by: selectors have characters that paths cannot hold."""
+    return _named(value.otherwise) if isinstance(value, Cases) else value
+
+
 def _op_out(each: OpRef) -> Any:
-    return {each.name: dict(each.params)} if each.params else each.name
+    params = {key: to_plain(value) for key, value in each.params.items()}
+    return {each.name: params} if params else each.name
 
 
 def _op_in(data: Any, where: str) -> OpRef:
@@ -170,8 +192,8 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
     if not isinstance(data, Mapping):
         raise FormatError(f"{where}: a recipe is a mapping", got=type(data).__name__)
     known = {
-        "mergebench", "method", "params", "ops", "models", "then", "base", "compat", "dtype",
-        "as", "shard_size", "lora_alpha", "ignore_saved_base", "out",
+        "mergebench", "method", "params", "ops", "models", "then", "where", "include", "exclude",
+        "base", "compat", "dtype", "as", "shard_size", "lora_alpha", "ignore_saved_base", "out",
     }  # fmt: skip
     for key in data:
         if key not in known:
@@ -188,12 +210,16 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
     params = data.get("params") or {}
     if not isinstance(params, Mapping):
         raise FormatError(f"{where}: `params` must be a mapping", got=repr(params))
-    return Recipe(
-        models=tuple(_model_in(each, where) for each in models),
+    refs = tuple(_model_in(each, where) for each in models)
+    values = {str(k): tuple(v) if isinstance(v, list) else v for k, v in params.items()}
+    recipe = Recipe(
+        models=refs,
+        params=values,
         method="" if "ops" in data else _text(data, "method", where) or "linear",
-        params={str(k): tuple(v) if isinstance(v, list) else v for k, v in params.items()},
         ops=_ops(data, "ops", where),
         then=_ops(data, "then", where),
+        include=_texts(data, "include", where),
+        exclude=_texts(data, "exclude", where),
         base=_text(data, "base", where),
         compat=_text(data, "compat", where),
         dtype=_choice(data, "dtype", DTYPES, where),
@@ -203,6 +229,8 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
         ignore_saved_base=_flag(data, "ignore_saved_base", where),
         out=_text(data, "out", where),
     )
+    with _named_file(where):
+        return with_rules(recipe, _texts(data, "where", where))
 
 
 def _ops(data: Mapping[str, Any], key: str, where: str) -> tuple[OpRef, ...]:
@@ -210,6 +238,40 @@ def _ops(data: Mapping[str, Any], key: str, where: str) -> tuple[OpRef, ...]:
     if isinstance(value, (str, Mapping)):
         value = [value]
     return tuple(_op_in(each, f"{where}: `{key}`") for each in value)
+
+
+def _texts(data: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    value = data.get(key) or []
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
+        raise FormatError(f"{where}: `{key}` must be a text or a list of texts", got=repr(value))
+    return tuple(listed)
+
+
+def with_rules(recipe: Recipe, rules: Sequence[str]) -> Recipe:
+    """The recipe with values for selected tensors, written ``SELECTOR:name=value``.
+
+    Raises
+    ------
+    ParameterError
+        As :func:`~mergebench.core.rules.add_rules`.
+    """
+    params, weights = add_rules(rules, recipe.params, [each.weight for each in recipe.models])
+    models = tuple(
+        replace(each, weight=weight) for each, weight in zip(recipe.models, weights, strict=True)
+    )
+    return replace(recipe, params=params, models=models)
+
+
+@contextmanager
+def _named_file(where: str) -> Iterator[None]:
+    """Name the recipe in errors about a value in it."""
+    try:
+        yield
+    except ParameterError as error:
+        raise FormatError(
+            f"{where}: {error.what}", got=error.got, expected=error.expected, fix=error.fix
+        ) from None
 
 
 def _model_in(data: Any, where: str) -> ModelRef:
@@ -222,8 +284,12 @@ def _model_in(data: Any, where: str) -> ModelRef:
                     f"{where}: unknown key {key!r} of a model",
                     fix=did_you_mean(str(key), ["path", "weight"]),
                 )
-        weight = _number(data.get("weight", 1.0), "weight", where)
-        return ModelRef(str(data["path"]), 1.0 if weight is None else weight)
+        weight = data.get("weight")
+        if not isinstance(weight, (str, Mapping)):
+            weight = _number(weight, "weight", where)
+        with _named_file(where):
+            given = 1.0 if weight is None else parse_weight(weight, str(data["path"]))
+        return ModelRef(str(data["path"]), given)
     raise FormatError(f"{where}: a model is a path or `{{path, weight}}`", got=repr(data))
 
 

@@ -23,7 +23,8 @@ from mergebench.adapters_zoo.adapter import (
 from mergebench.checkpoints.containers import DCP, open_weights
 from mergebench.checkpoints.layout import Checkpoint, open_checkpoint
 from mergebench.core.delta import Delta, Difference, Replacement, reads, tile
-from mergebench.core.errors import FormatError, MergebenchError
+from mergebench.core.errors import FormatError, MergebenchError, ParameterError
+from mergebench.core.schedule import parse_schedule
 from mergebench.core.task_vector import TaskVector
 from mergebench.core.tensor import FLOATING, Array, Tensor, size_of
 
@@ -79,14 +80,19 @@ class Applied:
         return self.weight.read(start, stop).astype(dtype) + tile(self.delta, start, stop, dtype)
 
 
-def split_weight(text: str) -> tuple[str, float]:
-    """``path:0.3`` into path and weight; a path that exists as written wins."""
+def split_weight(text: str) -> tuple[str, Any]:
+    """``path:0.3`` into path and weight; a path that exists as written wins.
+
+    The weight may be a gradient over depth, such as ``path:0..1``.
+    """
     head, colon, tail = text.rpartition(":")
     if not colon or _exists(Path(text)):
         return text, 1.0
     try:
+        if ".." in tail and "/" not in tail:
+            return head, parse_schedule(tail, "weight")
         return head, float(tail)
-    except ValueError:
+    except (ValueError, ParameterError):
         return text, 1.0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -15,6 +16,7 @@ from mergebench.cli import options as o
 if TYPE_CHECKING:
     from mergebench.merge.engine import Written
     from mergebench.merge.plan import Plan
+    from mergebench.merge.variants import Variant
     from mergebench.recipe import Recipe
 
 
@@ -24,6 +26,9 @@ def merge(
     method: o.MethodName = "linear",
     param: o.Params = None,
     then: o.Then = None,
+    where: o.Where = None,
+    include: o.Include = None,
+    exclude: o.Exclude = None,
     compat: o.Compat = None,
     dtype: o.Dtype = "keep",
     form: o.Form = "auto",
@@ -51,7 +56,7 @@ def merge(
     """
     recipe = _recipe(
         models, base, method, param, then, compat, dtype, form, shard_size, lora_alpha, out,
-        ignore_saved_base,
+        ignore_saved_base, where, include, exclude,
     )  # fmt: skip
     _do(recipe, force, memory, workers, dry_run, as_json, quiet)
 
@@ -62,6 +67,9 @@ def plan(
     method: o.MethodName = "linear",
     param: o.Params = None,
     then: o.Then = None,
+    where: o.Where = None,
+    include: o.Include = None,
+    exclude: o.Exclude = None,
     compat: o.Compat = None,
     dtype: o.Dtype = "keep",
     form: o.Form = "auto",
@@ -83,7 +91,7 @@ def plan(
     """
     recipe = _recipe(
         models, base, method, param, then, compat, dtype, form, shard_size, lora_alpha, out,
-        ignore_saved_base,
+        ignore_saved_base, where, include, exclude,
     )  # fmt: skip
     _do(recipe, True, memory, workers, True, as_json, False)
 
@@ -131,6 +139,9 @@ def _recipe(
     lora_alpha: float | None,
     out: str | None,
     ignore_saved_base: bool,
+    where: list[str] | None,
+    include: list[str] | None,
+    exclude: list[str] | None,
 ) -> Recipe:
     from mergebench.core.errors import ParameterError, did_you_mean
     from mergebench.recipe import (
@@ -140,6 +151,7 @@ def _recipe(
         Recipe,
         parse_assignment,
         parse_op,
+        with_rules,
     )
     from mergebench.sources import split_weight
 
@@ -155,22 +167,23 @@ def _recipe(
             raise ParameterError(f"parameter {key!r} is given twice", fix=f"write -p {key}=a,b")
         parts = tuple(part.strip() for part in value.split(","))
         params[key] = parts if len(parts) > 1 else parts[0]
-    return _with_out(
-        Recipe(
-            models=tuple(ModelRef(*split_weight(each)) for each in models),
-            method=method,
-            params=params,
-            then=tuple(parse_op(each) for each in then or []),
-            base=base,
-            compat=compat,
-            dtype=dtype,
-            form=form,
-            shard_size=shard_size,
-            lora_alpha=lora_alpha,
-            ignore_saved_base=ignore_saved_base,
-            out=out,
-        )
+    recipe = Recipe(
+        models=tuple(ModelRef(*split_weight(each)) for each in models),
+        method=method,
+        params=params,
+        then=tuple(parse_op(each) for each in then or []),
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        base=base,
+        compat=compat,
+        dtype=dtype,
+        form=form,
+        shard_size=shard_size,
+        lora_alpha=lora_alpha,
+        ignore_saved_base=ignore_saved_base,
+        out=out,
     )
+    return _with_out(with_rules(recipe, where or ()))
 
 
 def _size(option: str, text: str) -> int:
@@ -238,6 +251,8 @@ def _plain(written: Written) -> dict[str, Any]:
     }
 
 
+#: Most chains of one output that a plan shows.
+_CHAINS = 6
 _FORMS = {"model": "model", "lora": "LoRA adapter", "delta": "task vector"}
 
 
@@ -264,17 +279,33 @@ def _rank(made: Plan) -> str:
     return str(max(ranks)) if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
 
 
+def _weight(weight: Any) -> str:
+    return f"{weight:g}" if isinstance(weight, float) else str(weight)
+
+
+def _chains(variant: Variant) -> Iterator[tuple[str, str]]:
+    """Rows for the chains of an output, with the tensors they are for if there are several."""
+    title = variant.label or "ops"
+    for chain in variant.distinct[:_CHAINS]:
+        names = [name for name, ops in variant.chains.items() if ops == chain]
+        where = f"  ({len(names)} tensors such as {names[0]})" if names else ""
+        yield title, " → ".join(map(str, chain)) + where
+    if len(variant.distinct) > _CHAINS:
+        yield title, f"… {len(variant.distinct) - _CHAINS} more (--json lists all)"
+
+
 def _show_plan(made: Plan) -> None:
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    weights = ", ".join(f"{each.path} × {each.weight:g}" for each in made.recipe.models)
+    weights = ", ".join(f"{each.path} × {_weight(each.weight)}" for each in made.recipe.models)
     table.add_row("inputs", weights)
     table.add_row("base", "none" if made.base is None else made.base.label)
     for each in made.variants:
-        table.add_row(each.label or "ops", " → ".join(map(str, each.ops)))
+        for title, ops in _chains(each):
+            table.add_row(title, ops)
     places = ", ".join(str(each.out) for each in made.variants)
     table.add_row("output", f"{_FORMS[made.form]}: {places}")
     files = ", ".join(file.name for file in made.layout.files)

@@ -40,6 +40,28 @@ Then = Annotated[
         help="Op applied after the method, repeatable, in order; see `mergebench methods --ops`.",
     ),
 ]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where",
+        metavar="SELECTOR:NAME=VALUE",
+        help="Other values for selected tensors, repeatable, the first that matches wins: "
+        "class=norm:lam=0, block=0-3:weight=1/0 or a regular expression.",
+    ),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--include",
+        metavar="SELECTOR",
+        help="Merge only these tensors, repeatable: a regular expression, class=norm or "
+        "block=0-3; the others come from the base.",
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", metavar="SELECTOR", help="Leave these tensors as in the base."),
+]
 Compat = Annotated[
     str | None,
     typer.Option("--compat", help="Defaults of another implementation; explicit values win."),

@@ -14,9 +14,17 @@ from operator import index
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from mergebench.core.errors import ParameterError, did_you_mean
+from mergebench.core.schedule import Cases, each_leaf, parse_schedule
 
 #: Spellings that users may write instead of a parameter's name in the signature.
 ALIASES: Mapping[str, str] = {"lambda": "lam"}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Values that a text parameter may take, for its help and for random tests."""
+
+    values: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,8 @@ class Param:
         ``inspect.Parameter.empty`` where the parameter is required.
     choices : tuple
         The allowed values, where the annotation is a ``Literal``.
+    examples : tuple of str
+        Values that a text may take.
     low, high : float or None
         Bounds; ``open_low`` and ``open_high`` say whether they are excluded.
     """
@@ -44,6 +54,7 @@ class Param:
     high: float | None = None
     open_low: bool = False
     open_high: bool = False
+    examples: tuple[str, ...] = ()
 
     @property
     def required(self) -> bool:
@@ -57,7 +68,7 @@ class Param:
         if self.kind is bool:
             return "true or false"
         if self.kind is str:
-            return "text"
+            return f"text such as {', '.join(self.examples)}" if self.examples else "text"
         noun = "an integer" if self.kind is int else "a number"
         if self.low is None and self.high is None:
             return noun
@@ -90,7 +101,9 @@ class Param:
             words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
             return value if isinstance(value, bool) else words.get(str(value).lower())
         if self.kind is str:
-            return str(value)
+            # Numbers, and a list of them, as YAML reads them.
+            written = isinstance(value, (str, int, float, list)) and not isinstance(value, bool)
+            return str(value) if written else None
         if isinstance(value, bool):
             return None
         if self.kind is int:
@@ -117,6 +130,18 @@ class Param:
         )
 
 
+def _checked(param: Param, value: Any, owner: str, default: Any) -> Any:
+    """The value with every plain value in it checked."""
+    if "cases" in value if isinstance(value, Mapping) else param.kind in (float, int):
+        value = parse_schedule(value, param.name)
+    if isinstance(value, Cases) and value.otherwise is None and default is None:
+        raise ParameterError(
+            f"{owner}: `{param.name}` has values for some tensors only, and no default",
+            fix=f"give {param.name}=…, {param.describe()}",
+        )
+    return each_leaf(value, lambda leaf: param.check(leaf, owner), default)
+
+
 def declared(function: Callable[..., Any], skip: int = 0) -> dict[str, Param]:
     """The parameters of an annotated function, without its first ``skip`` ones."""
     hints = get_type_hints(function, include_extras=True)
@@ -133,7 +158,10 @@ def _param(name: str, hint: Any, default: Any) -> Param:
     if get_origin(hint) is Annotated:
         hint, *extra = get_args(hint)
         constraints = tuple(extra)
+    examples: tuple[str, ...] = ()
     for constraint in constraints:
+        if isinstance(constraint, Examples):
+            examples = constraint.values
         for attribute in ("ge", "gt"):
             if (bound := getattr(constraint, attribute, None)) is not None:
                 low, open_low = bound, attribute == "gt"
@@ -144,7 +172,7 @@ def _param(name: str, hint: Any, default: Any) -> Param:
         return Param(name, str, default, choices=get_args(hint))
     if hint not in (float, int, bool, str):
         raise TypeError(f"parameter {name}: {hint} cannot be declared")
-    return Param(name, hint, default, (), low, high, open_low, open_high)
+    return Param(name, hint, default, (), low, high, open_low, open_high, examples)
 
 
 def bind(
@@ -154,6 +182,8 @@ def bind(
     defaults: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All parameters of ``owner``: checked user values over preset ones over declared ones.
+
+    A value may be a schedule (see :mod:`mergebench.core.schedule`), whose plain values are checked.
 
     Raises
     ------
@@ -175,7 +205,7 @@ def bind(
                 f"{owner}: `{name}` is given twice", fix="keep one of its spellings"
             )
         seen.add(name)
-        values[name] = params[name].check(value, owner)
+        values[name] = _checked(params[name], value, owner, values.get(name))
     if missing := [name for name in params if name not in values]:
         raise ParameterError(
             f"{owner}: `{missing[0]}` is required, {params[missing[0]].describe()}",

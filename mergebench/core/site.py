@@ -12,6 +12,8 @@ from math import prod
 BLOCK_PATTERN = re.compile(
     r"^(?P<stack>(?:.*?\.)??(?:\w+_)?(?:layers?|blocks?|resblocks|stages|h))\.(?P<index>\d+)\."
 )
+#: What a tensor can be; see :attr:`Site.kind`.
+CLASSES = ("embedding", "head", "norm", "bias", "linear", "conv", "buffer")
 #: The first that matches wins: norms stand inside embeddings, and GPT-NeoX's head is ``embed_out``.
 _CLASSES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("norm", re.compile(r"(?i)(norm|ln_|(^|\.)ln\d*(\.|$))")),

@@ -353,7 +353,9 @@ def _items(table: _Table, reference: Checkpoint | None, space: str, form: str) -
         name: next(delta.shape for delta in row if delta is not None)
         for name, row in table.deltas.items()
     }
-    sites = make_sites(shapes)
+    # Depth counts the blocks of the whole model, also those that no input touches.
+    known = {} if reference is None else {n: t.shape for n, t in reference.tensors.items()}
+    sites = make_sites(known | shapes)
     labels = tuple(model.label for model in table.models)
     items: dict[str, Item] = {}
     wide = False

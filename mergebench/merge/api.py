@@ -11,12 +11,13 @@ import numpy as np
 from mergebench.checkpoints.layout import Checkpoint
 from mergebench.checkpoints.sizes import parse_size
 from mergebench.core.errors import FormatError, MergebenchError
+from mergebench.core.rules import parse_weight
 from mergebench.core.task_vector import TaskVector
 from mergebench.core.tensor import ArrayTensor
 from mergebench.merge.engine import Progress, Written, execute, execute_in_memory
 from mergebench.merge.limits import DEFAULT_MEMORY
 from mergebench.merge.plan import make_plan
-from mergebench.recipe import ModelRef, OpRef, Recipe, parse_op
+from mergebench.recipe import ModelRef, OpRef, Recipe, parse_op, with_rules
 from mergebench.sources import (
     Source,
     fingerprint,
@@ -36,6 +37,9 @@ def merge_models(
     method: str = "linear",
     out: str | PathLike[str] | None = None,
     then: Sequence[str | OpRef] = (),
+    where: Sequence[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     compat: str | None = None,
     dtype: str = "keep",
     form: str = "auto",
@@ -64,6 +68,12 @@ def merge_models(
         A ``.safetensors`` file or a folder. Without it the result is returned.
     then : sequence of str or OpRef
         Ops applied after the method, such as ``"scale:lam=0.5"``.
+    where : sequence of str
+        Other values for selected tensors, such as ``"class=norm:lam=0"`` or
+        ``"block=0-3:weight=1/0"``.
+    include, exclude : sequence of str
+        Selectors of the tensors to merge, such as ``"class=norm"`` or a regular expression; the
+        others come from the base.
     compat, dtype, form, shard_size, lora_alpha, ignore_saved_base
         As in :class:`~mergebench.recipe.Recipe`.
     memory : int or str, bytes or such as "256MiB", default 512 MiB
@@ -87,7 +97,7 @@ def merge_models(
     if isinstance(models, (str, Mapping)) or not models:
         raise MergebenchError("models: a list of at least one", got=type(models).__name__)
     pairs = [_pair(each) for each in models]
-    recipe = Recipe(
+    plain = Recipe(
         models=tuple(
             ModelRef(_label(model, f"models[{index}]"), weight)
             for index, (model, weight) in enumerate(pairs)
@@ -96,6 +106,8 @@ def merge_models(
         params={key: tuple(v) if isinstance(v, list) else v for key, v in params.items()},
         then=tuple(parse_op(each) if isinstance(each, str) else each for each in then),
         base=None if base is None else _label(base, "base"),
+        include=tuple(include),
+        exclude=tuple(exclude),
         compat=compat,
         dtype=dtype,
         form=form,
@@ -104,6 +116,7 @@ def merge_models(
         ignore_saved_base=ignore_saved_base,
         out=None if out is None else fspath(out),
     )
+    recipe = with_rules(plain, where)
     opened = [_source(model, f"models[{index}]") for index, (model, _) in enumerate(pairs)]
     under = None if base is None else _source(base, "base")
     budget = parse_size(memory) if isinstance(memory, str) else memory
@@ -121,12 +134,9 @@ def _several(recipe: Recipe) -> bool:
     return any(isinstance(value, (list, tuple)) for value in recipe.params.values())
 
 
-def _pair(model: Model) -> tuple[Any, float]:
+def _pair(model: Model) -> tuple[Any, Any]:
     if isinstance(model, tuple):
-        try:
-            return model[0], float(model[1])
-        except (TypeError, ValueError):
-            raise MergebenchError("a weight must be a number", got=repr(model[1])) from None
+        return model[0], parse_weight(model[1], f"{type(model[0]).__name__} with a weight")
     if isinstance(model, (str, PathLike)):
         return split_weight(fspath(model))
     return model, 1.0

@@ -252,7 +252,7 @@ def _run(
                     _copy(plan, name, target, sinks)
             else:
                 for variant in plan.variants:
-                    evaluator.prepare(variant.ops, item)
+                    evaluator.prepare(variant.at(name), item)
             if item is not None and plan.form == "lora":
                 for index, (variant, sink) in enumerate(zip(plan.variants, sinks, strict=True)):
                     lost = write_factors(plan, evaluator, variant, item, sink)
@@ -284,7 +284,8 @@ def _targets(plan: Plan, name: str) -> list[str]:
 def _pieces(plan: Plan, evaluator: Evaluator, item: Item) -> Iterator[tuple[int, list[Array]]]:
     """``(first entry, one array per variant)`` of every job of a tensor, in order."""
     dtype = plan.package.dtype_of(item.site.name)
-    unit, jobs = evaluator.pieces([variant.ops for variant in plan.variants], item)
+    name = item.site.name
+    unit, jobs = evaluator.pieces([variant.at(name) for variant in plan.variants], item)
     item = opened(item)
 
     def work(start: int, stop: int) -> tuple[int, list[Array]]:
@@ -307,7 +308,7 @@ def merged_tile(
     memo: dict[Any, Stack] | None = {} if len(variants) > 1 else None
     found = []
     for variant in variants:
-        merged = evaluator.run(variant.ops, item, at, stack, memo)[0]
+        merged = evaluator.run(variant.at(item.site.name), item, at, stack, memo)[0]
         found.append(merged if base is None else moved(base, merged))
     return found
 

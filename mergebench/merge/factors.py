@@ -38,7 +38,7 @@ def write_factors(
     """
     module = plan.package.modules[item.site.name]
     lost = None
-    if is_linear(variant.ops):
+    if is_linear(variant.at(item.site.name)):
         left, right = _concatenate(item, variant)
     else:
         matrix = _dense(evaluator, variant, item)
@@ -63,9 +63,8 @@ def _concatenate(item: Item, variant: Variant) -> tuple[Array, Array]:
     """``[c1 s1 B1 …]`` and ``[A1; …]``."""
     lefts, rights = [], []
     wide = np.dtype(np.float64)
-    for share, delta in zip(
-        coefficients(variant.ops, item.site, item.weights), item.deltas, strict=True
-    ):
+    shares = coefficients(variant.at(item.site.name), item.site, item.weights)
+    for share, delta in zip(shares, item.deltas, strict=True):
         if isinstance(delta, LowRank):
             left, right = factors(delta, wide)
             if delta.transposed:
@@ -80,13 +79,14 @@ def _concatenate(item: Item, variant: Variant) -> tuple[Array, Array]:
 def _dense(evaluator: Evaluator, variant: Variant, item: Item) -> Array:
     out = np.empty(item.site.size, item.dtype)
     ready = opened(item)
-    unit = evaluator.tiling.unit(granularity_of(variant.ops), item.site.size, item.site.row)
+    ops = variant.at(item.site.name)
+    unit = evaluator.tiling.unit(granularity_of(ops), item.site.size, item.site.row)
 
     def work(start: int, stop: int) -> None:
         for begin, end in evaluator.tiling.tiles(start, stop, unit):
             stack, _ = load(ready, begin, end)
             at = At(item.site, begin, end, item.weights)
-            out[begin:end] = evaluator.run(variant.ops, item, at, stack)[0]
+            out[begin:end] = evaluator.run(ops, item, at, stack)[0]
 
     jobs = evaluator.tiling.jobs(item.site.size, unit)
     for _ in evaluator.each_job(partial(work, start, stop) for start, stop in jobs):

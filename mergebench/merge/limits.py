@@ -11,7 +11,7 @@ from mergebench.core.delta import LowRank
 from mergebench.core.errors import MergebenchError, ParameterError, ResourceError
 from mergebench.core.tensor import DTYPES
 from mergebench.merge.align import Aligned
-from mergebench.merge.op import granularity_of
+from mergebench.merge.op import Granularity, granularity_of
 from mergebench.merge.package import Package
 from mergebench.merge.stream import Item
 from mergebench.merge.variants import Variant
@@ -37,10 +37,11 @@ def choose_tiling(
         If even the least is above the budget, naming it.
     """
     items = list(aligned.items.values())
-    statistic = any(op.statistic is not None for each in variants for op in each.ops)
+    chains = {ops for each in variants for ops in each.distinct}
+    statistic = any(op.statistic is not None for ops in chains for op in ops)
     fixed = _BUFFERS + (_STATISTIC if statistic else 0) + built.dense_bytes
     largest, where = max(
-        ((_unit(variants, item.site.size, item.site.row), item.site.name) for item in items),
+        ((_unit(variants, item), item.site.name) for item in items),
         default=(1, ""),
     )
     load = Load(
@@ -51,7 +52,7 @@ def choose_tiling(
         unit=largest,
         fixed=fixed,
         largest=max((item.site.size for item in items), default=1),
-        shared=_shared(variants),
+        shared=max((_shared(variants, name) for name in aligned.items), default=0),
         factors=tuple(_factors(item) for item in items),
     )
     if workers is not None and workers < 1:
@@ -62,8 +63,8 @@ def choose_tiling(
         why = ""
         if built.dense_bytes > least // 2:
             why = "it holds the factors and matrix of a whole module, which --as delta does not; "
-        elif _piece(variants) != "entry":
-            why = f"its largest piece is a {_piece(variants)} of {where!r}; "
+        elif (piece := _piece(variants, where)) != "entry":
+            why = f"its largest piece is a {piece} of {where!r}; "
         raise ResourceError(
             f"this merge needs at least {_mib(least)}",
             got=f"--memory {_mib(budget)}",
@@ -72,11 +73,12 @@ def choose_tiling(
     return tiling, needed, least
 
 
-def _shared(variants: Sequence[Variant]) -> int:
+def _shared(variants: Sequence[Variant], name: str) -> int:
     """Beginnings of chains that are kept while a tile serves several outputs."""
     if len(variants) == 1:
         return 0
-    return len({each.ops[:end] for each in variants for end in range(1, len(each.ops) + 1)})
+    chains = [each.at(name) for each in variants]
+    return len({ops[:end] for ops in chains for end in range(1, len(ops) + 1)})
 
 
 def _factors(item: Item) -> tuple[int, int]:
@@ -88,12 +90,12 @@ def _factors(item: Item) -> tuple[int, int]:
     return item.site.size, held
 
 
-def _unit(variants: Sequence[Variant], size: int, row: int) -> int:
-    return Tiling().unit(_piece(variants), size, row)
+def _unit(variants: Sequence[Variant], item: Item) -> int:
+    return Tiling().unit(_piece(variants, item.site.name), item.site.size, item.site.row)
 
 
-def _piece(variants: Sequence[Variant]) -> str:
-    return granularity_of(tuple(op for each in variants for op in each.ops))
+def _piece(variants: Sequence[Variant], name: str) -> Granularity:
+    return granularity_of(tuple(op for each in variants for op in each.at(name)))
 
 
 def _mib(count: int) -> str:

@@ -57,9 +57,9 @@ def lora_layout(
     MismatchError
         If an input is no LoRA, or inputs disagree on orientation or on the form of names.
     """
-    linear = all(is_linear(each.ops) for each in variants)
     factors: dict[str, Factor] = {}
     for name, item in aligned.items.items():
+        linear = all(is_linear(each.at(name)) for each in variants)
         found = [delta for delta in item.deltas if delta is not None]
         if not all(isinstance(delta, LowRank) for delta in found):
             odd = next(type(delta).__name__ for delta in found if not isinstance(delta, LowRank))
@@ -105,7 +105,7 @@ def _exactly(dtype: str, item: Item, variants: Sequence[Variant]) -> bool:
         share * delta.scale
         for each in variants
         for share, delta in zip(
-            coefficients(each.ops, item.site, item.weights), item.deltas, strict=True
+            coefficients(each.at(item.site.name), item.site, item.weights), item.deltas, strict=True
         )
         if isinstance(delta, LowRank)
     }

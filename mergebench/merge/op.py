@@ -17,6 +17,7 @@ import numpy as np
 from mergebench.core.errors import ParameterError
 from mergebench.core.params import Param, bind, declared
 from mergebench.core.registry import Registry
+from mergebench.core.schedule import is_schedule
 from mergebench.core.site import Site
 
 P = ParamSpec("P")
@@ -100,6 +101,7 @@ class OpSpec:
     statistic: Callable[..., Statistic | None]
     reduces: bool
     linear: bool
+    check: Callable[..., object] = lambda site, **params: None
 
     @property
     def summary(self) -> str:
@@ -111,7 +113,10 @@ class OpSpec:
         placed = dict(zip(self.params, args, strict=False))
         if len(args) > len(self.params) or placed.keys() & kwargs.keys():
             raise TypeError(f"{self.name} takes {', '.join(self.params) or 'nothing'}, each once")
-        return Op(self.name, tuple(bind(self.name, self.params, placed | kwargs).items()))
+        bound = bind(self.name, self.params, placed | kwargs)
+        if not any(map(is_schedule, bound.values())):
+            self.check(Site("", ()), **bound)
+        return Op(self.name, tuple(bound.items()))
 
 
 OPS: Registry[OpSpec] = Registry("op", "mergebench.merge.ops", "mergebench.ops")
@@ -139,6 +144,15 @@ class Op:
         """What must be measured before the op can run."""
         return self.spec.statistic(**dict(self.params))
 
+    def check(self, site: Site) -> None:
+        """Refuse a tensor that the op cannot work on.
+
+        Raises
+        ------
+        MergebenchError
+        """
+        self.spec.check(site, **dict(self.params))
+
     def apply(self, stack: Stack, at: At) -> Stack:
         """Run the reference implementation; ``stack`` is not modified."""
         return self.spec.function(stack, at, **dict(self.params))
@@ -156,6 +170,7 @@ def op(
     statistic: Callable[..., Statistic | None] | None = None,
     reduces: bool = False,
     linear: bool = False,
+    check: Callable[..., object] | None = None,
 ) -> Callable[[Callable[Concatenate[Stack, At, P], Stack]], Callable[P, Op]]:
     """Register a function ``(stack, at, **params) -> stack`` and return its factory.
 
@@ -170,6 +185,9 @@ def op(
     linear : bool
         Whether every output entry is a combination of the same entry of the models, with
         coefficients that depend on the site alone. Chains of such ops keep low-rank factors.
+    check : callable ``(site, **params)``, optional
+        Raises what the declared bounds cannot express: once for a nameless tensor when the op is
+        made, and for every tensor before any is read.
     """
 
     def register(function: Callable[Concatenate[Stack, At, P], Stack]) -> Callable[P, Op]:
@@ -182,6 +200,7 @@ def op(
             statistic or (lambda **_: None),
             reduces,
             linear,
+            check or (lambda site, **params: None),
         )
         return cast("Callable[P, Op]", OPS.add(name, spec))
 

@@ -15,6 +15,7 @@ from mergebench.checkpoints.layout import Checkpoint
 from mergebench.checkpoints.placement import PT, Layout, TensorSpec, plan_layout
 from mergebench.checkpoints.sizes import parse_size
 from mergebench.core.errors import ParameterError
+from mergebench.core.schedule import to_plain
 from mergebench.core.tensor import FLOATING
 from mergebench.manifest import CARD, KEY, MANIFEST, RECIPE, as_metadata, manifest
 from mergebench.merge.align import Aligned
@@ -122,7 +123,7 @@ def package(
     form: str,
     aligned: Aligned,
     models: Sequence[Source],
-    weights: Sequence[float],
+    weights: Sequence[Any],
     base: Source | None,
     first: Source | None,
     variants: Sequence[Variant],
@@ -141,7 +142,7 @@ def package(
     if form != "model" and shard_size is not None:
         raise ParameterError("--shard-size is for models", fix="leave it out: one file is written")
     reference = base or first
-    linear = all(is_linear(each.ops) for each in variants)
+    linear = all(is_linear(ops) for each in variants for ops in each.distinct)
     under = None if base is None else base.checkpoint
     stored = {
         name: _stored_dtype(item, recipe.dtype, form, under) for name, item in aligned.items.items()
@@ -215,7 +216,7 @@ def _specs(aligned: Aligned, stored: Mapping[str, str], asked: str) -> list[Tens
 
 
 def _inputs(
-    models: Sequence[Source], weights: Sequence[float], base: Source | None
+    models: Sequence[Source], weights: Sequence[Any], base: Source | None
 ) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for source, weight in [*([(base, None)] if base else []), *zip(models, weights, strict=True)]:
@@ -224,7 +225,7 @@ def _inputs(
             "path": source.label,
         }
         if weight is not None:
-            each["weight"] = weight
+            each["weight"] = to_plain(weight)
         each["fingerprint"] = source.fingerprint
         each["files"] = [dict(one) for one in source.identity]
         found.append(each)

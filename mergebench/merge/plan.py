@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,14 @@ from mergebench.checkpoints.writer import Layout
 from mergebench.compute.tiles import Tiling
 from mergebench.core.delta import LowRank, Replacement, reads
 from mergebench.core.errors import MismatchError, ParameterError
+from mergebench.core.rules import parse_weight
+from mergebench.core.schedule import is_schedule, to_plain
 from mergebench.core.tensor import nbytes
 from mergebench.merge.align import Aligned, align
 from mergebench.merge.limits import DEFAULT_MEMORY, check_places, choose_tiling
 from mergebench.merge.method import Method
-from mergebench.merge.op import coefficients, is_linear
 from mergebench.merge.package import Package, package
+from mergebench.merge.selecting import place, select
 from mergebench.merge.variants import Variant, make_variants, recorded, sweeps
 from mergebench.recipe import DTYPES, FORMS, Recipe
 from mergebench.sources import Source, base_fingerprint, content, open_source, with_base
@@ -56,7 +57,7 @@ class Plan:
     recipe: Recipe
     method: Method | None
     models: tuple[Source, ...]
-    weights: tuple[float, ...]
+    weights: tuple[Any, ...]
     base: Source | None
     aligned: Aligned
     form: str
@@ -106,12 +107,19 @@ class Plan:
                     "label": each.label,
                     "path": None if each.out is None else str(each.out),
                     "ops": [str(op) for op in each.ops],
+                    "chains": [
+                        {
+                            "ops": [str(op) for op in chain],
+                            "tensors": [n for n, ops in each.chains.items() if ops == chain],
+                        }
+                        for chain in (each.distinct if each.chains else ())
+                    ],
                     "recipe": each.recipe.to_dict(),
                 }
                 for each in self.variants
             ],
             "inputs": [
-                {"path": m.label, "weight": w, "fingerprint": m.fingerprint}
+                {"path": m.label, "weight": to_plain(w), "fingerprint": m.fingerprint}
                 for m, w in zip(self.models, self.weights, strict=True)
             ],
             "base": None if self.base is None else self.base.label,
@@ -162,7 +170,7 @@ def make_plan(
     method, variants = make_variants(recipe)
     options = ReadOptions(lora_alpha=recipe.lora_alpha, ignore_saved_base=recipe.ignore_saved_base)
     notes: list[str] = []
-    weights_given = [each.weight for each in recipe.models]
+    weights_given = [parse_weight(each.weight, each.path) for each in recipe.models]
     if base is None and recipe.base is not None:
         base = _open_base(recipe.base, options)
     if base is not None and base.checkpoint is not None:
@@ -188,15 +196,16 @@ def make_plan(
     _check_base(recipe, models, base, form, space)
     _check_count(method, models, variants)
     variants = recorded(variants, models, weights, base)
+    chosen = select(recipe, models, base)
+    models = chosen.models
     aligned = align(models, weights, base, space, form)
     if not aligned.items and not aligned.copies:
         raise MismatchError("the inputs have no floating-point tensor to merge")
-    for each in variants:
-        if is_linear(each.ops) and aligned.items:
-            # Weights that cannot be normalised show here.
-            coefficients(each.ops, next(iter(aligned.items.values())).site, weights)
+    aligned, variants = place(aligned, variants, weights, chosen.apart)
     built = package(recipe, form, aligned, models, weights, base, first, variants)
     tiling, needed, least = choose_tiling(aligned, variants, built, memory, workers)
+    if chosen.apart:
+        notes.append(_left(sorted(chosen.apart), form))
     notes += [*aligned.notes, *built.notes]
     plan = Plan(
         recipe, method, models, weights, base, aligned, form, variants, built, tiling, needed,
@@ -211,11 +220,6 @@ def make_plan(
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    for each in recipe.models:
-        if not isfinite(each.weight):
-            raise ParameterError(
-                f"{each.path}: weight", expected="a finite number", got=str(each.weight)
-            )
     for what, value, known in (("dtype", recipe.dtype, DTYPES), ("as", recipe.form, FORMS)):
         if value not in known:
             raise ParameterError(f"{what}: {value!r}", expected="one of " + ", ".join(known))
@@ -262,13 +266,25 @@ def _provenance(models: Sequence[Source], base: Source | None, form: str) -> lis
 
 
 def _canonical(
-    opened: Sequence[Source], weights: Sequence[float]
-) -> tuple[tuple[Source, ...], tuple[float, ...]]:
+    opened: Sequence[Source], weights: Sequence[Any]
+) -> tuple[tuple[Source, ...], tuple[Any, ...]]:
     marks = [source.fingerprint for source in opened]
     # A fingerprint samples; models that differ elsewhere only are told apart by all they hold.
     full = [content(s) if marks.count(s.fingerprint) > 1 else "" for s in opened]
-    order = sorted(range(len(opened)), key=lambda i: (marks[i], full[i], weights[i], i))
+    order = sorted(range(len(opened)), key=lambda i: (marks[i], full[i], _rank(weights[i]), i))
     return tuple(opened[i] for i in order), tuple(weights[i] for i in order)
+
+
+def _left(names: Sequence[str], form: str) -> str:
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    what = "taken from the base unchanged" if form == "model" else "left out"
+    return f"{len(names)} tensors are not selected and {what}: {shown}"
+
+
+def _rank(weight: Any) -> tuple[bool, float, str]:
+    """Numbers by size, before schedules."""
+    plain = not is_schedule(weight)
+    return (not plain, weight if plain else 0.0, "" if plain else str(weight))
 
 
 def _form(recipe: Recipe, models: Sequence[Source], base: Source | None) -> str:

@@ -32,11 +32,11 @@ def resume_key(plan: Plan, variant: Variant) -> str:
     about = {
         "mergebench": version("mergebench"),
         "recipe": variant.recipe.to_dict(),
-        "ops": [str(op) for op in variant.ops],
+        "ops": [[str(op) for op in ops] for ops in variant.distinct],
         "form": plan.form,
         "base": None if plan.base is None else _identity(plan.base),
         "models": [_identity(model) for model in plan.models],
-        "weights": [weight.hex() for weight in plan.weights],
+        "weights": [str(weight) for weight in plan.weights],
         "layout": plan.package.layout_of(variant).to_json(),
     }
     text = json.dumps(about, sort_keys=True, default=repr)
@@ -150,7 +150,9 @@ class _Known(dict[tuple[Chain, str], Any]):
         except TypeError:
             return
         for variant, output in self._outputs:
-            if variant.ops[: len(ops)] == ops:
+            # What is measured over the whole model has no name; all chains begin alike there.
+            chain = variant.at(name) if name else variant.distinct[0]
+            if chain[: len(ops)] == ops:
                 output.settle(_statistic(ops, name), data)
 
     def recall(self, key: tuple[Chain, str], value: Any) -> None:
@@ -223,13 +225,15 @@ class Ledger:
 
 def _asked(plan: Plan, variant: Variant) -> Iterator[tuple[Chain, str, int]]:
     """Every statistic that a variant needs: ops, tensor name or nothing, entries it reads."""
-    for end, op in enumerate(variant.ops, start=1):
-        statistic = op.statistic
-        if statistic is None:
-            continue
-        ops = variant.ops[:end]
-        if statistic.scope == "model":
-            yield ops, "", plan.entries
-        else:
-            for name, item in plan.aligned.items.items():
+    whole: set[Chain] = set()
+    for name, item in plan.aligned.items.items():
+        chain = variant.at(name)
+        for end, op in enumerate(chain, start=1):
+            ops = chain[:end]
+            if op.statistic is None:
+                continue
+            if op.statistic.scope == "tensor":
                 yield ops, name, item.site.size
+            elif ops not in whole:
+                whole.add(ops)
+                yield ops, "", plan.entries

@@ -1,14 +1,19 @@
-"""The outputs of one recipe: a chain, expanded parameters and a place for each."""
+"""The outputs of one recipe: chains, expanded parameters and a place for each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from mergebench.core.errors import ParameterError
+from mergebench.core.params import bind
+from mergebench.core.schedule import value_at
+from mergebench.core.site import Site
 from mergebench.merge.method import METHODS, Method
-from mergebench.merge.op import OPS, Chain, chain
+from mergebench.merge.op import OPS, Chain, Op, chain
 from mergebench.recipe import ModelRef, OpRef, Recipe
 from mergebench.sources import Source
 
@@ -17,12 +22,35 @@ _FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """One output: its label among several, expanded parameters, chain and place."""
+    """One output.
+
+    Attributes
+    ----------
+    label : str
+        Which of several.
+    recipe : Recipe
+        With every parameter at its value.
+    ops : Chain
+        Of tensors that no schedule singles out.
+    out : Path or None
+    chains : mapping of tensor name to Chain
+        Where schedules give a tensor a chain of its own; empty without schedules.
+    """
 
     label: str
     recipe: Recipe
     ops: Chain
     out: Path | None
+    chains: Mapping[str, Chain] = field(default_factory=dict)
+
+    def at(self, name: str) -> Chain:
+        """The chain of one tensor."""
+        return self.chains.get(name, self.ops)
+
+    @cached_property
+    def distinct(self) -> tuple[Chain, ...]:
+        """Every chain in use."""
+        return tuple(dict.fromkeys(self.chains.values())) or (self.ops,)
 
 
 def make_variants(recipe: Recipe) -> tuple[Method | None, tuple[Variant, ...]]:
@@ -38,33 +66,57 @@ def make_variants(recipe: Recipe) -> tuple[Method | None, tuple[Variant, ...]]:
         raise ParameterError("neither a method nor ops are given", fix="add --method")
     if method is None and recipe.compat is not None:
         raise ParameterError("`compat` belongs to a method", fix="leave it out beside `ops`")
-    then = [OPS[each.name](**each.params) for each in recipe.then]
+    if method is None and recipe.params:
+        raise ParameterError(
+            "`params` belong to a method", fix="write parameters into `ops`: trim:density=0.2"
+        )
     found = []
     for label, each in recipe.variants():
-        if method is None:
-            ops = [OPS[ref.name](**ref.params) for ref in recipe.ops]
-            expanded = replace(
-                each, ops=tuple(OpRef(one.name, dict(one.params)) for one in ops), params={}
-            )
-        else:
-            params = method.expand(each.params, each.compat)
-            ops = list(method.factory(**params))
-            expanded = replace(each, params=params)
-        refs = tuple(OpRef(one.name, dict(one.params)) for one in then)
-        whole = chain(*ops, *then)
+        params = {} if method is None else method.expand(each.params, each.compat)
+        expanded = replace(
+            each,
+            params=params,
+            ops=tuple(_expanded(ref) for ref in each.ops),
+            then=tuple(_expanded(ref) for ref in each.then),
+        )
+        whole = build(expanded, None)
         if not any(one.spec.reduces for one in whole):
             raise ParameterError(
                 "the ops leave several task vectors", fix="add a combining op such as `sum`"
             )
         out = _place(recipe.out, label)
         # The place is not part of what decides the bytes.
-        found.append(Variant(label, replace(expanded, then=refs, out=None), whole, out))
+        found.append(Variant(label, replace(expanded, out=None), whole, out))
     if not found:
         empty = next(key for key, value in recipe.params.items() if value in ((), []))
         raise ParameterError(f"parameter {empty!r} has an empty list of values")
     if len({str(each.out) for each in found}) < len(found) and recipe.out:
         raise ParameterError("two outputs would have the same place", fix="list each value once")
     return method, tuple(found)
+
+
+def _expanded(ref: OpRef) -> OpRef:
+    return OpRef(ref.name, bind(ref.name, OPS[ref.name].params, ref.params))
+
+
+def build(recipe: Recipe, site: Site | None) -> Chain:
+    """The chain of a recipe with expanded parameters at one tensor.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    site : Site or None
+        ``None`` for some tensor that no selector matches.
+    """
+
+    def here(params: Mapping[str, Any]) -> dict[str, Any]:
+        place = site or Site("", ())
+        return {key: value_at(value, place) for key, value in params.items()}
+
+    ops: list[Op] = []
+    if recipe.method:
+        ops += METHODS[recipe.method](**here(recipe.params))
+    return chain(*ops, *(OPS[ref.name](**here(ref.params)) for ref in (*recipe.ops, *recipe.then)))
 
 
 def _place(out: str | None, label: str) -> Path | None:
@@ -85,7 +137,7 @@ def _place(out: str | None, label: str) -> Path | None:
 def recorded(
     variants: Sequence[Variant],
     models: Sequence[Source],
-    weights: Sequence[float],
+    weights: Sequence[Any],
     base: Source | None,
 ) -> tuple[Variant, ...]:
     """Recipes as they are stored: models in canonical order, the base by its name."""
@@ -100,10 +152,19 @@ def recorded(
 
 def sweeps(variants: Sequence[Variant]) -> int:
     """Passes that statistics need: one for each op that asks, shared beginnings counted once."""
-    asked = {
-        each.ops[: end + 1]
-        for each in variants
-        for end, op in enumerate(each.ops)
-        if op.statistic is not None
-    }
-    return len(asked)
+
+    def asked(chains: Iterable[Chain]) -> int:
+        return len(
+            {
+                ops[: end + 1]
+                for ops in chains
+                for end, op in enumerate(ops)
+                if op.statistic is not None
+            }
+        )
+
+    names = {name for each in variants for name in each.chains}
+    return max(
+        (asked(each.at(name) for each in variants) for name in names),
+        default=asked(each.ops for each in variants),
+    )

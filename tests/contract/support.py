@@ -136,6 +136,8 @@ def values_of(param: Param) -> st.SearchStrategy[Any]:
         return st.sampled_from(param.choices)
     if param.kind is bool:
         return st.booleans()
+    if param.kind is str:
+        return st.sampled_from(param.examples)
     if param.kind not in (float, int):
         raise TypeError(f"{param.name}: no strategy for {param.kind}")
     grid = 64 if param.kind is float else 1

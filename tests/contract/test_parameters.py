@@ -30,6 +30,8 @@ def forbidden(param: Param) -> list[Any]:
         return ["nonsense", "", None, 3, [], *(f"{choice} " for choice in param.choices)]
     if param.kind is bool:
         return ["maybe", 2, None, "", 0.5]
+    if param.kind is str:
+        return [None, {}, True, b"bytes"]
     wrong: list[Any] = ["many", "", None, True, [], {}, float("nan"), float("inf"), "-inf", 10**400]
     if param.kind is int:
         wrong.append(0.5)
@@ -114,6 +116,8 @@ def samples(param: Param) -> list[Any]:
         return list(param.choices)
     if param.kind is bool:
         return [True, False]
+    if param.kind is str:
+        return list(param.examples)
     low = 0.0 if param.low is None else param.low
     high = low + 2.0 if param.high is None else param.high
     return [low + (high - low) * share for share in (0.25, 0.5)]

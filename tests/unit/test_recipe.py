@@ -125,7 +125,7 @@ def test_a_recipe_as_a_person_writes_it(tmp_path: Path) -> None:
         ("models: [3]", "{}: a model is a path or `{{path, weight}}`, got 3"),
         ("models: [{path: a, wieght: 1}]",
          "{}: unknown key 'wieght' of a model; did you mean 'weight'?"),
-        ("models: [{path: a, weight: heavy}]", "{}: `weight` must be a number, got 'heavy'"),
+        ("models: [{path: a, weight: heavy}]", "{}: a: `weight` must be a number, got heavy"),
         ("models: [a]\nparams: [1]", "{}: `params` must be a mapping, got [1]"),
         ("models: [a]\ndtype: f8",
          "{}: `dtype`, expected one of keep, bf16, f16, f32, f64, got 'f8'"),

@@ -1,0 +1,218 @@
+"""Which tensors are merged, and what differs between them: filters, weights, chains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mergebench.checkpoints.layout import Checkpoint
+from mergebench.core.errors import MismatchError, ParameterError
+from mergebench.core.schedule import is_schedule, selectors, value_at
+from mergebench.core.selector import Selector
+from mergebench.core.site import Site, make_sites
+from mergebench.core.task_vector import TaskVector
+from mergebench.core.tensor import FLOATING, Tensor
+from mergebench.merge.align import Aligned
+from mergebench.merge.op import coefficients, is_linear
+from mergebench.merge.stream import Item
+from mergebench.merge.variants import Variant, build
+from mergebench.recipe import Recipe
+from mergebench.sources import Source
+
+#: Why a tensor that no filter selects is copied.
+UNSELECTED = "not selected"
+
+
+@dataclass(frozen=True, eq=False)
+class Selected:
+    """Inputs as the filters leave them.
+
+    Attributes
+    ----------
+    models : tuple of Source
+        Without displacements of tensors that are not selected.
+    apart : frozenset of tensor names
+        Not selected.
+    """
+
+    models: tuple[Source, ...]
+    apart: frozenset[str] = frozenset()
+
+
+def select(recipe: Recipe, models: Sequence[Source], base: Source | None) -> Selected:
+    """Take the tensors that the filters do not select out of the inputs.
+
+    Full checkpoints get the base's tensors in their place, so that nothing downstream needs to know
+    of filters.
+
+    Raises
+    ------
+    ParameterError
+        If a selector is none or matches no tensor, or if nothing is left to merge.
+    MismatchError
+        If full checkpoints are to be merged without a base to take the other tensors from.
+    """
+    include = [Selector(text) for text in recipe.include]
+    exclude = [Selector(text) for text in recipe.exclude]
+    if not include and not exclude:
+        return Selected(tuple(models))
+    sites = make_sites(_shapes(models, base))
+    for option, each in [*(("include", s) for s in include), *(("exclude", s) for s in exclude)]:
+        _check_matches(f"{option}: {each}", each, sites.values())
+    chosen = {
+        name
+        for name, site in sites.items()
+        if (not include or any(each.matches(site) for each in include))
+        and not any(each.matches(site) for each in exclude)
+    }
+    if not chosen:
+        raise ParameterError(
+            "include and exclude leave nothing to merge",
+            got=f"{len(sites)} tensors, all excluded",
+            fix="relax one of them",
+        )
+    under = None if base is None else base.checkpoint
+    for model in models:
+        if model.checkpoint is not None and under is None:
+            raise MismatchError(
+                f"{model.label}: tensors that are not selected come from the base, and none is "
+                "given",
+                fix="add --base with the model to take them from",
+            )
+    apart = frozenset(sites) - chosen
+    return Selected(tuple(_without(model, apart, under) for model in models), apart)
+
+
+def _shapes(models: Sequence[Source], base: Source | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of all floating tensors of all inputs."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for source in (*([base] if base is not None else []), *models):
+        if source.checkpoint is not None:
+            for name, tensor in source.checkpoint.tensors.items():
+                if tensor.dtype in FLOATING:
+                    shapes.setdefault(name, tensor.shape)
+        for name, delta in (source.deltas or {}).items():
+            shapes.setdefault(name, delta.shape)
+    return shapes
+
+
+def _check_matches(what: str, selector: Selector, sites: Iterable[Site]) -> None:
+    if not any(selector.matches(site) for site in sites):
+        raise ParameterError(
+            f"{what} matches no tensor",
+            fix="`mergebench inspect --tensors` lists the names; a regular expression, class=norm "
+            "or block=0-3 selects",
+        )
+
+
+def _without(model: Source, apart: frozenset[str], base: Checkpoint | None) -> Source:
+    deltas = model.deltas
+    if deltas is not None:
+        kept = {name: delta for name, delta in deltas.items() if name not in apart}
+        deltas = TaskVector(deltas.label, kept, deltas.fingerprint, deltas.metadata)
+    own = model.checkpoint
+    if own is not None and base is not None:
+        # A tied tensor is merged once, under the name of its source.
+        tensors: dict[str, Tensor] = {
+            name: tensor
+            for name, tensor in own.tensors.items()
+            if own.aliases.get(name, name) not in apart
+        }
+        tensors |= {
+            name: tensor
+            for name, tensor in base.tensors.items()
+            if base.aliases.get(name, name) in apart
+        }
+        aliases = {name: source for name, source in own.aliases.items() if source not in apart}
+        aliases |= {name: source for name, source in base.aliases.items() if source in apart}
+        own = replace(own, tensors=tensors, aliases=aliases)
+    return replace(model, checkpoint=own, deltas=deltas)
+
+
+def place(
+    aligned: Aligned, variants: Sequence[Variant], weights: Sequence[Any], apart: frozenset[str]
+) -> tuple[Aligned, tuple[Variant, ...]]:
+    """Give every merged tensor its weights and its chains.
+
+    Parameters
+    ----------
+    aligned : Aligned
+    variants : sequence of Variant
+    weights : sequence of float, Gradient or Cases
+        Of the models, in the order of their displacements.
+    apart : frozenset of tensor names
+        As :func:`select` returned them.
+
+    Raises
+    ------
+    ParameterError
+        If an op cannot work on a tensor, a selector matches no merged tensor, a threshold over the
+        whole model differs between tensors, or weights cannot be normalised.
+    """
+    items = dict(aligned.items)
+    sites = [item.site for item in items.values()]
+    for what, value in [*_scheduled(variants), *(("weight", weight) for weight in weights)]:
+        for selector in selectors(value):
+            _check_matches(f"{what}: {selector}", selector, sites)
+    if any(map(is_schedule, weights)):
+        items = {name: _weighed(item, weights) for name, item in items.items()}
+    placed = tuple(_placed(each, sites) for each in variants)
+    for each in placed:
+        for site in sites:
+            for op in each.at(site.name):
+                op.check(site)
+        _check_thresholds(each, items)
+        _check_weights(each, items)
+    reasons = {
+        name: UNSELECTED if name in apart else reason for name, reason in aligned.reasons.items()
+    }
+    return replace(aligned, items=items, reasons=reasons), placed
+
+
+def _scheduled(variants: Sequence[Variant]) -> Iterator[tuple[str, Any]]:
+    """``(parameter, value)`` wherever a value differs between tensors."""
+    for variant in variants:
+        recipe = variant.recipe
+        parts: list[Mapping[str, Any]] = [recipe.params]
+        parts += [ref.params for ref in (*recipe.ops, *recipe.then)]
+        for params in parts:
+            for name, value in params.items():
+                if is_schedule(value):
+                    yield name, value
+
+
+def _weighed(item: Item, weights: Sequence[Any]) -> Item:
+    return replace(item, weights=tuple(float(value_at(each, item.site)) for each in weights))
+
+
+def _placed(variant: Variant, sites: Sequence[Site]) -> Variant:
+    if not any(True for _ in _scheduled([variant])):
+        return variant
+    return replace(variant, chains={site.name: build(variant.recipe, site) for site in sites})
+
+
+def _check_thresholds(variant: Variant, items: Mapping[str, Item]) -> None:
+    """What is measured over the whole model needs the same beginning of every chain."""
+    for name in items if variant.chains else ():
+        ops = variant.at(name)
+        for end, op in enumerate(ops, start=1):
+            if op.statistic is None or op.statistic.scope != "model":
+                continue
+            if any(other[:end] != ops[:end] for other in variant.distinct):
+                raise ParameterError(
+                    f"{op.name} looks at the whole model at once, and its parameters differ "
+                    "between tensors",
+                    fix="give scope=tensor or scope=row (for sign election tie=plus), or the same "
+                    "value everywhere",
+                )
+
+
+def _check_weights(variant: Variant, items: Mapping[str, Item]) -> None:
+    """Weights that cannot be normalised show here."""
+    seen: set[Any] = set()
+    for name, item in items.items():
+        ops = variant.at(name)
+        if (ops, item.weights) not in seen and is_linear(ops):
+            seen.add((ops, item.weights))
+            coefficients(ops, item.site, item.weights)
