@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated, Any
@@ -11,6 +12,9 @@ from typer.core import TyperGroup
 
 from mergebench.cli import console, looking, merging
 from mergebench.core.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, MergebenchError
+
+
+_UNWRITABLE = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG)
 
 
 class _PipeClosedError(Exception):
@@ -86,13 +90,22 @@ def main() -> None:
         code, state = EXIT_INTERRUPTED, str(error)
     except (_PipeClosedError, BrokenPipeError):
         # The reader of our output has gone, as `head` does; nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         code = EXIT_DONE
+    except OSError as error:
+        code = _explain(error)
+        if error.filename is None:
+            _discard_output()
     except Exception as error:
         code = _explain(error)
     if code == EXIT_INTERRUPTED:
         console.fail(f"interrupted; {state or 'nothing was written'}")
     sys.exit(code)
+
+
+def _discard_output() -> None:
+    """What is still to be printed would only fail again when the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _notes(error: BaseException) -> list[str]:
@@ -109,6 +122,10 @@ def _explain(error: Exception) -> int:
     if (words := getattr(error, "format_message", None)) is not None:
         place = getattr(getattr(error, "ctx", None), "command_path", "mergebench")
         console.fail(f"{place}: {words().rstrip('.')}; see `{place} --help`")
+        return EXIT_USER
+    # Files are named in our own errors; what has no name is the output.
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE and error.filename is None:
+        console.fail(f"the output cannot be printed: {error.strerror}")
         return EXIT_USER
     if os.environ.get("MERGEBENCH_DEBUG"):
         raise error

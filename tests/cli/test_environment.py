@@ -7,12 +7,21 @@ import pty
 import re
 import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
 from mergebench.cli.main import app
 from tests.helpers.files import F16, listing, read
-from tests.helpers.running import COMMAND, assert_done, assert_refused, call, clean_environment
+from tests.helpers.running import (
+    COMMAND,
+    Ran,
+    assert_done,
+    assert_refused,
+    call,
+    clean_environment,
+    command,
+)
 from tests.helpers.running import python as run_python
 from tests.helpers.scene import Scene
 
@@ -151,6 +160,47 @@ def test_closed_pipe_is_no_error(scene: Scene) -> None:
     os.close(writer)
 
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("arguments", [("methods",), ("methods", "--json"), ("--help",)])
+def test_output_on_a_full_disk(scene: Scene, arguments: tuple[str, ...]) -> None:
+    """One line and exit code 2, also for what is written as the process ends."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [COMMAND, *arguments],
+            cwd=scene.path,
+            env=clean_environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+
+    assert done.returncode == 2
+    assert done.stderr == "error: the output cannot be printed: No space left on device\n"
+
+
+def test_interrupt_while_loading(scene: Scene) -> None:
+    """An interrupt while libraries are still imported gives the same line as a later one."""
+    code = """
+import sys
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+from mergebench.cli.start import main
+main()
+"""
+    ran = run_python(code, cwd=scene.path)
+    assert ran == Ran(130, "", "error: interrupted; nothing was written\n")
+
+
+def test_python_runs_the_package(scene: Scene) -> None:
+    """``python -m mergebench`` is the command."""
+    code = "import runpy; runpy.run_module('mergebench', run_name='__main__')"
+    ran = run_python(code, "--version", cwd=scene.path)
+    assert ran == command("--version", cwd=scene.path)
 
 
 IMPORTED = """
