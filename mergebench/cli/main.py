@@ -13,7 +13,6 @@ from typer.core import TyperGroup
 from mergebench.cli import console, looking, merging
 from mergebench.core.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, MergebenchError
 
-
 _UNWRITABLE = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG)
 
 
