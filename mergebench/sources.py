@@ -183,7 +183,7 @@ def _joined(*parts: str) -> str:
 def with_base(options: ReadOptions, base: Checkpoint) -> ReadOptions:
     """Reading options that know the base's tensor names and shapes."""
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
-    return replace(options, base_shapes=shapes)
+    return replace(options, base_shapes=shapes, base=base.tensors)
 
 
 def _open_path(path: Path, label: str, options: ReadOptions) -> Source:

@@ -57,6 +57,8 @@ class ReadOptions:
     base_shapes : mapping of str to tuple of int, or None (default)
         Shapes of all tensors of the base. Given, every displacement gets the name of a base
         tensor and its shape is checked.
+    base : mapping of str to Tensor, or None (default)
+        The base's tensors, for kinds whose displacement is a function of the weight.
     transposed : frozenset of str or None, default None
         Names of the base's weights that are stored input × output. None: decide from the shapes
         where they are decisive, else from the adapter's ``fan_in_fan_out``.
@@ -67,6 +69,7 @@ class ReadOptions:
 
     lora_alpha: float | None = None
     base_shapes: Mapping[str, tuple[int, ...]] | None = None
+    base: Mapping[str, Tensor] | None = None
     transposed: frozenset[str] | None = None
     ignore_saved_base: bool = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mergebench.adapters_zoo.adapter import AdapterSource, parse_object
@@ -50,6 +50,16 @@ class Settings:
     fan_in_fan_out: bool = False
     bias: str = "none"
     modules_to_save: tuple[str, ...] = ()
+
+    def rank_of(self, label: str, module: str) -> float | None:
+        """The rank that the config gives a module; None where it is silent.
+
+        Raises
+        ------
+        FormatError
+            If a pattern is no regular expression.
+        """
+        return _lookup(label, self.rank_pattern, module.removeprefix(self.scope), self.r)
 
     def saves(self, module: str, param: str) -> bool:
         """Whether ``module.param`` is declared to be trained in full.
@@ -100,15 +110,28 @@ def stated(source: AdapterSource) -> tuple[Stated, ...]:
     return (Stated("the metadata", "", flat),) if flat else ()
 
 
-def read_settings(source: AdapterSource) -> tuple[Settings, ...]:
+def read_settings(source: AdapterSource, alpha: str = "lora_alpha") -> tuple[Settings, ...]:
     """All settings that the adapter states; none where it holds no config.
+
+    Parameters
+    ----------
+    source : AdapterSource
+    alpha : str, default "lora_alpha"
+        The config's entry for α.
 
     Raises
     ------
     FormatError
         For a value of a wrong type.
     """
-    return tuple(_settings(source.label, one) for one in stated(source))
+    return tuple(
+        _settings(source.label, replace(one, entries=_with_alpha(one.entries, alpha)))
+        for one in stated(source)
+    )
+
+
+def _with_alpha(entries: Mapping[str, Any], alpha: str) -> Mapping[str, Any]:
+    return {"lora_alpha": entries[alpha], **entries} if alpha in entries else entries
 
 
 def for_module(settings: tuple[Settings, ...], module: str) -> Settings:

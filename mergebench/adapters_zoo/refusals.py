@@ -16,6 +16,7 @@ _ROUTED = "it is routed per token or per task, so no single displacement of a we
 _PROMPT = "it acts on activations and displaces no weight"
 _BASE = "its displacement depends on the base weights; not supported yet"
 _LATER = "not supported yet"
+_MIXED = "it is not complete, or stands among tensors of another kind"
 
 #: Every ``peft_type`` of PEFT 0.21 that stage by stage may be read, or why it never will be.
 PEFT_TYPES: Mapping[str, str] = {
@@ -46,7 +47,7 @@ PEFT_TYPES: Mapping[str, str] = {
 
 #: Config entries of a LoRA that, when set, make ΔW something else than scale · BA.
 FEATURES: Mapping[str, str] = {
-    "use_dora": "DoRA needs the base; not supported yet",
+    "use_dora": "DoRA stores magnitudes (lora_magnitude_vector), and the file has none",
     "alora_invocation_tokens": "aLoRA acts on some tokens only and cannot be merged",
     "layer_replication": "it belongs to a model with repeated layers, not to the base",
     "use_bdlora": "BD-LoRA stores block-diagonal factors; not supported yet",
@@ -76,7 +77,7 @@ _LYCORIS = r"^(lora_|lycoris_|diffusion_model\.).*"
 FAMILIES: Mapping[str, tuple[re.Pattern[str], str]] = {
     "DoRA": (
         re.compile(r"\.lora_magnitude_vector(\.|$)|\.dora_scale$"),
-        "DoRA needs the base; not supported yet",
+        _MIXED,
     ),
     "KaSA": (re.compile(r"\.lora_diag(\.|$)"), FEATURES["kasa_config"]),
     "LoRA with a middle factor": (
@@ -102,8 +103,8 @@ FAMILIES: Mapping[str, tuple[re.Pattern[str], str]] = {
         re.compile(r"(^|\.)trainable_tokens_(delta|indices)(\.|$)"),
         FEATURES["trainable_token_indices"],
     ),
-    "LoHa": (re.compile(r"\.hada_[wt]\d"), _LATER),
-    "LoKr": (re.compile(r"\.lokr_[wt]\d"), _LATER),
+    "LoHa": (re.compile(r"\.hada_[wt]\d"), _MIXED),
+    "LoKr": (re.compile(r"\.lokr_[wt]\d"), _MIXED),
     "(IA)³": (re.compile(rf"\.ia3_l(\.|$)|{_LYCORIS}\.on_input$"), _LATER),
     "full difference (LyCORIS)": (
         re.compile(rf"{_LYCORIS}\.(diff(_b)?|[wb]_norm)$"),
@@ -115,17 +116,17 @@ FAMILIES: Mapping[str, tuple[re.Pattern[str], str]] = {
         _LATER,
     ),
     "LoRA in dotted Kohya names": (re.compile(r"\.lora_(down|up)\.weight$"), _LATER),
-    "VeRA or PVeRA": (re.compile(r"(^|\.)p?vera_(lambda_[bd]|A|B)(\.|$)"), _LATER),
+    "VeRA or PVeRA": (re.compile(r"(^|\.)p?vera_(lambda_[bd]|A|B)(\.|$)"), _MIXED),
     "RandLoRA": (re.compile(r"(^|\.)randlora_(lambda|gamma|A|B)(\.|$)"), _LATER),
     "FourierFT or WaveFT": (re.compile(r"\.\w+_spectrum(\.|$)"), _LATER),
-    "SHiRA": (re.compile(r"\.shira_(weight|indices)(\.|$)"), _LATER),
-    "C3A": (re.compile(r"\.c3a_kernel(\.|$)"), _LATER),
-    "MiSS": (re.compile(r"\.(miss|bone)_block(\.|$)"), _LATER),
+    "SHiRA": (re.compile(r"\.shira_(weight|indices)(\.|$)"), _MIXED),
+    "C3A": (re.compile(r"\.c3a_kernel(\.|$)"), _MIXED),
+    "MiSS": (re.compile(r"\.(miss|bone)_block(\.|$)"), _MIXED),
     "OFT or BOFT": (
         re.compile(rf"\.b?oft_(R|s|blocks)(\.|$)|{_LYCORIS}\.rescale$"),
         _LATER,
     ),
-    "HRA": (re.compile(r"\.hra_u(\.|$)"), _LATER),
+    "HRA": (re.compile(r"\.hra_u(\.|$)"), _MIXED),
     "prompt or prefix tuning": (re.compile(r"(^|\.)prompt_(embeddings|encoder)(\.|$)"), _PROMPT),
 }
 

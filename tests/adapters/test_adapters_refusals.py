@@ -50,7 +50,7 @@ def refuse(
         ("PREFIX_TUNING", "activations"),
         ("ADAPTION_PROMPT", "activations"),
         ("HIRA", "depends on the base"),
-        ("LOHA", "not supported yet"),
+        ("GLORA", "not supported yet"),
         ("DELORRA", "; did you mean 'DELORA'"),
     ],
 )
@@ -62,7 +62,7 @@ def test_peft_types(peft_type: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("entry", "value", "reason"),
     [
-        ("use_dora", True, "DoRA needs the base; not supported yet"),
+        ("use_dora", True, "DoRA stores magnitudes .*, and the file has none"),
         ("alora_invocation_tokens", [1, 2], "aLoRA"),
         ("layer_replication", [[0, 4], [2, 5]], "repeated layers"),
         ("use_bdlora", {"nblocks": 2}, "BD-LoRA"),
