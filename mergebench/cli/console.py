@@ -27,14 +27,14 @@ def out() -> Console:
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError  # rich would exit with 1: findings
 
-    return Results(highlight=False, emoji=False, soft_wrap=not terminal, width=width)
+    return Results(highlight=False, emoji=False, markup=False, soft_wrap=not terminal, width=width)
 
 
 def err() -> Console:
     """The console for progress, notes and errors."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, emoji=False, markup=False, soft_wrap=True)
 
 
 def say(text: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from mergebench import methods as known_methods
 from mergebench import ops as known_ops
+from mergebench.adapters_zoo.adapter import KINDS
 from tests.helpers.adapters import factors, save_kohya
 from tests.helpers.files import F32, write
 from tests.helpers.running import assert_done, assert_refused, call
@@ -241,3 +242,22 @@ def test_every_op_is_described(scene: Scene, name: str) -> None:
 def test_methods_of_no_such_name(scene: Scene) -> None:
     """A name that is nothing is refused with those that are near."""
     assert_refused(call("methods", "task_aritmetic", cwd=scene.path), "'task_arithmetic'?")
+
+
+def test_adapters_are_listed(scene: Scene) -> None:
+    """Every registered kind with its formula; one in full; what is refused with the reason."""
+    kinds = {row["kind"]: row for row in call("adapters", "--json", cwd=scene.path).json}
+    assert set(kinds) == set(KINDS)
+    assert kinds["loha"]["formula"] == "ΔW = (α/r) · (B₁ A₁) ∘ (B₂ A₂)"
+    assert kinds["lora"]["peft_type"] == "LORA"
+    out = assert_done(call("adapters", cwd=scene.path)).out
+    assert all(f"\n{name} " in out for name in kinds)
+    assert "ΔW[i, j] = D[j mod r, i]" in out
+    one = assert_done(call("adapters", "vera", cwd=scene.path)).out
+    assert "arXiv:2310.11454" in one
+    assert_refused(call("adapters", "verra", cwd=scene.path), "no adapter kind", "'vera'")
+    refused = call("adapters", "--refused", "--json", cwd=scene.path).json
+    reasons = {row["what"]: row["why"] for row in refused}
+    assert "routed" in reasons["peft_type XLORA"]
+    assert "peft_type LOHA" not in reasons
+    assert "repeated layers" in reasons["config entry layer_replication"]
