@@ -69,6 +69,8 @@ class Recipe:
         For bare adapter files that do not name theirs.
     ignore_saved_base : bool
         Drop copies of base parameters that adapters carry.
+    allow_base_mismatch : bool
+        Merge models that were not made from the base.
     out : str or None
     """
 
@@ -86,6 +88,7 @@ class Recipe:
     shard_size: str | None = None
     lora_alpha: float | None = None
     ignore_saved_base: bool = False
+    allow_base_mismatch: bool = False
     out: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,6 +120,7 @@ class Recipe:
             "shard_size",
             "lora_alpha",
             "ignore_saved_base",
+            "allow_base_mismatch",
             "out",
         ):
             if (value := getattr(self, key)) != getattr(plain, key):
@@ -193,7 +197,8 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
         raise FormatError(f"{where}: a recipe is a mapping", got=type(data).__name__)
     known = {
         "mergebench", "method", "params", "ops", "models", "then", "where", "include", "exclude",
-        "base", "compat", "dtype", "as", "shard_size", "lora_alpha", "ignore_saved_base", "out",
+        "base", "compat", "dtype", "as", "shard_size", "lora_alpha", "ignore_saved_base",
+        "allow_base_mismatch", "out",
     }  # fmt: skip
     for key in data:
         if key not in known:
@@ -227,6 +232,7 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
         shard_size=_text(data, "shard_size", where),
         lora_alpha=_number(data.get("lora_alpha"), "lora_alpha", where),
         ignore_saved_base=_flag(data, "ignore_saved_base", where),
+        allow_base_mismatch=_flag(data, "allow_base_mismatch", where),
         out=_text(data, "out", where),
     )
     with _named_file(where):

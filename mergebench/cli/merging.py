@@ -35,6 +35,7 @@ def merge(
     shard_size: o.ShardSize = None,
     lora_alpha: o.LoraAlpha = None,
     ignore_saved_base: o.IgnoreSavedBase = False,
+    allow_base_mismatch: o.AllowBaseMismatch = False,
     out: o.Out = None,
     force: o.Force = False,
     memory: o.Memory = "512MiB",
@@ -56,7 +57,7 @@ def merge(
     """
     recipe = _recipe(
         models, base, method, param, then, compat, dtype, form, shard_size, lora_alpha, out,
-        ignore_saved_base, where, include, exclude,
+        ignore_saved_base, where, include, exclude, allow_base_mismatch,
     )  # fmt: skip
     _do(recipe, force, memory, workers, dry_run, as_json, quiet)
 
@@ -76,6 +77,7 @@ def plan(
     shard_size: o.ShardSize = None,
     lora_alpha: o.LoraAlpha = None,
     ignore_saved_base: o.IgnoreSavedBase = False,
+    allow_base_mismatch: o.AllowBaseMismatch = False,
     out: o.Out = None,
     memory: o.Memory = "512MiB",
     workers: o.Workers = None,
@@ -91,7 +93,7 @@ def plan(
     """
     recipe = _recipe(
         models, base, method, param, then, compat, dtype, form, shard_size, lora_alpha, out,
-        ignore_saved_base, where, include, exclude,
+        ignore_saved_base, where, include, exclude, allow_base_mismatch,
     )  # fmt: skip
     _do(recipe, True, memory, workers, True, as_json, False)
 
@@ -142,6 +144,7 @@ def _recipe(
     where: list[str] | None,
     include: list[str] | None,
     exclude: list[str] | None,
+    allow_base_mismatch: bool,
 ) -> Recipe:
     from mergebench.core.errors import ParameterError, did_you_mean
     from mergebench.recipe import (
@@ -181,6 +184,7 @@ def _recipe(
         shard_size=shard_size,
         lora_alpha=lora_alpha,
         ignore_saved_base=ignore_saved_base,
+        allow_base_mismatch=allow_base_mismatch,
         out=out,
     )
     return _with_out(with_rules(recipe, where or ()))
@@ -331,6 +335,11 @@ def _show_plan(made: Plan) -> None:
     for each in made.variants:
         if each.out is not None and each.out.exists():
             table.add_row("note", f"{each.out} exists; only --force would replace it")
+    if made.origin.norms:
+        norms = ", ".join(f"{norm:.3g} ({label})" for label, norm in made.origin.norms.items())
+        unequal = made.origin.unequal
+        apart = "" if unequal is None else f"; longest / shortest {unequal:.2g}"
+        table.add_row("norms", f"‖τ‖ ≈ {norms}{apart}")
     for text in made.notes:
         table.add_row("note", text)
     console.out().print(table)

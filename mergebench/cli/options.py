@@ -92,6 +92,13 @@ IgnoreSavedBase = Annotated[
         "the same values.",
     ),
 ]
+AllowBaseMismatch = Annotated[
+    bool,
+    typer.Option(
+        "--allow-base-mismatch",
+        help="Merge models that, by their configs and entries, were not made from the base.",
+    ),
+]
 Out = Annotated[
     str | None,
     typer.Option(

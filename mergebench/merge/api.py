@@ -46,6 +46,7 @@ def merge_models(
     shard_size: str | None = None,
     lora_alpha: float | None = None,
     ignore_saved_base: bool = False,
+    allow_base_mismatch: bool = False,
     memory: int | str = DEFAULT_MEMORY,
     workers: int | None = None,
     force: bool = False,
@@ -74,7 +75,7 @@ def merge_models(
     include, exclude : sequence of str
         Selectors of the tensors to merge, such as ``"class=norm"`` or a regular expression; the
         others come from the base.
-    compat, dtype, form, shard_size, lora_alpha, ignore_saved_base
+    compat, dtype, form, shard_size, lora_alpha, ignore_saved_base, allow_base_mismatch
         As in :class:`~mergebench.recipe.Recipe`.
     memory : int or str, bytes or such as "256MiB", default 512 MiB
     workers : int, optional
@@ -114,6 +115,7 @@ def merge_models(
         shard_size=shard_size,
         lora_alpha=lora_alpha,
         ignore_saved_base=ignore_saved_base,
+        allow_base_mismatch=allow_base_mismatch,
         out=None if out is None else fspath(out),
     )
     recipe = with_rules(plain, where)

@@ -19,13 +19,15 @@ from mergebench.core.rules import parse_weight
 from mergebench.core.schedule import is_schedule, to_plain
 from mergebench.core.tensor import nbytes
 from mergebench.merge.align import Aligned, align
+from mergebench.merge.configs import check_configs
 from mergebench.merge.limits import DEFAULT_MEMORY, check_places, choose_tiling
 from mergebench.merge.method import Method
+from mergebench.merge.origin import Origin, check_saved, measure, named_bases
 from mergebench.merge.package import Package, package
 from mergebench.merge.selecting import place, select
 from mergebench.merge.variants import Variant, make_variants, recorded, sweeps
 from mergebench.recipe import DTYPES, FORMS, Recipe
-from mergebench.sources import Source, base_fingerprint, content, open_source, with_base
+from mergebench.sources import Source, content, open_source, with_base
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,8 @@ class Plan:
         Bytes the merge will hold, and the least that any tiling needs.
     passes : int
         How often the inputs are read.
+    origin : Origin
+        How the models relate to the base, from a sample.
     """
 
     recipe: Recipe
@@ -68,6 +72,7 @@ class Plan:
     least_memory: int
     passes: int
     notes: tuple[str, ...]
+    origin: Origin
 
     @property
     def layout(self) -> Layout:
@@ -123,6 +128,7 @@ class Plan:
                 for m, w in zip(self.models, self.weights, strict=True)
             ],
             "base": None if self.base is None else self.base.label,
+            "origin": self.origin.to_json(),
             "tensors": {
                 "merged": len(self.aligned.items),
                 "copied": {name: self.aligned.reasons[name] for name in self.aligned.copies},
@@ -191,6 +197,8 @@ def make_plan(
     models, weights = _canonical(opened, weights_given)
     first = next((each for each in opened if each.checkpoint is not None), None)
     notes += _provenance(opened, base, form)
+    notes += check_saved(models, base, allow=recipe.allow_base_mismatch)
+    notes += check_configs(models, base, allow=recipe.allow_base_mismatch)
     if base is None and space == "weight" and any(m.checkpoint is None for m in models):
         space = "delta"
     _check_base(recipe, models, base, form, space)
@@ -202,6 +210,8 @@ def make_plan(
     if not aligned.items and not aligned.copies:
         raise MismatchError("the inputs have no floating-point tensor to merge")
     aligned, variants = place(aligned, variants, weights, chosen.apart)
+    origin = measure(models, weights, base, aligned, space, allow=recipe.allow_base_mismatch)
+    notes += origin.notes
     built = package(recipe, form, aligned, models, weights, base, first, variants)
     tiling, needed, least = choose_tiling(aligned, variants, built, memory, workers)
     if chosen.apart:
@@ -209,7 +219,7 @@ def make_plan(
     notes += [*aligned.notes, *built.notes]
     plan = Plan(
         recipe, method, models, weights, base, aligned, form, variants, built, tiling, needed,
-        least, 1 + sweeps(variants), tuple(dict.fromkeys(notes)),
+        least, 1 + sweeps(variants), tuple(dict.fromkeys(notes)), origin,
     )  # fmt: skip
     check_places(variants, [*models, *([base] if base is not None else [])])
     if variants[0].out is not None:
@@ -250,14 +260,7 @@ def _open_base(reference: str, options: ReadOptions) -> Source:
 
 def _provenance(models: Sequence[Source], base: Source | None, form: str) -> list[str]:
     """What the inputs say of their origins, where that does not fit together."""
-    notes = []
-    named = {name for model in models if model.config and (name := _origin(model))}
-    if len(named) > 1:
-        notes.append("the adapters name different bases: " + ", ".join(sorted(named)))
-    for model in models:
-        mark = base_fingerprint(model)
-        if base is not None and mark is not None and mark != base.fingerprint:
-            notes.append(f"{model.label} was saved as a difference to another model than the base")
+    notes = named_bases(models, base)
     full = [model for model in models if model.checkpoint is not None]
     configs = [model.checkpoint.config for model in full if model.checkpoint is not None]
     if base is None and form == "model" and any(each != configs[0] for each in configs):
