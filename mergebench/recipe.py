@@ -71,6 +71,8 @@ class Recipe:
         Drop copies of base parameters that adapters carry.
     allow_base_mismatch : bool
         Merge models that were not made from the base.
+    allow_nonfinite : bool
+        Pass NaN and infinite entries of inputs through as NaN, entry by entry.
     out : str or None
     """
 
@@ -89,6 +91,7 @@ class Recipe:
     lora_alpha: float | None = None
     ignore_saved_base: bool = False
     allow_base_mismatch: bool = False
+    allow_nonfinite: bool = False
     out: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,6 +124,7 @@ class Recipe:
             "lora_alpha",
             "ignore_saved_base",
             "allow_base_mismatch",
+            "allow_nonfinite",
             "out",
         ):
             if (value := getattr(self, key)) != getattr(plain, key):
@@ -198,7 +202,7 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
     known = {
         "mergebench", "method", "params", "ops", "models", "then", "where", "include", "exclude",
         "base", "compat", "dtype", "as", "shard_size", "lora_alpha", "ignore_saved_base",
-        "allow_base_mismatch", "out",
+        "allow_base_mismatch", "allow_nonfinite", "out",
     }  # fmt: skip
     for key in data:
         if key not in known:
@@ -233,6 +237,7 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
         lora_alpha=_number(data.get("lora_alpha"), "lora_alpha", where),
         ignore_saved_base=_flag(data, "ignore_saved_base", where),
         allow_base_mismatch=_flag(data, "allow_base_mismatch", where),
+        allow_nonfinite=_flag(data, "allow_nonfinite", where),
         out=_text(data, "out", where),
     )
     with _named_file(where):

@@ -36,6 +36,7 @@ def merge(
     lora_alpha: o.LoraAlpha = None,
     ignore_saved_base: o.IgnoreSavedBase = False,
     allow_base_mismatch: o.AllowBaseMismatch = False,
+    allow_nonfinite: o.AllowNonfinite = False,
     out: o.Out = None,
     force: o.Force = False,
     memory: o.Memory = "512MiB",
@@ -57,7 +58,7 @@ def merge(
     """
     recipe = _recipe(
         models, base, method, param, then, compat, dtype, form, shard_size, lora_alpha, out,
-        ignore_saved_base, where, include, exclude, allow_base_mismatch,
+        ignore_saved_base, where, include, exclude, allow_base_mismatch, allow_nonfinite,
     )  # fmt: skip
     _do(recipe, force, memory, workers, dry_run, as_json, quiet)
 
@@ -78,6 +79,7 @@ def plan(
     lora_alpha: o.LoraAlpha = None,
     ignore_saved_base: o.IgnoreSavedBase = False,
     allow_base_mismatch: o.AllowBaseMismatch = False,
+    allow_nonfinite: o.AllowNonfinite = False,
     out: o.Out = None,
     memory: o.Memory = "512MiB",
     workers: o.Workers = None,
@@ -93,7 +95,7 @@ def plan(
     """
     recipe = _recipe(
         models, base, method, param, then, compat, dtype, form, shard_size, lora_alpha, out,
-        ignore_saved_base, where, include, exclude, allow_base_mismatch,
+        ignore_saved_base, where, include, exclude, allow_base_mismatch, allow_nonfinite,
     )  # fmt: skip
     _do(recipe, True, memory, workers, True, as_json, False)
 
@@ -145,6 +147,7 @@ def _recipe(
     include: list[str] | None,
     exclude: list[str] | None,
     allow_base_mismatch: bool,
+    allow_nonfinite: bool,
 ) -> Recipe:
     from mergebench.core.errors import ParameterError, did_you_mean
     from mergebench.recipe import (
@@ -185,6 +188,7 @@ def _recipe(
         lora_alpha=lora_alpha,
         ignore_saved_base=ignore_saved_base,
         allow_base_mismatch=allow_base_mismatch,
+        allow_nonfinite=allow_nonfinite,
         out=out,
     )
     return _with_out(with_rules(recipe, where or ()))
@@ -252,6 +256,7 @@ def _plain(written: Written) -> dict[str, Any]:
         "bytes": written.bytes,
         "residuals": dict(written.residuals),
         "digests": dict(written.digests),
+        "nonfinite": {name: dict(counts) for name, counts in written.nonfinite.items()},
     }
 
 
@@ -272,6 +277,9 @@ def _summary(made: Plan, written: list[Written], seconds: float) -> None:
                 f"  truncated to rank {_rank(made)}: relative residual {root:.3g} over "
                 f"{len(squares)} modules, worst {worst:.3g} ({name}); --as delta loses nothing"
             )
+    for name, counts in written[0].nonfinite.items():
+        shown = ", ".join(f"{count} of {label}" for label, count in counts.items())
+        console.say(f"  not finite in {name}, passed through as NaN: {shown}")
     console.say(
         f"merged {merged} tensors ({console.number(made.entries)} entries), copied {copied}, "
         f"{made.passes} pass{'es' if made.passes > 1 else ''}, {seconds:.1f} s"

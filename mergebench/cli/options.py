@@ -99,6 +99,13 @@ AllowBaseMismatch = Annotated[
         help="Merge models that, by their configs and entries, were not made from the base.",
     ),
 ]
+AllowNonfinite = Annotated[
+    bool,
+    typer.Option(
+        "--allow-nonfinite",
+        help="Let NaN and infinite entries of an input become NaN there, and change nothing else.",
+    ),
+]
 Out = Annotated[
     str | None,
     typer.Option(

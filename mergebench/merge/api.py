@@ -47,6 +47,7 @@ def merge_models(
     lora_alpha: float | None = None,
     ignore_saved_base: bool = False,
     allow_base_mismatch: bool = False,
+    allow_nonfinite: bool = False,
     memory: int | str = DEFAULT_MEMORY,
     workers: int | None = None,
     force: bool = False,
@@ -75,7 +76,8 @@ def merge_models(
     include, exclude : sequence of str
         Selectors of the tensors to merge, such as ``"class=norm"`` or a regular expression; the
         others come from the base.
-    compat, dtype, form, shard_size, lora_alpha, ignore_saved_base, allow_base_mismatch
+    compat, dtype, form, shard_size, lora_alpha, ignore_saved_base, allow_base_mismatch,
+    allow_nonfinite
         As in :class:`~mergebench.recipe.Recipe`.
     memory : int or str, bytes or such as "256MiB", default 512 MiB
     workers : int, optional
@@ -116,6 +118,7 @@ def merge_models(
         lora_alpha=lora_alpha,
         ignore_saved_base=ignore_saved_base,
         allow_base_mismatch=allow_base_mismatch,
+        allow_nonfinite=allow_nonfinite,
         out=None if out is None else fspath(out),
     )
     recipe = with_rules(plain, where)

@@ -25,7 +25,7 @@ from mergebench.merge.factors import write_factors
 from mergebench.merge.op import At, Stack
 from mergebench.merge.plan import Plan
 from mergebench.merge.resume import Ledger, resume_key
-from mergebench.merge.stream import Evaluator, Item, load, opened
+from mergebench.merge.stream import Evaluator, Item, load_with_holes, opened, passed_through
 from mergebench.merge.variants import Variant
 
 #: ``(what is being done, entries done, entries in all)``.
@@ -59,6 +59,8 @@ class Written:
         ``‖ΔW - B A‖ / ‖ΔW‖`` where a merged update had to be truncated to a rank.
     digests : mapping of tensor name to str
         xxh3-128 of the stored bytes.
+    nonfinite : mapping of tensor name to {model: count}
+        Entries of inputs that are NaN or infinite, and that were passed through.
     """
 
     label: str
@@ -66,6 +68,7 @@ class Written:
     bytes: int
     residuals: Mapping[str, float]
     digests: Mapping[str, str]
+    nonfinite: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 class Memory:
@@ -192,14 +195,14 @@ def execute(
             for sentence in ledger.notes():
                 note(sentence)
         sinks = [_Digests(output) for output in outputs]
-        residuals = _run(plan, sinks, progress or (lambda what, done, total: None), ledger)
+        residuals, passed = _run(plan, sinks, progress or (lambda what, done, total: None), ledger)
         if not plan.package.single_file:
             for variant, output, sink in zip(plan.variants, outputs, sinks, strict=True):
                 text = with_outputs(plan.package.manifest_of(variant), sink.digests())
                 output.add_side(MANIFEST, text)
     return [
         Written(variant.label, variant.out, plan.layout.total_bytes, residuals[index],
-                sinks[index].digests())
+                sinks[index].digests(), passed)
         for index, variant in enumerate(plan.variants)
     ]  # fmt: skip
 
@@ -226,10 +229,11 @@ def execute_in_memory(plan: Plan, progress: Progress | None = None) -> list[dict
 
 def _run(
     plan: Plan, sinks: Sequence[Sink], progress: Progress, ledger: Ledger
-) -> list[dict[str, float]]:
+) -> tuple[list[dict[str, float]], dict[str, dict[str, int]]]:
     total = plan.entries * plan.passes
     done = ledger.swept
     residuals: list[dict[str, float]] = [{} for _ in sinks]
+    passed: dict[str, dict[str, int]] = {}
     with _workers(plan.tiling.workers) as pool:
 
         def swept(entries: int) -> None:
@@ -245,6 +249,7 @@ def _run(
                 for index, found in enumerate(residuals):
                     if (lost := ledger.lost(index, name)) is not None:
                         found[name] = lost
+                passed |= ledger.passed(name)
                 done += 0 if item is None else item.site.size
                 continue
             if item is None:
@@ -261,17 +266,22 @@ def _run(
                         ledger.lose(index, name, lost)
                 done += item.site.size
             elif item is not None:
-                for start, parts in _pieces(plan, evaluator, item):
+                holes = False
+                for start, parts, some in _pieces(plan, evaluator, item):
+                    holes |= some
                     for sink, part in zip(sinks, parts, strict=True):
                         for target in targets:
                             sink.write(target, start * part.itemsize, part)
                     done += parts[0].size
                     progress("merging", min(done, total), total)
+                if holes:
+                    passed[name] = passed_through(item)
+                    ledger.pass_through(name, passed[name])
             for sink in sinks:
                 for target in targets:
                     sink.finish(target)
             progress("merging", min(done, total), total)
-    return residuals
+    return residuals, passed
 
 
 def _targets(plan: Plan, name: str) -> list[str]:
@@ -281,36 +291,45 @@ def _targets(plan: Plan, name: str) -> list[str]:
     return [plan.package.renamed.get(name, name), *plan.aligned.twins.get(name, ())]
 
 
-def _pieces(plan: Plan, evaluator: Evaluator, item: Item) -> Iterator[tuple[int, list[Array]]]:
-    """``(first entry, one array per variant)`` of every job of a tensor, in order."""
+def _pieces(
+    plan: Plan, evaluator: Evaluator, item: Item
+) -> Iterator[tuple[int, list[Array], bool]]:
+    """``(first entry, one array per variant, any holes)`` of every job of a tensor, in order."""
     dtype = plan.package.dtype_of(item.site.name)
     name = item.site.name
     unit, jobs = evaluator.pieces([variant.at(name) for variant in plan.variants], item)
     item = opened(item)
 
-    def work(start: int, stop: int) -> tuple[int, list[Array]]:
+    def work(start: int, stop: int) -> tuple[int, list[Array], bool]:
         outs = [np.empty(stop - start, DTYPES[dtype]) for _ in plan.variants]
+        some = False
         for begin, end in evaluator.tiling.tiles(start, stop, unit):
-            parts = merged_tile(evaluator, plan.variants, item, begin, end)
+            parts, holes = merged_tile(evaluator, plan.variants, item, begin, end)
+            some |= holes is not None
             for out, part in zip(outs, parts, strict=True):
                 out[begin - start : end - start] = round_to(part, dtype, item.site.name)
-        return start, outs
+                if holes is not None:
+                    out[begin - start : end - start][holes] = np.nan
+        return start, outs, some
 
     yield from evaluator.each_job(partial(work, start, stop) for start, stop in jobs)
 
 
 def merged_tile(
     evaluator: Evaluator, variants: Sequence[Variant], item: Item, start: int, stop: int
-) -> list[Array]:
-    """Entries ``start:stop`` of every variant, base added, not yet rounded."""
-    stack, base = load(item, start, stop)
+) -> tuple[list[Array], Array | None]:
+    """Entries ``start:stop`` of every variant, base added, not yet rounded, and its holes.
+
+    Holes are where the result is to be NaN; until then it is what it would be without them.
+    """
+    stack, base, holes = load_with_holes(item, start, stop)
     at = At(item.site, start, stop, item.weights)
     memo: dict[Any, Stack] | None = {} if len(variants) > 1 else None
     found = []
     for variant in variants:
         merged = evaluator.run(variant.at(item.site.name), item, at, stack, memo)[0]
         found.append(merged if base is None else moved(base, merged))
-    return found
+    return found, holes
 
 
 def _copy(plan: Plan, name: str, target: str, sinks: Sequence[Sink]) -> None:
@@ -322,6 +341,15 @@ def _copy(plan: Plan, name: str, target: str, sinks: Sequence[Sink]) -> None:
         piece = np.ascontiguousarray(tensor.read(start, min(start + plan.tiling.job, size)))
         if dtype != tensor.dtype:
             wide = np.float64 if tensor.dtype == "F64" else np.float32
-            piece = round_to(piece.astype(wide), dtype, name)
+            piece = _converted(piece.astype(wide), dtype, name, plan.recipe.allow_nonfinite)
         for sink in sinks:
             sink.write(target, start * itemsize, piece)
+
+
+def _converted(values: Array, dtype: str, name: str, lenient: bool) -> Array:
+    finite = np.isfinite(values)
+    if not lenient or finite.all():
+        return round_to(values, dtype, name)
+    out = round_to(np.where(finite, values, 0), dtype, name)
+    out[~finite] = values[~finite].astype(out.dtype)
+    return out

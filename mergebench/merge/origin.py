@@ -151,7 +151,6 @@ def _another(name: str, given: str) -> bool:
 
 def measure(
     models: Sequence[Source],
-    weights: Sequence[float],
     base: Source | None,
     aligned: Aligned,
     space: str,
@@ -162,10 +161,11 @@ def measure(
 
     Parameters
     ----------
-    models, weights : sequences, in canonical order
+    models : sequence of Source, in canonical order
     base : Source or None
         Without it the models are compared with the first of them, and nothing is refused.
     aligned : Aligned
+        With every tensor's weights.
     space : weight or delta
     allow : bool
         Make notes of what would be refused.
@@ -192,8 +192,8 @@ def measure(
     norms: dict[str, float] = {}
     if space == "delta" and aligned.items:
         measured = task_norms(aligned.items)
-        norms = dict(zip(_labels(models), measured, strict=True))
-        notes += _unequal(norms, dict(zip(norms, weights, strict=True)))
+        norms = {label: norm for label, (norm, _) in zip(_labels(models), measured, strict=True)}
+        notes += _unequal({k: share for k, (_, share) in zip(norms, measured, strict=True)})
     return Origin(reference.label if table and reference else None, table, norms, tuple(notes))
 
 
@@ -237,8 +237,7 @@ def _judge(
             )
 
 
-def _unequal(norms: Mapping[str, float], weights: Mapping[str, float]) -> list[str]:
-    shares = {label: abs(weights[label]) * norm for label, norm in norms.items()}
+def _unequal(shares: Mapping[str, float]) -> list[str]:
     some = {label: share for label, share in shares.items() if share}
     if len(some) < 2:
         return []
@@ -247,8 +246,8 @@ def _unequal(norms: Mapping[str, float], weights: Mapping[str, float]) -> list[s
     if ratio <= UNEQUAL:
         return []
     text = (
-        f"task vectors differ in length: ‖τ‖ {norms[long]:.3g} ({long}) is {ratio:.1f} times "
-        f"{norms[short]:.3g} ({short}), weights included, and will outweigh it; "
-        f"a weight of {weights[long] / ratio:.2g} for {long} would even them out"
+        f"task vectors differ in length: ‖wτ‖ {some[long]:.3g} ({long}) is {ratio:.1f} times "
+        f"{some[short]:.3g} ({short}) and will outweigh it; {1 / ratio:.2g} of its weight for "
+        f"{long} would even them out"
     )
     return [text]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -210,7 +210,10 @@ def make_plan(
     if not aligned.items and not aligned.copies:
         raise MismatchError("the inputs have no floating-point tensor to merge")
     aligned, variants = place(aligned, variants, weights, chosen.apart)
-    origin = measure(models, weights, base, aligned, space, allow=recipe.allow_base_mismatch)
+    if recipe.allow_nonfinite and form != "lora":
+        lenient = {name: replace(item, lenient=True) for name, item in aligned.items.items()}
+        aligned = replace(aligned, items=lenient)
+    origin = measure(models, base, aligned, space, allow=recipe.allow_base_mismatch)
     notes += origin.notes
     built = package(recipe, form, aligned, models, weights, base, first, variants)
     tiling, needed, least = choose_tiling(aligned, variants, built, memory, workers)

@@ -135,6 +135,10 @@ def _residual(name: str) -> str:
     return json.dumps(["residual", name])
 
 
+def _passed(name: str) -> str:
+    return json.dumps(["nonfinite", name])
+
+
 class _Known(dict[tuple[Chain, str], Any]):
     """Measured values by (ops up to the one that asked, tensor name); new ones are noted."""
 
@@ -204,6 +208,16 @@ class Ledger:
         """What an earlier run has noted; ``None`` where nothing was truncated."""
         data = self._outputs[index].settled.get(_residual(name))
         return None if data is None else float(decode(data))
+
+    def pass_through(self, name: str, counts: Mapping[str, int]) -> None:
+        """Note how many entries of a tensor are not finite, by model; before it is finished."""
+        for output in self._outputs[:1]:
+            output.settle(_passed(name), encode(dict(counts)))
+
+    def passed(self, name: str) -> dict[str, dict[str, int]]:
+        """What an earlier run has noted, by the tensor's name; empty if nothing."""
+        data = self._outputs[0].settled.get(_passed(name)) if self._outputs else None
+        return {} if data is None else {name: decode(data)}
 
     def notes(self) -> Iterator[str]:
         """What the user should know about earlier runs."""

@@ -128,8 +128,8 @@ def likeness(
     Parameters
     ----------
     reference, models : mappings of name to Tensor
-        Tensors that a model lacks, or has in another shape, are passed over; so are those
-        that are zero in either.
+        Tensors that a model lacks, has in another shape, or takes from the reference itself (as
+        filters make it) are passed over; so are those that are zero in either.
 
     Returns
     -------
@@ -144,6 +144,7 @@ def likeness(
             if len(tensor.shape) > 1
             and tensor.dtype in FLOATING
             and kind_of(name, tensor.shape) in kinds
+            and any(model.get(name) is not tensor for model in models)
         ]
         chosen = _spread(sorted(names, key=str.encode), TENSORS)
         each = RUNS // max(len(chosen), 1)
@@ -165,7 +166,7 @@ def _pairs(
     start = _entries(origin, places)
     for place, model in enumerate(models):
         own = model.get(name)
-        if own is None or own.dtype not in FLOATING or tuple(own.shape) != shape:
+        if own is None or own is origin or own.dtype not in FLOATING or tuple(own.shape) != shape:
             continue
         other = _entries(own, places)
         # NaN and infinity are the business of the merge, which names them.
@@ -201,8 +202,8 @@ def _entries(tensor: Tensor, places: Sequence[tuple[int, int]]) -> Array:
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def task_norms(items: Mapping[str, Item]) -> list[float]:
-    """Estimates of ``‖τ_i‖`` per model from a sample of the tensors to be merged.
+def task_norms(items: Mapping[str, Item]) -> list[tuple[float, float]]:
+    """Estimates of ``‖τ_i‖`` and ``‖w_i τ_i‖`` per model, from a sample of what is merged.
 
     Parameters
     ----------
@@ -212,18 +213,22 @@ def task_norms(items: Mapping[str, Item]) -> list[float]:
     names = sorted(items, key=str.encode)
     if not names:
         return []
-    squares = [0.0] * len(items[names[0]].deltas)
-    for place in range(len(squares)):
+    norms = []
+    for place in range(len(items[names[0]].deltas)):
         own = [name for name in names if items[name].deltas[place] is not None]
         stored = sum(_stored(items[name].deltas[place]) for name in own)
         chosen = _spread(own, min(TENSORS, max(FACTORS * len(own) // max(stored, 1), 4)))
         total = sum(items[name].site.size for name in own)
         looked = sum(items[name].site.size for name in chosen)
+        squares = weighted = 0.0
         for name in chosen:
             delta = items[name].deltas[place]
             assert delta is not None
-            squares[place] += _square(delta, RUNS // len(chosen)) * total / max(looked, 1)
-    return [sqrt(each) for each in squares]
+            square = _square(delta, RUNS // len(chosen)) * total / max(looked, 1)
+            squares += square
+            weighted += square * items[name].weights[place] ** 2
+        norms.append((sqrt(squares), sqrt(weighted)))
+    return norms
 
 
 def _stored(delta: Delta | None) -> int:

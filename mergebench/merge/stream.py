@@ -10,13 +10,15 @@ from math import isfinite
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mergebench.compute.tiles import Tiling
-from mergebench.core.delta import Delta, Dense, Difference, reads, resident, tile
+from mergebench.core.delta import Delta, Dense, Difference, LowRank, reads, resident, tile
 from mergebench.core.errors import MergebenchError
 from mergebench.core.site import Site
 from mergebench.core.tensor import Array, Tensor
 from mergebench.merge.op import At, Chain, Stack, granularity_of
+from mergebench.sources import Applied
 
 R = TypeVar("R")
 _RUN = 1024
@@ -40,6 +42,8 @@ class Item:
         Added to the result; ``None`` in weight space and where the output is a task vector.
     dtype : numpy dtype
         Arithmetic: float32, or float64 if an input is stored so.
+    lenient : bool
+        Whether entries that are NaN or infinite count as zero, rather than stop the merge.
     """
 
     site: Site
@@ -48,6 +52,7 @@ class Item:
     labels: tuple[str, ...]
     base: Tensor | None
     dtype: np.dtype[Any] = field(default=np.dtype(np.float32))
+    lenient: bool = False
 
 
 def opened(item: Item) -> Item:
@@ -62,15 +67,30 @@ def load(item: Item, start: int, stop: int) -> tuple[Array, Array | None]:
     Raises
     ------
     MergebenchError
-        If an input holds NaN or infinity, naming model and tensor.
+        If an input holds NaN or infinity, naming model and tensor; in a lenient item only where
+        that is in the factors of an update.
+    """
+    return load_with_holes(item, start, stop)[:2]
+
+
+def load_with_holes(
+    item: Item, start: int, stop: int
+) -> tuple[Array, Array | None, NDArray[np.bool_] | None]:
+    """As :func:`load`, and where entries of a lenient item are not finite, (m,), if any are.
+
+    There the displacement of that model (in weight space its value) is zero, and so is the base.
     """
     stack = np.empty((len(item.deltas), stop - start), item.dtype)
     base: Array | None = None
+    holes: NDArray[np.bool_] | None = None
     if item.base is not None:
         base = item.base.read(start, stop).astype(item.dtype)
         # Displacements that are not taken from the base do not show what is wrong with it.
-        if not all(isinstance(delta, Difference) for delta in item.deltas):
+        if item.lenient and (holes := _bad(base)) is not None:
+            base[holes] = 0
+        elif not all(isinstance(delta, Difference) for delta in item.deltas):
             _check_finite(base, item)
+    own_holes = holes
     for model, delta in enumerate(item.deltas):
         row = stack[model]
         match delta:
@@ -84,45 +104,123 @@ def load(item: Item, start: int, stop: int) -> tuple[Array, Array | None]:
                 row[:] = finetuned.read(start, stop)
                 with np.errstate(over="ignore", invalid="ignore"):
                     row -= own
+                if own is base and own_holes is not None:
+                    row[own_holes] = 0
             case Dense(values):
                 row[:] = values.read(start, stop)
             case _:
                 row[:] = tile(delta, start, stop, item.dtype)
-        _check_finite(row, item)
-    return stack, base
+        if item.lenient and (bad := _bad(row)) is not None:
+            _check_stored(item, delta, bad, start, stop)
+            row[bad] = 0
+            holes = bad if holes is None else holes | bad
+        elif not item.lenient:
+            _check_finite(row, item)
+    return stack, base, holes
+
+
+def _proven(row: Array) -> bool:
+    # Finite sums of squares prove finite entries at the cost of one fast product.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return isfinite(float(np.dot(row, row)))
 
 
 def _check_finite(row: Array, item: Item) -> None:
-    # Finite sums of squares prove finite entries at the cost of one fast product.
-    with np.errstate(over="ignore", invalid="ignore"):
-        proven = isfinite(float(np.dot(row, row)))
-    if not proven and not np.isfinite(row).all():
+    if not _proven(row) and not np.isfinite(row).all():
         raise nonfinite(item)
 
 
-def nonfinite(item: Item) -> MergebenchError:
-    """The error for NaN or infinity in an input: which model, which tensor, how many."""
-    made = [() if delta is None else reads(delta) for delta in item.deltas]
-    under = () if item.base is None else (item.base,)
-    for label, tensors in zip((*item.labels, "the base"), (*made, under), strict=True):
-        for tensor in tensors:
-            nan = infinite = 0
-            size = int(np.prod(tensor.shape))
-            for start in range(0, size, 1 << 20):
-                piece = tensor.read(start, min(start + (1 << 20), size)).astype(np.float64)
-                nan += int(np.isnan(piece).sum())
-                infinite += int(np.isinf(piece).sum())
-            if nan or infinite:
-                where = "the base" if tensor is item.base else label
-                return MergebenchError(
-                    f"{where}: tensor {item.site.name!r} has {nan} NaN and {infinite} infinite "
-                    f"entries of {size}",
-                    fix="repair or replace that model",
-                )
+def _bad(row: Array) -> NDArray[np.bool_] | None:
+    """Where entries are not finite; ``None`` if all are."""
+    if _proven(row):
+        return None
+    bad = ~np.isfinite(row)
+    return bad if bad.any() else None
+
+
+def _check_stored(
+    item: Item, delta: Delta | None, bad: NDArray[np.bool_], start: int, stop: int
+) -> None:
+    """Refuse what does not stand in the input as a single entry: factors, and overflow."""
+    stored = np.zeros_like(bad)
+    for tensor, factor in () if delta is None else _parts(delta):
+        if not factor:
+            stored |= ~np.isfinite(tensor.read(start, stop).astype(np.float64))
+    if (bad & ~stored).any():
+        raise nonfinite(item)
+
+
+def _parts(delta: Delta) -> Iterator[tuple[Tensor, bool]]:
+    """The tensors below a displacement, and whether each is a factor rather than entries."""
+    for tensor in reads(delta):
+        if isinstance(tensor, Applied):
+            yield tensor.weight, False
+            yield from _parts(tensor.delta)
+        else:
+            yield tensor, isinstance(delta, LowRank)
+
+
+def _too_large(item: Item) -> MergebenchError:
     return MergebenchError(
         f"{item.site.name}: the difference to the base exceeds {item.dtype}",
         fix="store the inputs in float64",
     )
+
+
+def _stored(item: Item) -> Iterator[tuple[str, Tensor, bool]]:
+    """``(whose, tensor, is a factor)`` for everything an item is made of, the base once."""
+    seen = set()
+    for label, delta in zip(item.labels, item.deltas, strict=True):
+        origin = delta.base if isinstance(delta, Difference) else item.base
+        for tensor, factor in () if delta is None else _parts(delta):
+            under = tensor is origin or tensor is item.base
+            if not under or id(tensor) not in seen:
+                yield "the base" if under else label, tensor, factor
+            seen.add(id(tensor))
+    if item.base is not None and id(item.base) not in seen:
+        yield "the base", item.base, False
+
+
+def _count(tensor: Tensor) -> tuple[int, int, int]:
+    """How many entries are NaN, how many infinite, of how many."""
+    nan = infinite = 0
+    size = int(np.prod(tensor.shape))
+    for start in range(0, size, 1 << 20):
+        piece = tensor.read(start, min(start + (1 << 20), size)).astype(np.float64)
+        nan += int(np.isnan(piece).sum())
+        infinite += int(np.isinf(piece).sum())
+    return nan, infinite, size
+
+
+def passed_through(item: Item) -> dict[str, int]:
+    """How many entries of a lenient item are NaN or infinite, by model (or ``the base``)."""
+    found: dict[str, int] = {}
+    for label, tensor, _ in _stored(item):
+        nan, infinite, _ = _count(tensor)
+        if nan or infinite:
+            found[label] = found.get(label, 0) + nan + infinite
+    return found
+
+
+def nonfinite(item: Item) -> MergebenchError:
+    """The error for NaN or infinity in an input: which model, which tensor, how many."""
+    for label, tensor, factor in _stored(item):
+        if item.lenient and not factor:
+            continue
+        nan, infinite, size = _count(tensor)
+        if nan or infinite:
+            return MergebenchError(
+                f"{label}: tensor {item.site.name!r} has {nan} NaN and {infinite} infinite "
+                f"entries of {size}",
+                fix="repair or replace that model"
+                + (
+                    "; one such number spoils a row or column of the update, which "
+                    "--allow-nonfinite does not pass on"
+                    if factor
+                    else ", or pass these entries on with --allow-nonfinite"
+                ),
+            )
+    return _too_large(item)
 
 
 @dataclass(eq=False)

@@ -266,13 +266,15 @@ class Counting:
 
 def test_sample_is_bounded_and_spread() -> None:
     """However many and however large the matrices: 512 short runs, all over the model."""
-    tensors = {f"layers.{i:03}.up.weight": Counting((1 << 13, 1 << 13)) for i in range(700)}
-    found = likeness(tensors, [tensors])[0]["linear"]
+    names = [f"layers.{i:03}.up.weight" for i in range(700)]
+    one, two = ({name: Counting((1 << 13, 1 << 13)) for name in names} for _ in range(2))
+    found = likeness(one, [two])[0]["linear"]
 
     assert found.cosine == pytest.approx(1)
     assert len(found.pairs) == TENSORS
-    places = [place for tensor in tensors.values() for place in tensor.places]
-    assert len(places) == 2 * RUNS
+    places = [place for tensor in two.values() for place in tensor.places]
+    assert len(places) == RUNS
+    assert places == [place for tensor in one.values() for place in tensor.places]
     assert {stop - start for start, stop in places} == {RUN}
     looked = [int(pair.name.split(".")[1]) for pair in found.pairs]
     assert min(looked) < 3
@@ -458,10 +460,15 @@ def test_unequal_task_vectors_are_noted(place: Path) -> None:
 
     ran = assert_done(call("merge", "short", "long", *common, cwd=place))
     assert "(long) is 5.0 times" in ran.err
-    assert "a weight of 0.2 for long would even them out" in ran.err
+    assert "0.2 of its weight for long would even them out" in ran.err
     for models in (("short", "middle"), ("short", "long:0.2"), ("short", "long:0"), ("long",)):
         ran = assert_done(call("merge", *models, *common, cwd=place))
         assert "task vectors differ" not in ran.err
+    # Weights count where they apply: √(25 + 4) / √5 is below three, the embedding not among them.
+    for weight, noted in (("1/0.2", False), ("1/0.9", True)):
+        extra = ("--where", f"block=0-1:weight={weight}")
+        ran = assert_done(call("merge", "short", "long", *common, *extra, cwd=place))
+        assert ("task vectors differ" in ran.err) is noted
     shown = assert_done(call("plan", "short", "long", *common[:4], cwd=place)).out
     assert "longest / shortest 5" in shown
 
@@ -511,6 +518,20 @@ def test_what_is_not_finite_is_left_to_the_merge() -> None:
     one, two = (each["linear"] for each in found)
     assert two.entries == one.entries - 2
     assert two.cosine == pytest.approx(one.cosine, abs=1e-4)
+
+
+def test_only_what_is_selected_is_judged(place: Path) -> None:
+    """Parts that filters leave to the base count neither for a model nor against it."""
+    half = {name: model(1 if "layers.1" in name else 0)[name] for name in SHAPES}
+    save_folder(place / "half", half)
+    common = ("merge", "half", "-b", "base", "-m", "ties", "-o")
+
+    ran = assert_done(call(*common, "one", cwd=place))
+    assert "half is far from base: cosine 0.5" in ran.err or "cosine 0.49" in ran.err
+    ran = call(*common, "two", "--include", "block=1", cwd=place)
+    assert_refused(ran, "half: was not fine-tuned from base", "2 linear matrices")
+    ran = assert_done(call(*common, "three", "--exclude", "block=1", cwd=place))
+    assert "far from" not in ran.err
 
 
 def test_recipes_carry_the_choice(place: Path) -> None:
