@@ -30,21 +30,10 @@ def find_ties(
     """
     if not is_tied(config):
         return {}, ()
-    matrices = {name: tensor for name, tensor in tensors.items() if len(tensor.shape) == 2}
-    kinds = {name: kind_of(name, tensor.shape) for name, tensor in matrices.items()}
-    embeddings = [name for name, kind in kinds.items() if kind == "embedding"]
-    rows = max((matrices[name].shape[0] for name in embeddings), default=0)
     aliases: dict[str, str] = {}
     notes = []
-    for head in (name for name, kind in kinds.items() if kind == "head"):
-        alike = [
-            name
-            for name in embeddings
-            if matrices[name].shape[0] == rows
-            and matrices[name].shape == matrices[head].shape
-            and matrices[name].dtype == matrices[head].dtype
-        ]
-        same = next((name for name in alike if same_bytes(matrices[name], matrices[head])), None)
+    for head, alike in heads(tensors).items():
+        same = next((name for name in alike if same_bytes(tensors[name], tensors[head])), None)
         if same is not None:
             aliases[head] = same
         elif alike:
@@ -52,6 +41,34 @@ def find_ties(
                 f"the config ties the embeddings, but {head} differs from {alike[0]}: both are kept"
             )
     return aliases, tuple(notes)
+
+
+def heads(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Every head, with the input embeddings of its shape and dtype that it may repeat."""
+    matrices = {name: tensor for name, tensor in tensors.items() if len(tensor.shape) == 2}
+    kinds = {name: kind_of(name, tensor.shape) for name, tensor in matrices.items()}
+    embeddings = [name for name, kind in kinds.items() if kind == "embedding"]
+    rows = max((matrices[name].shape[0] for name in embeddings), default=0)
+    return {
+        head: [
+            name
+            for name in embeddings
+            if matrices[name].shape[0] == rows
+            and matrices[name].shape == matrices[head].shape
+            and matrices[name].dtype == matrices[head].dtype
+        ]
+        for head, kind in kinds.items()
+        if kind == "head"
+    }
+
+
+def same_content(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have equal dtype, shape and bytes."""
+    if left is right:
+        return True
+    if left.dtype != right.dtype or tuple(left.shape) != tuple(right.shape):
+        return False
+    return same_bytes(left, right)
 
 
 def same_bytes(left: Tensor, right: Tensor) -> bool:
@@ -62,7 +79,9 @@ def same_bytes(left: Tensor, right: Tensor) -> bool:
         stop = min(start + step, size)
         mine, other = left.read(start, stop), right.read(start, stop)
         # Bytes rather than numbers: a NaN equals itself here, and 0 is not -0.
-        if not np.array_equal(mine.view(np.uint8), other.view(np.uint8)):
+        if not np.array_equal(
+            np.ascontiguousarray(mine).view(np.uint8), np.ascontiguousarray(other).view(np.uint8)
+        ):
             return False
     return True
 

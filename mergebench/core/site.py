@@ -23,6 +23,12 @@ _CLASSES: tuple[tuple[str, re.Pattern[str]], ...] = (
         re.compile(r"(?i)(embed|wte|wpe|embd|cls_token|class_token|(^|\.)shared\.weight$)"),
     ),
 )
+#: GPT-2's causal mask is called a bias, and has four dimensions; GPT-NeoX's and GPT-J's too.
+_MASK = re.compile(r"(^|\.)(attn|attention|self_attention)\.(bias|masked_bias)$")
+_CONSTANT = re.compile(
+    r"(^|[._])((original_)?inv_freq|(cos|sin)_cached|position_ids|token_type_ids|causal_mask"
+    r"|relative_position_index|_float_tensor)$"
+)
 
 
 @dataclass(frozen=True)
@@ -71,9 +77,29 @@ class Site:
         return int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=8).digest(), "big")
 
 
+def is_statistic(name: str) -> bool:
+    """Whether a tensor is an estimate over data: BatchNorm's running mean and variance."""
+    return name.rsplit(".", 1)[-1].startswith("running_")
+
+
+def is_counter(name: str) -> bool:
+    """Whether a tensor counts steps of training."""
+    return name.rsplit(".", 1)[-1].startswith("num_batches")
+
+
+def is_constant(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor follows from the config: masks, positions, rotary frequencies.
+
+    Newer libraries compute them rather than save them.
+    """
+    if _MASK.search(name):
+        return len(shape) in (0, 4) or name.endswith("masked_bias")
+    return bool(_CONSTANT.search(name))
+
+
 def kind_of(name: str, shape: tuple[int, ...], floating: bool = True) -> str:
     """The class of a tensor, from its name and its number of dimensions."""
-    if not floating or name.rsplit(".", 1)[-1].startswith(("running_", "num_batches")):
+    if not floating or is_statistic(name) or is_counter(name) or is_constant(name, shape):
         return "buffer"
     for kind, pattern in _CLASSES:
         if pattern.search(name):

@@ -8,15 +8,19 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from mergebench.checkpoints.layout import Checkpoint
-from mergebench.checkpoints.ties import is_tied
+from mergebench.checkpoints.ties import is_tied, same_content
 from mergebench.core.delta import Delta, Dense, Difference, Replacement, reads
 from mergebench.core.errors import MismatchError
-from mergebench.core.site import kind_of, make_sites
-from mergebench.core.tensor import FLOATING, Tensor, size_of
+from mergebench.core.site import is_constant, is_counter, is_statistic, kind_of, make_sites
+from mergebench.core.tensor import FLOATING, Tensor
+from mergebench.merge.averaged import average
 from mergebench.merge.stream import Item
 from mergebench.sources import Applied, Source
 
-_PIECE = 1 << 22
+_UNTIE = (
+    "merge models that are both tied or both untied: load the tied one, set tie_word_embeddings to "
+    "false, give the head a copy of the embedding and save it"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +100,8 @@ def align(
             added = _check_names(model, reference, notes)
             for name, tensor in added.items():
                 table.kept.setdefault(name, []).append((model.label, tensor))
+            own = model.checkpoint.tensors.items()
+            added |= {n: t for n, t in own if n not in reference.tensors and _optional(n, t)}
         found = _displacements(model, base, space, form, added)
         for name, delta in found.items():
             if isinstance(delta, Replacement):
@@ -180,7 +186,8 @@ def _check_names(model: Source, reference: Checkpoint, notes: list[str]) -> dict
         return {}
     for name in own.tensors.keys() & reference.tensors.keys():
         kinds = own.tensors[name].dtype, reference.tensors[name].dtype
-        if (kinds[0] in FLOATING) != (kinds[1] in FLOATING):
+        differ = (kinds[0] in FLOATING) != (kinds[1] in FLOATING)
+        if differ and not is_constant(name, reference.tensors[name].shape):
             raise MismatchError(
                 f"{name}: {kinds[0]} in {model.label}, {kinds[1]} in {reference.label}",
                 fix="give models that agree on which tensors are numbers to merge",
@@ -190,10 +197,11 @@ def _check_names(model: Source, reference: Checkpoint, notes: list[str]) -> dict
     missing = sorted(theirs - mine - set(own.aliases))
     extra = sorted(mine - theirs - set(reference.aliases))
     # Buffers that one version of a library saves and another does not.
-    missing = [name for name in missing if reference.tensors[name].dtype in FLOATING]
-    for name in [name for name in extra if own.tensors[name].dtype not in FLOATING]:
+    missing = [name for name in missing if not _optional(name, reference.tensors[name])]
+    for name in [name for name in extra if _optional(name, own.tensors[name])]:
         extra.remove(name)
         notes.append(f"{name} of {model.label} is left out: {reference.label} does not have it")
+    # Mixtures with a head that repeats the embedding have been made alike before.
     for tied, apart, names in (
         (reference, own, mine & set(reference.aliases)),
         (own, reference, theirs & set(own.aliases)),
@@ -203,8 +211,14 @@ def _check_names(model: Source, reference: Checkpoint, notes: list[str]) -> dict
             raise MismatchError(
                 f"{name}: tied to {tied.aliases[name]!r} in {tied.label}, "
                 f"but a tensor of its own in {apart.label}",
-                fix="merge models that are both tied or both untied",
+                fix=_UNTIE,
             )
+    if is_tied(own.config) and (lost := [n for n in missing if _is_head(n, reference)]):
+        raise MismatchError(
+            f"{lost[0]}: tied to the embeddings in {model.label}, but a tensor of its own in "
+            f"{reference.label}",
+            fix=_UNTIE,
+        )
     if missing:
         others = f", and {_few(extra)} not in {reference.label}" if extra else ""
         raise MismatchError(
@@ -216,9 +230,17 @@ def _check_names(model: Source, reference: Checkpoint, notes: list[str]) -> dict
         raise MismatchError(
             f"{heads[0]}: a tensor of its own in {model.label}, but {reference.label} ties it to "
             "the embeddings",
-            fix="merge models that are both tied or both untied",
+            fix=_UNTIE,
         )
     return {name: own.tensors[name] for name in extra}
+
+
+def _is_head(name: str, reference: Checkpoint) -> bool:
+    return kind_of(name, reference.tensors[name].shape) == "head"
+
+
+def _optional(name: str, tensor: Tensor) -> bool:
+    return tensor.dtype not in FLOATING or is_constant(name, tuple(tensor.shape))
 
 
 def _check_added(table: _Table, reference: Checkpoint | None) -> None:
@@ -263,7 +285,7 @@ def _check_shapes(table: _Table, reference: Checkpoint | None) -> None:
                 continue
             if expected is None:
                 expected, origin = delta.shape, model.label
-            if delta.shape != expected:
+            if delta.shape != expected and not is_constant(name, delta.shape):
                 raise MismatchError(
                     f"{name}: {origin} is {_times(expected)}, "
                     f"{model.label} is {_times(delta.shape)}",
@@ -293,16 +315,22 @@ def _copy_the_rest(
             if form == "model":
                 table.copies[name], table.reasons[name] = tensor, "no input changes it"
             continue
-        for model in models:
+        reason = f"{tensor.dtype}, equal in all"
+        if is_counter(name):
+            reason = f"a counter, taken from {reference.label}"
+        for model in () if is_counter(name) else models:
             if model.checkpoint is not None and name in model.checkpoint.tensors:
                 _assert_equal(name, reference.label, tensor, model)
         if form == "model":
-            table.copies[name], table.reasons[name] = tensor, f"{tensor.dtype}, equal in all"
+            table.copies[name], table.reasons[name] = tensor, reason
 
 
 def _assert_equal(name: str, origin: str, tensor: Tensor, model: Source) -> None:
     assert model.checkpoint is not None
-    if not same_content(tensor, model.checkpoint.tensors[name]):
+    other = model.checkpoint.tensors[name]
+    # Libraries have changed the dtype of masks.
+    retyped = tensor.dtype != other.dtype and is_constant(name, tensor.shape)
+    if not retyped and not same_content(tensor, other):
         raise MismatchError(
             f"{name}: {tensor.dtype} tensors are not merged and must agree, "
             f"but {model.label} differs from {origin}",
@@ -310,28 +338,14 @@ def _assert_equal(name: str, origin: str, tensor: Tensor, model: Source) -> None
         )
 
 
-def same_content(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors have equal dtype, shape and bytes."""
-    if left is right:
-        return True
-    if left.dtype != right.dtype or left.shape != right.shape:
-        return False
-    size = size_of(left.shape)
-    for start in range(0, size, _PIECE):
-        stop = min(start + _PIECE, size)
-        one, two = left.read(start, stop), right.read(start, stop)
-        if not np.array_equal(
-            np.ascontiguousarray(one).view(np.uint8), np.ascontiguousarray(two).view(np.uint8)
-        ):
-            return False
-    return True
-
-
 def _keep_replacements(table: _Table, names: list[str]) -> None:
     """Tensors that adapters replace and that no base has: one value for all, or an error."""
     for name, given in table.kept.items():
         label, first = given[0]
-        for other, tensor in given[1:]:
+        reason = f"replaced alike by {len(given)} of {len(table.models)} inputs"
+        if is_statistic(name):
+            first, reason = average(name, _weighted(table, given), None)
+        for other, tensor in () if is_statistic(name) or is_counter(name) else given[1:]:
             if not same_content(first, tensor):
                 why = "no base has it to take differences from"
                 fix = "give --base with a model that has this tensor"
@@ -343,9 +357,18 @@ def _keep_replacements(table: _Table, names: list[str]) -> None:
                     fix=f"{fix}, or leave it out of the adapters: task heads are best kept apart",
                 )
         table.copies[name] = first
-        table.reasons[name] = f"replaced alike by {len(given)} of {len(table.models)} inputs"
+        table.reasons[name] = reason
         if name not in names:
             names.append(name)
+
+
+def _weighted(
+    table: _Table, given: Sequence[tuple[str, Tensor]]
+) -> list[tuple[str, float, Tensor]]:
+    """With each model's weight; weights that differ between tensors count as 1."""
+    weights = {m.label: w for m, w in zip(table.models, table.weights, strict=True)}
+    plain = {label: w if isinstance(w, (int, float)) else 1.0 for label, w in weights.items()}
+    return [(label, plain[label], tensor) for label, tensor in given]
 
 
 def _items(table: _Table, reference: Checkpoint | None, space: str, form: str) -> dict[str, Item]:

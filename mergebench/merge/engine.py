@@ -21,6 +21,7 @@ from mergebench.compute.masking import moved
 from mergebench.compute.rounding import round_to
 from mergebench.core.tensor import DTYPES, Array, size_of
 from mergebench.manifest import MANIFEST, with_outputs
+from mergebench.merge.averaged import Mean
 from mergebench.merge.factors import write_factors
 from mergebench.merge.op import At, Stack
 from mergebench.merge.plan import Plan
@@ -255,6 +256,10 @@ def _run(
             if item is None:
                 for target in targets:
                     _copy(plan, name, target, sinks)
+                tensor = plan.aligned.copies[name]
+                if isinstance(tensor, Mean) and (counts := tensor.nonfinite()):
+                    passed[name] = counts
+                    ledger.pass_through(name, counts)
             else:
                 for variant in plan.variants:
                     evaluator.prepare(variant.at(name), item)

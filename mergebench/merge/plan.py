@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,15 @@ from mergebench.core.rules import parse_weight
 from mergebench.core.schedule import is_schedule, to_plain
 from mergebench.core.tensor import nbytes
 from mergebench.merge.align import Aligned, align
+from mergebench.merge.buffers import settle
 from mergebench.merge.configs import check_configs
 from mergebench.merge.limits import DEFAULT_MEMORY, check_places, choose_tiling
 from mergebench.merge.method import Method
 from mergebench.merge.origin import Origin, check_saved, measure, named_bases
 from mergebench.merge.package import Package, package
+from mergebench.merge.precision import coarser
 from mergebench.merge.selecting import place, select
+from mergebench.merge.tying import tie_alike
 from mergebench.merge.variants import Variant, make_variants, recorded, sweeps
 from mergebench.recipe import DTYPES, FORMS, Recipe
 from mergebench.sources import Source, content, open_source, with_base
@@ -196,9 +199,12 @@ def make_plan(
         opened = _open_models(recipe, sources, options)
     models, weights = _canonical(opened, weights_given)
     first = next((each for each in opened if each.checkpoint is not None), None)
-    notes += _provenance(opened, base, form)
-    notes += check_saved(models, base, allow=recipe.allow_base_mismatch)
-    notes += check_configs(models, base, allow=recipe.allow_base_mismatch)
+    notes += [
+        *_provenance(opened, base, form),
+        *check_saved(models, base, allow=recipe.allow_base_mismatch),
+        *check_configs(models, base, allow=recipe.allow_base_mismatch),
+    ]
+    models, base, tied = tie_alike(models, base)
     if base is None and space == "weight" and any(m.checkpoint is None for m in models):
         space = "delta"
     _check_base(recipe, models, base, form, space)
@@ -210,26 +216,30 @@ def make_plan(
     if not aligned.items and not aligned.copies:
         raise MismatchError("the inputs have no floating-point tensor to merge")
     aligned, variants = place(aligned, variants, weights, chosen.apart)
-    if recipe.allow_nonfinite and form != "lora":
-        lenient = {name: replace(item, lenient=True) for name, item in aligned.items.items()}
-        aligned = replace(aligned, items=lenient)
+    aligned = settle(aligned, models, base, space, allow_nonfinite=recipe.allow_nonfinite)
     origin = measure(models, base, aligned, space, allow=recipe.allow_base_mismatch)
-    notes += origin.notes
     built = package(recipe, form, aligned, models, weights, base, first, variants)
     tiling, needed, least = choose_tiling(aligned, variants, built, memory, workers)
     if chosen.apart:
         notes.append(_left(sorted(chosen.apart), form))
-    notes += [*aligned.notes, *built.notes]
+    kept = aligned.items if recipe.dtype == "keep" and form == "model" else {}
+    notes += [*tied, *origin.notes, *aligned.notes, *built.notes]
+    notes += coarser(kept, built.stored, space)
     plan = Plan(
         recipe, method, models, weights, base, aligned, form, variants, built, tiling, needed,
         least, 1 + sweeps(variants), tuple(dict.fromkeys(notes)), origin,
     )  # fmt: skip
     check_places(variants, [*models, *([base] if base is not None else [])])
-    if variants[0].out is not None:
-        places = [each.out for each in variants if each.out is not None]
-        held = sum(staged_bytes(place, single_file=built.single_file) for place in places)
-        check_space(variants[0].out, plan.write_bytes, held)
+    _check_disk(plan)
     return plan
+
+
+def _check_disk(plan: Plan) -> None:
+    places = [each.out for each in plan.variants if each.out is not None]
+    if places:
+        single = plan.package.single_file
+        held = sum(staged_bytes(place, single_file=single) for place in places)
+        check_space(places[0], plan.write_bytes, held)
 
 
 def _check_recipe(recipe: Recipe) -> None:
