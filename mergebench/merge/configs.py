@@ -11,16 +11,17 @@ from mergebench.sources import Source
 
 #: The next step for whoever gave the wrong base.
 FIX = "give the base it was fine-tuned from, or add --allow-base-mismatch to merge all the same"
-#: Keys of a config that fine-tuning leaves alone. Sizes of the vocabulary and of the window are
-#: not among them: the shapes of the tensors say what must be said.
+#: Keys of a config that fine-tuning leaves alone. Sizes of vocabularies, windows and patches are
+#: not among them, as shapes say what must be said; nor activations, whose names have changed.
 _STRUCTURE = re.compile(
-    r"model_type|hidden_sizes?|intermediate_size|num_(hidden_|encoder_|decoder_)?layers"
-    r"|num_(attention_|key_value_|encoder_attention_|decoder_attention_)?heads|head_dim"
-    r"|(encoder|decoder)_(layers|attention_heads|ffn_dim)|n_(layers?|heads?|embd|inner)|d_(model|ff|kv|inner)"
-    r"|dim|hidden_dim|embedding_size|embed_dim|depths?|hidden_act|activation_function|feed_forward_proj"
+    r"model_type|_class_name|hidden_sizes?|intermediate_size|head_dim"
+    r"|num_(hidden_|encoder_|decoder_)?layers"
+    r"|num_(attention_|key_value_|encoder_attention_|decoder_attention_)?heads"
+    r"|(encoder|decoder)_(layers|attention_heads|ffn_dim)"
+    r"|n_(layers?|heads?|embd|inner)|d_(model|ff|kv|inner)"
+    r"|dim|hidden_dim|embedding_size|embed_dim|depths?|state_size|kv_lora_rank|q_lora_rank"
     r"|num_(local_|routed_|shared_)?experts|n_(routed|shared)_experts|num_experts_per_tok"
-    r"|patch_size|num_channels|layer_types?|state_size|conv_kernel|kv_lora_rank|q_lora_rank"
-    r"|block_out_channels|cross_attention_dim|in_channels|out_channels"
+    r"|block_out_channels|cross_attention_dim"
 )
 #: What transformers appends to the name of a family.
 _TASK = re.compile(

@@ -16,8 +16,9 @@ from mergebench.sources import Applied
 
 #: Entries of a run: one read of 1 KiB (bf16) to 4 KiB (float64), a page of a file or less.
 RUN = 512
-#: At most this many tensors are looked at per group, and so many runs in all of them together.
-TENSORS, RUNS = 256, 512
+#: At most this many tensors are looked at per group, so many runs in all of them together, and
+#: so many in one.
+TENSORS, RUNS, EACH = 256, 512, 32
 #: Entries of low-rank factors that are read, about; they have no sample that would do.
 FACTORS = 1 << 22
 #: Matrices by group. Heads, norms, biases and buffers are not counted: heads are made anew by
@@ -147,7 +148,7 @@ def likeness(
             and any(model.get(name) is not tensor for model in models)
         ]
         chosen = _spread(sorted(names, key=str.encode), TENSORS)
-        each = RUNS // max(len(chosen), 1)
+        each = min(RUNS // max(len(chosen), 1), EACH)
         pairs: list[list[Pair]] = [[] for _ in models]
         for name in chosen:
             for place, pair in _pairs(name, reference[name], models, each):
@@ -166,7 +167,7 @@ def _pairs(
     start = _entries(origin, places)
     for place, model in enumerate(models):
         own = model.get(name)
-        if own is None or own is origin or own.dtype not in FLOATING or tuple(own.shape) != shape:
+        if own is None or own.dtype not in FLOATING or tuple(own.shape) != shape:
             continue
         other = _entries(own, places)
         # NaN and infinity are the business of the merge, which names them.

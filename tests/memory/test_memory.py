@@ -23,7 +23,8 @@ def test_ties_stays_within_its_memory(models: Path, scope: str) -> None:
     out = models / f"{scope}.safetensors"
     arguments = ("merge", *FILES, "-m", "ties", "-p", f"scope={scope}", "-o", out)
 
-    measured = measure([*arguments, "--memory", "256MiB"], models)
+    # The models are noise, and have nothing to do with each other.
+    measured = measure([*arguments, "--memory", "256MiB", "--allow-base-mismatch"], models)
 
     assert_within(measured, LIMIT)
     entries, start = header(out)

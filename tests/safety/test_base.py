@@ -195,11 +195,23 @@ def test_norms_and_biases_do_not_count(place: Path) -> None:
 def test_large_constants_do_not_outweigh_the_rest(place: Path) -> None:
     """A small matrix with large entries that all models share does not hide a wrong base."""
     shared = np.tile(np.arange(1, 17, dtype=F32), (24, 1))
+    same = {"model.layers.0.mixer.A_log": shared, EMBEDDING: model(0)[EMBEDDING]}
     for name, seed in (("base2", 0), ("apart2", 1)):
-        save_folder(place / name, {**model(seed), "model.layers.0.mixer.A_log": shared})
+        save_folder(place / name, {**model(seed), **same})
 
     ran = call("merge", "apart2", "-b", "base2", "-m", "ties", cwd=place)
-    assert_refused(ran, "was not fine-tuned from base2")
+    assert_refused(ran, "was not fine-tuned from base2", "5 linear matrices")
+
+
+def test_vectors_named_after_embeddings_do_not_count(place: Path) -> None:
+    """The bias of a patch embedding is a bias."""
+    for name, seed in (("base2", 0), ("apart2", 1)):
+        same = {each: model(0)[each] for each in LINEAR}
+        bias = {"patch_embeddings.projection.bias": np.ones(100_000, F32)}
+        save_folder(place / name, {**model(seed), **same, **bias})
+
+    ran = call("merge", "apart2", "-b", "base2", "-m", "ties", cwd=place)
+    assert_refused(ran, "was not fine-tuned from base2", "1 embedding matrices")
 
 
 def test_new_heads_do_not_count(place: Path) -> None:
@@ -357,12 +369,14 @@ def test_what_fine_tuning_changes_does_not_matter(place: Path) -> None:
         "use_cache": True, "torch_dtype": "float32", "max_position_embeddings": 512,
         "n_inner": None, "vocab_size": 96, "transformers_version": "4.8.2",
         "rope_theta": 1e4, "hidden_size": 96,
+        "hidden_act": "gelu",
     }  # fmt: skip
     theirs = {
         "architectures": ["BertForSequenceClassification"], "model_type": "bert",
         "hidden_dropout_prob": 0.0, "use_cache": False, "torch_dtype": "bfloat16",
         "max_position_embeddings": 1024, "n_inner": 384, "vocab_size": 97,
         "transformers_version": "5.0", "rope_theta": 5e5, "hidden_size": 96,
+        "hidden_act": "gelu_new",
         "id2label": {"0": "no"}, "problem_type": "single_label_classification",
     }  # fmt: skip
     save_folder(place / "base2", model(0), ours)

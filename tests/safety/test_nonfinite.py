@@ -118,9 +118,11 @@ def test_several_entries() -> None:
     """Each model's, at the same place and at others, in one tensor and in two."""
     base = floats(base_model())
     one, two = (floats(fine_tune(base, seed)) for seed in (1, 2))
-    bad_one = with_entry(one, MATRIX, (3, 5), np.nan)
+    bad_one = with_entry(with_entry(one, MATRIX, (3, 5), np.nan), MATRIX, (1, 2), np.nan)
     bad_two = with_entry(with_entry(two, MATRIX, (3, 5), np.inf), MATRIX, (9, 1), -np.inf)
-    good_one = with_entry(one, MATRIX, (3, 5), base[MATRIX][3, 5])
+    good_one = with_entry(
+        with_entry(one, MATRIX, (3, 5), base[MATRIX][3, 5]), MATRIX, (1, 2), base[MATRIX][1, 2]
+    )
     good_two = with_entry(
         with_entry(two, MATRIX, (3, 5), base[MATRIX][3, 5]), MATRIX, (9, 1), base[MATRIX][9, 1]
     )
@@ -128,7 +130,7 @@ def test_several_entries() -> None:
     found = merged("ties", [bad_one, bad_two], base, allow_nonfinite=True)
 
     expected = merged("ties", [good_one, good_two], base)
-    assert_nan_only_at(found, expected, MATRIX, (3, 5), (9, 1))
+    assert_nan_only_at(found, expected, MATRIX, (3, 5), (1, 2), (9, 1))
 
 
 def test_weight_zero_counts() -> None:
