@@ -8,7 +8,8 @@ from math import inf, isfinite, sqrt
 
 import numpy as np
 
-from mergebench.core.delta import Delta, Difference, LowRank, factors, reads, resident
+from mergebench.adapters_zoo.computed import Computed
+from mergebench.core.delta import Delta, Dense, Difference, LowRank, factors, reads, resident
 from mergebench.core.site import kind_of
 from mergebench.core.tensor import FLOATING, Array, Tensor, size_of
 from mergebench.merge.stream import Item
@@ -19,8 +20,9 @@ RUN = 512
 #: At most this many tensors are looked at per group, so many runs in all of them together, and
 #: so many in one.
 TENSORS, RUNS, EACH = 256, 512, 32
-#: Entries of low-rank factors that are read, about; they have no sample that would do.
-FACTORS = 1 << 22
+#: Entries of factors that are read, or of updates computed from them, about: they have no sample
+#: that would do. At least FEW tensors are looked at, and FEW runs of one that is computed.
+FACTORS, FEW = 1 << 22, 4
 #: Matrices by group. Heads, norms, biases and buffers are not counted: heads are made anew by
 #: fine-tuning, and the others are alike in models that have nothing to do with each other.
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -218,7 +220,7 @@ def task_norms(items: Mapping[str, Item]) -> list[tuple[float, float]]:
     for place in range(len(items[names[0]].deltas)):
         own = [name for name in names if items[name].deltas[place] is not None]
         stored = sum(_stored(items[name].deltas[place]) for name in own)
-        chosen = _spread(own, min(TENSORS, max(FACTORS * len(own) // max(stored, 1), 4)))
+        chosen = _spread(own, min(TENSORS, max(FACTORS * len(own) // max(stored, 1), FEW)))
         total = sum(items[name].site.size for name in own)
         looked = sum(items[name].site.size for name in chosen)
         squares = weighted = 0.0
@@ -233,7 +235,14 @@ def task_norms(items: Mapping[str, Item]) -> list[tuple[float, float]]:
 
 
 def _stored(delta: Delta | None) -> int:
-    return delta.rank * sum(delta.shape[:2]) if isinstance(delta, LowRank) else 0
+    if isinstance(delta, LowRank):
+        return delta.rank * sum(delta.shape[:2])
+    return size_of(delta.shape) if delta is not None and _is_computed(delta) else 0
+
+
+def _is_computed(delta: Delta) -> bool:
+    """Whether reading an entry costs the work of a whole block (LoHa), or weight (DoRA)."""
+    return isinstance(delta, Dense) and isinstance(delta.values, Computed)
 
 
 def _square(delta: Delta, each: int) -> float:
@@ -244,7 +253,7 @@ def _square(delta: Delta, each: int) -> float:
         # ‖LR‖² = ⟨LᵀL, RRᵀ⟩, without the product itself.
         square = float(np.sum((left.T @ left) * (right @ right.T)))
     else:
-        places = list(runs(size, each))
+        places = list(runs(size, min(each, FEW) if _is_computed(delta) else each))
         values = _entries(_values(reads(delta)[0]), places)
         if isinstance(delta, Difference):
             values = values - _entries(_values(delta.base), places)

@@ -12,10 +12,24 @@ import numpy as np
 import pytest
 
 from mergebench import merge_models
+from mergebench.adapters_zoo.computed import Computed
+from mergebench.core.delta import Dense
 from mergebench.core.errors import MismatchError
+from mergebench.core.site import Site
 from mergebench.core.tensor import ArrayTensor
 from mergebench.merge.origin import UNRELATED, tells
-from mergebench.merge.sampled import RUN, RUNS, TENSORS, Likeness, Pair, likeness, runs
+from mergebench.merge.sampled import (
+    FEW,
+    RUN,
+    RUNS,
+    TENSORS,
+    Likeness,
+    Pair,
+    likeness,
+    runs,
+    task_norms,
+)
+from mergebench.merge.stream import Item
 from tests.helpers.adapters import factors, product, save_peft
 from tests.helpers.compare import assert_same
 from tests.helpers.files import F32, Array, listing, read
@@ -499,6 +513,29 @@ def test_norms_of_adapters_are_exact(tmp_path: Path) -> None:
         found = data["origin"]["task_vector_norms"][label]
         assert found == pytest.approx(np.sqrt(squares), rel=1e-9)
     assert data["origin"]["reference"] is None
+
+
+def test_norms_of_computed_updates_are_estimated_from_few() -> None:
+    """An update that is computed when read is looked at in a few places of a few matrices."""
+    asked: list[str] = []
+
+    def update(name: str) -> Dense:
+        def block(rows: slice, columns: slice) -> Array:
+            asked.append(name)
+            return np.full((rows.stop - rows.start, columns.stop - columns.start), 0.5)
+
+        return Dense(Computed((4096, 4096), block))
+
+    names = [f"layers.{number}.up.weight" for number in range(40)]
+    items = {
+        name: Item(Site(name, (4096, 4096)), (update(name),), (2.0,), ("a",), None)
+        for name in names
+    }
+    ((norm, weighted),) = task_norms(items)
+    assert norm == pytest.approx(0.5 * np.sqrt(40) * 4096)
+    assert weighted == pytest.approx(2 * norm)
+    assert len(set(asked)) == FEW
+    assert len(asked) <= 2 * FEW * FEW
 
 
 def test_model_given_twice(place: Path) -> None:
