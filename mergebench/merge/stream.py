@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mergebench.adapters_zoo.computed import Computed
 from mergebench.compute.tiles import Tiling
 from mergebench.core.delta import Delta, Dense, Difference, LowRank, reads, resident, tile
 from mergebench.core.errors import MergebenchError
@@ -151,13 +152,13 @@ def _check_stored(
 
 
 def _parts(delta: Delta) -> Iterator[tuple[Tensor, bool]]:
-    """The tensors below a displacement, and whether each is a factor rather than entries."""
+    """The tensors below a displacement, and whether each is a factor (or computed from some)."""
     for tensor in reads(delta):
         if isinstance(tensor, Applied):
             yield tensor.weight, False
             yield from _parts(tensor.delta)
         else:
-            yield tensor, isinstance(delta, LowRank)
+            yield tensor, isinstance(delta, LowRank) or isinstance(tensor, Computed)
 
 
 def _too_large(item: Item) -> MergebenchError:

@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 
 from mergebench import merge_models
+from mergebench.adapters_zoo.computed import Computed
+from mergebench.core.delta import Dense
 from mergebench.core.errors import MergebenchError
+from mergebench.core.site import Site
 from mergebench.merge.engine import execute
 from mergebench.merge.method import METHODS
 from mergebench.merge.plan import make_plan
+from mergebench.merge.stream import Item, load
 from mergebench.recipe import ModelRef, Recipe
 from tests.helpers.adapters import factors, save_peft
 from tests.helpers.compare import assert_same
@@ -250,6 +254,18 @@ def test_factors_are_refused(scene: Scene, method: str, form: tuple[str, ...]) -
 
     assert_refused(ran, "spoilt", MATRIX, "1 NaN", "row or column", "does not pass on")
     assert listing(scene.path) == before
+
+
+def test_computed_updates_are_refused() -> None:
+    """What other adapters make of a bad number is no single entry either."""
+
+    def block(rows: slice, columns: slice) -> Array:
+        return np.full((rows.stop - rows.start, columns.stop - columns.start), np.nan)
+
+    update = Dense(Computed((4, 4), block))
+    item = Item(Site("up.weight", (4, 4)), (update,), (1.0,), ("loha",), None, lenient=True)
+    with pytest.raises(MergebenchError, match=r"loha: tensor 'up\.weight' has 16 NaN.*not pass on"):
+        load(item, 0, 16)
 
 
 def test_what_is_copied_stays_as_it_is(scene: Scene) -> None:
