@@ -439,19 +439,20 @@ def test_repeated_head_is_taken_as_tied(tmp_path: Path, origin: str, tuned: str)
     assert kept["tie_word_embeddings"] is (origin != "untied")
 
 
+@pytest.mark.parametrize("seeds", [(1, 2), (6, 7), (10, 11)])
 @pytest.mark.parametrize("first", ["one", "two"])
-def test_repeated_head_without_a_base(tmp_path: Path, first: str) -> None:
-    """Whichever config is taken, the output is right under it: the head is written."""
+def test_repeated_head_without_a_base(tmp_path: Path, first: str, seeds: tuple[int, int]) -> None:
+    """Whichever config is taken, and whichever order: the head is written, as is right in both."""
     base = base_model()
-    save_folder(tmp_path / "one", with_head(fine_tune(base, 1)), UNTIED)
-    save_folder(tmp_path / "two", without_head(fine_tune(base, 2)), TIED)
+    save_folder(tmp_path / "one", with_head(fine_tune(base, seeds[0])), UNTIED)
+    save_folder(tmp_path / "two", without_head(fine_tune(base, seeds[1])), TIED)
     second = {"one": "two", "two": "one"}[first]
 
     ran = assert_done(call("merge", first, second, "-o", "out", cwd=tmp_path))
 
     found = read(tmp_path / "out")
     assert_same({"": found[HEAD]}, {"": found[EMBEDDING]})
-    one, two = (fine_tune(base, seed)[EMBEDDING].astype(F64) for seed in (1, 2))
+    one, two = (fine_tune(base, seed)[EMBEDDING].astype(F64) for seed in seeds)
     assert_close({"": found[EMBEDDING]}, {"": (one + two) / 2})
     assert "is taken as tied, as in two" in ran.err
 
