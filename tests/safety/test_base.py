@@ -404,6 +404,14 @@ def test_what_fine_tuning_changes_does_not_matter(place: Path) -> None:
         assert_done(call(*call_, cwd=place))
 
 
+def test_model_type_goes_before_names_of_classes(place: Path) -> None:
+    """Where both configs have a model_type, what the classes are called does not matter."""
+    for name, like, family in (("base2", "base", "OldForCausalLM"), ("ft3", "ft1", "NewModel")):
+        save_folder(place / name, read(place / like), {"architectures": [family]})
+
+    assert_done(call("merge", "ft3", "-b", "base2", "-m", "ties", cwd=place))
+
+
 def test_saved_task_vector_of_another_base(place: Path) -> None:
     """A task vector knows its base by fingerprint, at any place; another one is refused."""
     made = ("merge", "ft1", "-b", "base", "-m", "task_arithmetic", "--as", "delta")
