@@ -19,6 +19,8 @@ from mergebench.core.schedule import Cases, to_plain
 VERSION = 1
 DTYPES = ("keep", "bf16", "f16", "f32", "f64")
 FORMS = ("auto", "model", "lora", "delta")
+ON_MISMATCH = ("error", "base", "skip", "union")
+VOCAB = ("error", "pad", "intersect")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,10 @@ class Recipe:
         For bare adapter files that do not name theirs.
     ignore_saved_base : bool
         Drop copies of base parameters that adapters carry.
+    on_mismatch : error, base, skip or union
+        What is done with tensors that an input lacks, has in another shape, or has alone.
+    vocab : error, pad or intersect
+        What is done where inputs have different vocabularies.
     allow_base_mismatch : bool
         Merge models that were not made from the base.
     allow_nonfinite : bool
@@ -90,6 +96,8 @@ class Recipe:
     shard_size: str | None = None
     lora_alpha: float | None = None
     ignore_saved_base: bool = False
+    on_mismatch: str = "error"
+    vocab: str = "error"
     allow_base_mismatch: bool = False
     allow_nonfinite: bool = False
     out: str | None = None
@@ -123,6 +131,8 @@ class Recipe:
             "shard_size",
             "lora_alpha",
             "ignore_saved_base",
+            "on_mismatch",
+            "vocab",
             "allow_base_mismatch",
             "allow_nonfinite",
             "out",
@@ -202,7 +212,7 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
     known = {
         "mergebench", "method", "params", "ops", "models", "then", "where", "include", "exclude",
         "base", "compat", "dtype", "as", "shard_size", "lora_alpha", "ignore_saved_base",
-        "allow_base_mismatch", "allow_nonfinite", "out",
+        "on_mismatch", "vocab", "allow_base_mismatch", "allow_nonfinite", "out",
     }  # fmt: skip
     for key in data:
         if key not in known:
@@ -236,6 +246,8 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
         shard_size=_text(data, "shard_size", where),
         lora_alpha=_number(data.get("lora_alpha"), "lora_alpha", where),
         ignore_saved_base=_flag(data, "ignore_saved_base", where),
+        on_mismatch=_choice(data, "on_mismatch", ON_MISMATCH, where),
+        vocab=_choice(data, "vocab", VOCAB, where),
         allow_base_mismatch=_flag(data, "allow_base_mismatch", where),
         allow_nonfinite=_flag(data, "allow_nonfinite", where),
         out=_text(data, "out", where),

@@ -35,6 +35,8 @@ def merge(
     shard_size: o.ShardSize = None,
     lora_alpha: o.LoraAlpha = None,
     ignore_saved_base: o.IgnoreSavedBase = False,
+    on_mismatch: o.OnMismatch = "error",
+    vocab: o.Vocab = "error",
     allow_base_mismatch: o.AllowBaseMismatch = False,
     allow_nonfinite: o.AllowNonfinite = False,
     out: o.Out = None,
@@ -58,7 +60,8 @@ def merge(
     """
     recipe = _recipe(
         models, base, method, param, then, compat, dtype, form, shard_size, lora_alpha, out,
-        ignore_saved_base, where, include, exclude, allow_base_mismatch, allow_nonfinite,
+        ignore_saved_base, where, include, exclude, on_mismatch, vocab,
+        allow_base_mismatch, allow_nonfinite,
     )  # fmt: skip
     _do(recipe, force, memory, workers, dry_run, as_json, quiet)
 
@@ -78,6 +81,8 @@ def plan(
     shard_size: o.ShardSize = None,
     lora_alpha: o.LoraAlpha = None,
     ignore_saved_base: o.IgnoreSavedBase = False,
+    on_mismatch: o.OnMismatch = "error",
+    vocab: o.Vocab = "error",
     allow_base_mismatch: o.AllowBaseMismatch = False,
     allow_nonfinite: o.AllowNonfinite = False,
     out: o.Out = None,
@@ -95,7 +100,8 @@ def plan(
     """
     recipe = _recipe(
         models, base, method, param, then, compat, dtype, form, shard_size, lora_alpha, out,
-        ignore_saved_base, where, include, exclude, allow_base_mismatch, allow_nonfinite,
+        ignore_saved_base, where, include, exclude, on_mismatch, vocab,
+        allow_base_mismatch, allow_nonfinite,
     )  # fmt: skip
     _do(recipe, True, memory, workers, True, as_json, False)
 
@@ -146,6 +152,8 @@ def _recipe(
     where: list[str] | None,
     include: list[str] | None,
     exclude: list[str] | None,
+    on_mismatch: str,
+    vocab: str,
     allow_base_mismatch: bool,
     allow_nonfinite: bool,
 ) -> Recipe:
@@ -153,6 +161,8 @@ def _recipe(
     from mergebench.recipe import (
         DTYPES,
         FORMS,
+        ON_MISMATCH,
+        VOCAB,
         ModelRef,
         Recipe,
         parse_assignment,
@@ -161,7 +171,12 @@ def _recipe(
     )
     from mergebench.sources import split_weight
 
-    for option, value, known in (("--dtype", dtype, DTYPES), ("--as", form, FORMS)):
+    for option, value, known in (
+        ("--dtype", dtype, DTYPES),
+        ("--as", form, FORMS),
+        ("--on-mismatch", on_mismatch, ON_MISMATCH),
+        ("--vocab", vocab, VOCAB),
+    ):
         if value not in known:
             raise ParameterError(f"{option}: {value!r}", fix=did_you_mean(value, known))
     if shard_size is not None:
@@ -187,6 +202,8 @@ def _recipe(
         shard_size=shard_size,
         lora_alpha=lora_alpha,
         ignore_saved_base=ignore_saved_base,
+        on_mismatch=on_mismatch,
+        vocab=vocab,
         allow_base_mismatch=allow_base_mismatch,
         allow_nonfinite=allow_nonfinite,
         out=out,

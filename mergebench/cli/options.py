@@ -92,6 +92,21 @@ IgnoreSavedBase = Annotated[
         "the same values.",
     ),
 ]
+OnMismatch = Annotated[
+    str,
+    typer.Option(
+        "--on-mismatch",
+        help="Tensors that a model lacks or has in another shape: error; base, take the base's; "
+        "skip, merge the other models; union, also add what only some models have.",
+    ),
+]
+Vocab = Annotated[
+    str,
+    typer.Option(
+        "--vocab",
+        help="Different vocabularies: error; intersect, keep the base's; pad, keep all tokens.",
+    ),
+]
 AllowBaseMismatch = Annotated[
     bool,
     typer.Option(

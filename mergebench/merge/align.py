@@ -223,7 +223,8 @@ def _check_names(model: Source, reference: Checkpoint, notes: list[str]) -> dict
         others = f", and {_few(extra)} not in {reference.label}" if extra else ""
         raise MismatchError(
             f"{model.label}: {len(missing)} tensors are missing ({_few(missing)}){others}",
-            fix="give models fine-tuned from the same base",
+            fix="give models fine-tuned from the same base, or choose with --on-mismatch "
+            "base|skip|union",
         )
     heads = [name for name in extra if kind_of(name, own.tensors[name].shape) == "head"]
     if heads and is_tied(reference.config):
@@ -289,7 +290,7 @@ def _check_shapes(table: _Table, reference: Checkpoint | None) -> None:
                 raise MismatchError(
                     f"{name}: {origin} is {_times(expected)}, "
                     f"{model.label} is {_times(delta.shape)}",
-                    fix="give models of one architecture and vocabulary",
+                    fix="give models of one architecture, or choose with --on-mismatch base|skip",
                 )
 
 
@@ -334,7 +335,7 @@ def _assert_equal(name: str, origin: str, tensor: Tensor, model: Source) -> None
         raise MismatchError(
             f"{name}: {tensor.dtype} tensors are not merged and must agree, "
             f"but {model.label} differs from {origin}",
-            fix="give models with equal buffers",
+            fix="give models with equal buffers, or take the base's with --on-mismatch base",
         )
 
 

@@ -46,6 +46,8 @@ def merge_models(
     shard_size: str | None = None,
     lora_alpha: float | None = None,
     ignore_saved_base: bool = False,
+    on_mismatch: str = "error",
+    vocab: str = "error",
     allow_base_mismatch: bool = False,
     allow_nonfinite: bool = False,
     memory: int | str = DEFAULT_MEMORY,
@@ -76,8 +78,8 @@ def merge_models(
     include, exclude : sequence of str
         Selectors of the tensors to merge, such as ``"class=norm"`` or a regular expression; the
         others come from the base.
-    compat, dtype, form, shard_size, lora_alpha, ignore_saved_base, allow_base_mismatch,
-    allow_nonfinite
+    compat, dtype, form, shard_size, lora_alpha, ignore_saved_base, on_mismatch, vocab
+    allow_base_mismatch, allow_nonfinite
         As in :class:`~mergebench.recipe.Recipe`.
     memory : int or str, bytes or such as "256MiB", default 512 MiB
     workers : int, optional
@@ -117,6 +119,8 @@ def merge_models(
         shard_size=shard_size,
         lora_alpha=lora_alpha,
         ignore_saved_base=ignore_saved_base,
+        on_mismatch=on_mismatch,
+        vocab=vocab,
         allow_base_mismatch=allow_base_mismatch,
         allow_nonfinite=allow_nonfinite,
         out=None if out is None else fspath(out),

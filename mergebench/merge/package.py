@@ -127,6 +127,7 @@ def package(
     base: Source | None,
     first: Source | None,
     variants: Sequence[Variant],
+    sides: Mapping[str, bytes | Path | None] | None = None,
 ) -> Package:
     """Decide names, dtypes, ranks and files of the outputs.
 
@@ -180,7 +181,7 @@ def package(
         about={"inputs": _inputs(models, weights, base), "library": _library(form, reference)},
         origins=tuple(_origins(models, base)),
         config={} if packed is None else packed.config,
-        companions=_companions(recipe, form, reference),
+        companions=_companions(recipe, form, reference, sides or {}),
         notes=_notes(form, reference),
     )
 
@@ -249,7 +250,12 @@ def _library(form: str, reference: Source | None) -> str | None:
     return "transformers" if form == "model" and known and "model_type" in known else None
 
 
-def _companions(recipe: Recipe, form: str, reference: Source | None) -> dict[str, Path | bytes]:
+def _companions(
+    recipe: Recipe,
+    form: str,
+    reference: Source | None,
+    sides: Mapping[str, bytes | Path | None],
+) -> dict[str, Path | bytes]:
     """Files of the base that loaders need; its config says the dtype of the output."""
     if form != "model" or reference is None or reference.checkpoint is None:
         return {}
@@ -257,6 +263,10 @@ def _companions(recipe: Recipe, form: str, reference: Source | None) -> dict[str
     found: dict[str, Path | bytes] = {
         name: path for name, path in reference.checkpoint.sides().items() if name not in ours
     }
+    for name, content in sides.items() if reference.checkpoint.folder is not None else ():
+        found.pop(name, None)
+        if content is not None:
+            found[name] = content
     config = reference.checkpoint.config
     if recipe.dtype != "keep" and config is not None and "config.json" in found:
         changed = _with_dtype(config, _TORCH[recipe.dtype])

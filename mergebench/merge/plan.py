@@ -23,13 +23,15 @@ from mergebench.merge.buffers import settle
 from mergebench.merge.configs import check_configs
 from mergebench.merge.limits import DEFAULT_MEMORY, check_places, choose_tiling
 from mergebench.merge.method import Method
+from mergebench.merge.mismatch import Odd, even_out, extended
 from mergebench.merge.origin import Origin, check_saved, measure, named_bases
 from mergebench.merge.package import Package, package
 from mergebench.merge.precision import coarser
 from mergebench.merge.selecting import place, select
 from mergebench.merge.tying import tie_alike
 from mergebench.merge.variants import Variant, make_variants, recorded, sweeps
-from mergebench.recipe import DTYPES, FORMS, Recipe
+from mergebench.merge.vocab import reconcile
+from mergebench.recipe import DTYPES, FORMS, ON_MISMATCH, VOCAB, Recipe
 from mergebench.sources import Source, content, open_source, with_base
 
 
@@ -59,6 +61,8 @@ class Plan:
         How often the inputs are read.
     origin : Origin
         How the models relate to the base, from a sample.
+    odd : tuple of Odd
+        Tensors that do not match in all inputs, and what is done with them.
     """
 
     recipe: Recipe
@@ -76,6 +80,7 @@ class Plan:
     passes: int
     notes: tuple[str, ...]
     origin: Origin
+    odd: tuple[Odd, ...] = ()
 
     @property
     def layout(self) -> Layout:
@@ -132,6 +137,7 @@ class Plan:
             ],
             "base": None if self.base is None else self.base.label,
             "origin": self.origin.to_json(),
+            "mismatches": [each.to_json() for each in self.odd],
             "tensors": {
                 "merged": len(self.aligned.items),
                 "copied": {name: self.aligned.reasons[name] for name in self.aligned.copies},
@@ -211,27 +217,43 @@ def make_plan(
     _check_count(method, models, variants)
     variants = recorded(variants, models, weights, base)
     chosen = select(recipe, models, base)
-    models = chosen.models
+    spoken = reconcile(chosen.models, base, _same(first, chosen.models), recipe.vocab)
+    evened = even_out(spoken.models, weights, spoken.base, space, recipe.on_mismatch)
+    models, base, first = evened.models, spoken.base, spoken.first
     aligned = align(models, weights, base, space, form)
     if not aligned.items and not aligned.copies:
         raise MismatchError("the inputs have no floating-point tensor to merge")
     aligned, variants = place(aligned, variants, weights, chosen.apart)
+    aligned = extended(aligned, evened, form)
     aligned = settle(aligned, models, base, space, allow_nonfinite=recipe.allow_nonfinite)
     origin = measure(models, base, aligned, space, allow=recipe.allow_base_mismatch)
-    built = package(recipe, form, aligned, models, weights, base, first, variants)
+    built = package(recipe, form, aligned, models, weights, base, first, variants, spoken.sides)
     tiling, needed, least = choose_tiling(aligned, variants, built, memory, workers)
-    if chosen.apart:
-        notes.append(_left(sorted(chosen.apart), form))
     kept = aligned.items if recipe.dtype == "keep" and form == "model" else {}
-    notes += [*tied, *origin.notes, *aligned.notes, *built.notes]
-    notes += coarser(kept, built.stored, space)
+    notes += [
+        *_left(sorted(chosen.apart), form),
+        *tied,
+        *spoken.notes,
+        *evened.notes(),
+        *origin.notes,
+        *aligned.notes,
+        *built.notes,
+        *coarser(kept, built.stored, space),
+    ]
     plan = Plan(
         recipe, method, models, weights, base, aligned, form, variants, built, tiling, needed,
-        least, 1 + sweeps(variants), tuple(dict.fromkeys(notes)), origin,
+        least, 1 + sweeps(variants), tuple(dict.fromkeys(notes)), origin, evened.odd,
     )  # fmt: skip
     check_places(variants, [*models, *([base] if base is not None else [])])
     _check_disk(plan)
     return plan
+
+
+def _same(first: Source | None, models: Sequence[Source]) -> Source | None:
+    """The model of this label as the steps before have left it."""
+    if first is None:
+        return None
+    return next((each for each in models if each.label == first.label), first)
 
 
 def _check_disk(plan: Plan) -> None:
@@ -243,7 +265,12 @@ def _check_disk(plan: Plan) -> None:
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    for what, value, known in (("dtype", recipe.dtype, DTYPES), ("as", recipe.form, FORMS)):
+    for what, value, known in (
+        ("dtype", recipe.dtype, DTYPES),
+        ("as", recipe.form, FORMS),
+        ("on_mismatch", recipe.on_mismatch, ON_MISMATCH),
+        ("vocab", recipe.vocab, VOCAB),
+    ):
         if value not in known:
             raise ParameterError(f"{what}: {value!r}", expected="one of " + ", ".join(known))
 
@@ -291,10 +318,12 @@ def _canonical(
     return tuple(opened[i] for i in order), tuple(weights[i] for i in order)
 
 
-def _left(names: Sequence[str], form: str) -> str:
+def _left(names: Sequence[str], form: str) -> list[str]:
+    if not names:
+        return []
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     what = "taken from the base unchanged" if form == "model" else "left out"
-    return f"{len(names)} tensors are not selected and {what}: {shown}"
+    return [f"{len(names)} tensors are not selected and {what}: {shown}"]
 
 
 def _rank(weight: Any) -> tuple[bool, float, str]:

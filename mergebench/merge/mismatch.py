@@ -1,0 +1,240 @@
+"""``--on-mismatch``: tensors that a model lacks, has in another shape, or has alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mergebench.checkpoints.layout import Checkpoint
+from mergebench.checkpoints.ties import is_tied, same_content
+from mergebench.core.errors import MismatchError
+from mergebench.core.site import is_constant, is_counter, kind_of
+from mergebench.core.tensor import FLOATING, Tensor
+from mergebench.merge.align import Aligned
+from mergebench.merge.averaged import average
+from mergebench.sources import Source
+
+
+@dataclass(frozen=True)
+class Odd:
+    """One tensor of one model that does not match.
+
+    Attributes
+    ----------
+    model, tensor : str
+    what : str
+        ``missing``, ``shape`` or ``extra``; ``differs`` for integers.
+    fate : str
+        What is done about it.
+    """
+
+    model: str
+    tensor: str
+    what: str
+    fate: str
+
+    def to_json(self) -> dict[str, str]:
+        """Plain data."""
+        return {"model": self.model, "tensor": self.tensor, "what": self.what, "fate": self.fate}
+
+
+@dataclass(frozen=True, eq=False)
+class Evened:
+    """Inputs with the same tensors.
+
+    Attributes
+    ----------
+    models : tuple of Source
+    odd : tuple of Odd
+    muted : mapping of tensor name to positions of models
+        Whose weight does not take part there.
+    added : mapping of tensor name to (tensor, reason)
+        Of the output, beyond those of the reference.
+    """
+
+    models: tuple[Source, ...]
+    odd: tuple[Odd, ...] = ()
+    muted: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    added: Mapping[str, tuple[Tensor, str]] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """One sentence for each model and fate."""
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for each in self.odd:
+            groups.setdefault((each.model, each.what, each.fate), []).append(each.tensor)
+        words = {"missing": "are missing", "shape": "have another shape", "extra": "are extra",
+                 "differs": "are other integers"}  # fmt: skip
+        return [
+            f"{model}: {len(names)} tensors {words[what]} ({_few(names)}) and {fate}"
+            for (model, what, fate), names in groups.items()
+        ]
+
+
+def even_out(
+    models: Sequence[Source],
+    weights: Sequence[Any],
+    base: Source | None,
+    space: str,
+    policy: str,
+) -> Evened:
+    """Make the tensors of all full models those of the reference: the base, or the first of them.
+
+    Parameters
+    ----------
+    models : sequence of Source, in canonical order
+    weights : sequence of float, Gradient or Cases
+        In the same order.
+    base : Source or None
+    space : weight or delta
+    policy : error, base, skip or union
+        ``error`` changes nothing. ``base``: a tensor that does not match in some model comes from
+        the base. ``skip``: the model that lacks it, or has it in another shape, does not move it,
+        and in weight space its weight does not take part. Both leave extra tensors out. ``union``:
+        as ``skip``, and extra tensors are kept, as the weighted mean of those that have them.
+
+    Raises
+    ------
+    MismatchError
+        If ``base`` is asked for and there is none; if extra tensors differ in shape.
+    """
+    reference = _reference(models, base)
+    if policy == "error" or reference is None:
+        return Evened(tuple(models))
+    if policy == "base" and base is None:
+        raise MismatchError(
+            "--on-mismatch base takes tensors from the base, and none is given", fix="add --base"
+        )
+    odd: list[Odd] = []
+    amiss = [_amiss(model, reference, policy) for model in models]
+    everywhere = {name for found in amiss for name in found} if policy == "base" else set()
+    changed: list[Source] = []
+    muted: dict[str, set[int]] = {}
+    extra: dict[str, list[tuple[int, Tensor]]] = {}
+    for position, (model, found) in enumerate(zip(models, amiss, strict=True)):
+        own = model.checkpoint
+        if own is None or own is reference:
+            changed.append(model)
+            continue
+        fate = "come from the base" if policy == "base" else "do not take part"
+        odd += [Odd(model.label, name, what, fate) for name, what in sorted(found.items())]
+        tensors = dict(own.tensors)
+        for name in found if policy != "base" else everywhere:
+            tensors[name] = reference.tensors[name]
+            if policy != "base" and space == "weight":
+                muted.setdefault(name, set()).add(position)
+        for name in _extra(own, reference):
+            kept = policy == "union"
+            fate = "are added" if kept else "are left out"
+            odd.append(Odd(model.label, name, "extra", fate))
+            tensor = tensors.pop(name)
+            if kept:
+                extra.setdefault(name, []).append((position, tensor))
+        changed.append(replace(model, checkpoint=replace(own, tensors=tensors)))
+    added = {
+        name: _joined(name, holders, models, weights) for name, holders in sorted(extra.items())
+    }
+    places = {name: frozenset(found) for name, found in muted.items()}
+    return Evened(tuple(changed), tuple(odd), places, added)
+
+
+def _reference(models: Sequence[Source], base: Source | None) -> Checkpoint | None:
+    if base is not None:
+        return base.checkpoint
+    return next((each.checkpoint for each in models if each.checkpoint is not None), None)
+
+
+def _amiss(model: Source, reference: Checkpoint, policy: str) -> dict[str, str]:
+    """Tensors of the reference that a model lacks or has otherwise, and how."""
+    own = model.checkpoint
+    if own is None or own is reference:
+        return {}
+    found: dict[str, str] = {}
+    for name, tensor in reference.tensors.items():
+        # A head that one side ties is no missing tensor: that mixture stays refused.
+        if name in reference.aliases or (is_tied(own.config) and _is_head(name, tensor)):
+            continue
+        mine = own.tensors.get(name)
+        counted = tensor.dtype in FLOATING and not is_constant(name, tuple(tensor.shape))
+        if mine is None:
+            if counted:
+                found[name] = "missing"
+        elif counted and tuple(mine.shape) != tuple(tensor.shape):
+            found[name] = "shape"
+        elif policy == "base" and _integers(name, tensor) and not same_content(tensor, mine):
+            found[name] = "differs"
+    return found
+
+
+def _integers(name: str, tensor: Tensor) -> bool:
+    return tensor.dtype not in FLOATING and not is_counter(name)
+
+
+def _extra(own: Checkpoint, reference: Checkpoint) -> list[str]:
+    return [
+        name
+        for name, tensor in own.tensors.items()
+        if name not in reference.tensors
+        and name not in own.aliases
+        and tensor.dtype in FLOATING
+        and not is_constant(name, tuple(tensor.shape))
+        and not (is_tied(reference.config) and _is_head(name, tensor))
+    ]
+
+
+def _is_head(name: str, tensor: Tensor) -> bool:
+    return kind_of(name, tuple(tensor.shape)) == "head"
+
+
+def _joined(
+    name: str,
+    holders: Sequence[tuple[int, Tensor]],
+    models: Sequence[Source],
+    weights: Sequence[Any],
+) -> tuple[Tensor, str]:
+    """One value for a tensor that only some models have."""
+    first, shape = holders[0]
+    for position, tensor in holders[1:]:
+        if tuple(tensor.shape) != tuple(shape.shape):
+            raise MismatchError(
+                f"{name}: {tuple(shape.shape)} in {models[first].label}, {tuple(tensor.shape)} in "
+                f"{models[position].label}, and no base has it",
+                fix="--on-mismatch skip leaves it out",
+            )
+    labels = ", ".join(models[position].label for position, _ in holders)
+    if all(same_content(shape, tensor) for _, tensor in holders):
+        return shape, f"only in {labels}"
+    plain = [
+        (models[position].label, w if isinstance(w := weights[position], int | float) else 1.0, t)
+        for position, t in holders
+    ]
+    mean, _ = average(name, plain, None)
+    return mean, f"only in {labels}, their weighted mean"
+
+
+def extended(aligned: Aligned, evened: Evened, form: str) -> Aligned:
+    """The fates of all tensors, those that are added to a model included."""
+    items = dict(aligned.items)
+    for name, positions in evened.muted.items():
+        if name in items:
+            weights = tuple(
+                0.0 if place in positions else weight
+                for place, weight in enumerate(items[name].weights)
+            )
+            items[name] = replace(items[name], weights=weights)
+    whole = form == "model"
+    added = {name: tensor for name, (tensor, _) in evened.added.items() if whole}
+    reasons = {name: reason for name, (_, reason) in evened.added.items()}
+    amiss = {each.tensor for each in evened.odd if each.fate == "come from the base"}
+    reasons |= {name: "does not match in all inputs" for name in amiss if name in aligned.copies}
+    return replace(
+        aligned,
+        order=(*aligned.order, *added),
+        items=items,
+        copies={**aligned.copies, **added},
+        reasons={**aligned.reasons, **reasons},
+    )
+
+
+def _few(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
