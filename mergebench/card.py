@@ -52,10 +52,18 @@ def card(
         f"| {each['role']} | `{each['path']}` | {each.get('weight', '')} |" for each in inputs
     )
     what = {"model": "model", "lora": "LoRA adapter", "delta": "task vector"}[kind]
-    link = f" ([{paper}](https://arxiv.org/abs/{paper[6:]}))" if paper.startswith("arXiv:") else ""
+    link = f" ([{paper}]({_address(paper)}))" if paper else ""
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n\n"
         f"A merged {what}, made by mergebench with **{method}**{link}.\n\n"
         f"| role | input | weight |\n|---|---|---|\n{rows}\n\n"
         f"## Recipe\n\n```yaml\n{recipe_yaml}```\n"
     )
+
+
+def _address(paper: str) -> str:
+    """Where a paper is found that is named ``arXiv:…``, ``doi:…`` or by its address."""
+    for mark, place in (("arXiv:", "https://arxiv.org/abs/"), ("doi:", "https://doi.org/")):
+        if paper.startswith(mark):
+            return place + paper.removeprefix(mark)
+    return paper

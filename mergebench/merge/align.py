@@ -384,9 +384,8 @@ def _items(table: _Table, reference: Checkpoint | None, space: str, form: str) -
     items: dict[str, Item] = {}
     wide = False
     for name, row in table.deltas.items():
-        origin = None
-        if table.base is not None and space == "delta" and form == "model":
-            origin = table.base.tensors[name]
+        under = table.base.tensors.get(name) if table.base is not None else None
+        origin = under if space == "delta" and form == "model" else None
         if _untouched(row, origin, table.base, name):
             assert reference is not None
             table.copies[name] = reference.tensors[name]
@@ -394,7 +393,7 @@ def _items(table: _Table, reference: Checkpoint | None, space: str, form: str) -
             continue
         stored = [tensor for delta in row if delta is not None for tensor in reads(delta)]
         wide |= any(tensor.dtype == "F64" for tensor in (*stored, *([origin] if origin else ())))
-        items[name] = Item(sites[name], tuple(row), table.weights, labels, origin)
+        items[name] = Item(sites[name], tuple(row), table.weights, labels, origin, origin=under)
     # One arithmetic for the whole model, so that magnitudes of different tensors compare.
     dtype = np.dtype(np.float64 if wide else np.float32)
     return {name: replace(item, dtype=dtype) for name, item in items.items()}

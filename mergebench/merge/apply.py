@@ -12,7 +12,7 @@ from mergebench.compute.namespace import namespace
 from mergebench.core.errors import MismatchError
 from mergebench.core.site import Site, make_sites
 from mergebench.core.tensor import FLOATING, dtype_name
-from mergebench.merge.op import At, Chain, Op, Stack
+from mergebench.merge.op import At, Chain, Op, Stack, check_models, needs_base
 
 R = TypeVar("R")
 
@@ -21,6 +21,7 @@ def apply(
     ops: Op | Chain,
     models: Sequence[Any] | Sequence[Mapping[str, Any]],
     weights: Sequence[float] | None = None,
+    base: Any | Mapping[str, Any] | None = None,
 ) -> Any:
     """Run ops on task vectors held in memory.
 
@@ -33,6 +34,8 @@ def apply(
         not modified.
     weights : sequence of float, optional
         One per model; 1 by default.
+    base : array, or mapping of tensor name to array, optional
+        For ops that look at the base's entries; it is not added to the result.
 
     Returns
     -------
@@ -41,7 +44,9 @@ def apply(
     Raises
     ------
     MismatchError
-        If names or shapes differ between models.
+        If names or shapes differ between models, or an op needs the base and there is none.
+    ParameterError
+        For weights that an op cannot take.
     """
     steps: Chain = (ops,) if isinstance(ops, Op) else tuple(ops)
     named = all(isinstance(each, Mapping) for each in models)
@@ -53,7 +58,12 @@ def apply(
     shares = tuple(weights) if weights is not None else (1.0,) * len(tables)
     if len(shares) != len(tables):
         raise MismatchError("one weight per model", got=str(len(shares)), expected=str(len(tables)))
+    check_models(steps, shares)
     pieces = _stacks(tables)
+    if needs_base(steps):
+        if base is None:
+            raise MismatchError("the ops look at the base, and none is given", fix="give base=")
+        pieces = _on(pieces, base if named else {"tensor": base})
     for step in steps:
         pieces = _step(step, pieces, shares)
         if step.spec.reduces:
@@ -70,6 +80,7 @@ def apply(
 class _Piece:
     site: Site
     stack: Stack
+    base: Any = None
 
 
 def _shaped(flat: Stack, shape: tuple[int, ...]) -> Stack:
@@ -100,6 +111,22 @@ def _stacks(tables: Sequence[Mapping[str, Any]]) -> list[_Piece]:
     return pieces
 
 
+def _on(pieces: Sequence[_Piece], base: Mapping[str, Any]) -> list[_Piece]:
+    found = []
+    for piece in pieces:
+        array = base.get(piece.site.name)
+        if array is None or tuple(array.shape) != piece.site.shape:
+            raise MismatchError(
+                f"{piece.site.name}: the base has "
+                + ("no such tensor" if array is None else "another shape"),
+                expected=str(piece.site.shape),
+            )
+        xp = namespace(array)
+        flat = xp.astype(xp.reshape(array, (-1,)), piece.stack.dtype, copy=False)
+        found.append(_Piece(piece.site, piece.stack, flat))
+    return found
+
+
 def _check_floating(name: str, arrays: Sequence[Any]) -> None:
     for position, array in enumerate(arrays):
         if isinstance(array, np.ndarray):
@@ -123,8 +150,8 @@ def _step(step: Op, pieces: list[_Piece], weights: tuple[float, ...]) -> list[_P
     for piece in pieces:
         if statistic is not None and statistic.scope == "tensor":
             value = statistic.measure(_Arrays([piece], weights))
-        at = At(piece.site, 0, piece.site.size, weights, value)
-        done.append(_Piece(piece.site, step.apply(piece.stack, at)))
+        at = At(piece.site, 0, piece.site.size, weights, value, piece.base)
+        done.append(_Piece(piece.site, step.apply(piece.stack, at), piece.base))
     return done
 
 
@@ -145,7 +172,7 @@ class _Arrays:
 
     def __call__(self, visit: Callable[[Stack, At], R]) -> Iterator[tuple[At, R]]:
         for piece in self.pieces:
-            at = At(piece.site, 0, piece.site.size, self.weights)
+            at = At(piece.site, 0, piece.site.size, self.weights, base=piece.base)
             yield at, visit(piece.stack, at)
 
     def sample(self, count: int) -> Stack:

@@ -23,10 +23,17 @@ from mergebench.core.tensor import DTYPES, Array, size_of
 from mergebench.manifest import MANIFEST, with_outputs
 from mergebench.merge.averaged import Mean
 from mergebench.merge.factors import write_factors
-from mergebench.merge.op import At, Stack
+from mergebench.merge.op import Stack, needs_base
 from mergebench.merge.plan import Plan
 from mergebench.merge.resume import Ledger, resume_key
-from mergebench.merge.stream import Evaluator, Item, load_with_holes, opened, passed_through
+from mergebench.merge.stream import (
+    Evaluator,
+    Item,
+    load_with_holes,
+    located,
+    opened,
+    passed_through,
+)
 from mergebench.merge.variants import Variant
 
 #: ``(what is being done, entries done, entries in all)``.
@@ -328,7 +335,8 @@ def merged_tile(
     Holes are where the result is to be NaN; until then it is what it would be without them.
     """
     stack, base, holes = load_with_holes(item, start, stop)
-    at = At(item.site, start, stop, item.weights)
+    wanted = any(needs_base(variant.at(item.site.name)) for variant in variants)
+    at = located(item, start, stop, base, wanted)
     memo: dict[Any, Stack] | None = {} if len(variants) > 1 else None
     found = []
     for variant in variants:

@@ -11,8 +11,8 @@ from mergebench.compute.decompose import truncate
 from mergebench.compute.rounding import round_to
 from mergebench.core.delta import LowRank, factors
 from mergebench.core.tensor import Array
-from mergebench.merge.op import At, coefficients, granularity_of, is_linear
-from mergebench.merge.stream import Evaluator, Item, load, nonfinite, opened
+from mergebench.merge.op import coefficients, granularity_of, is_linear, needs_base
+from mergebench.merge.stream import Evaluator, Item, load, located, nonfinite, opened
 
 if TYPE_CHECKING:
     from mergebench.merge.plan import Plan
@@ -84,8 +84,8 @@ def _dense(evaluator: Evaluator, variant: Variant, item: Item) -> Array:
 
     def work(start: int, stop: int) -> None:
         for begin, end in evaluator.tiling.tiles(start, stop, unit):
-            stack, _ = load(ready, begin, end)
-            at = At(item.site, begin, end, item.weights)
+            stack, base = load(ready, begin, end)
+            at = located(ready, begin, end, base, needs_base(ops))
             out[begin:end] = evaluator.run(ops, item, at, stack)[0]
 
     jobs = evaluator.tiling.jobs(item.site.size, unit)

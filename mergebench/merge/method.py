@@ -13,7 +13,7 @@ from mergebench.core.registry import Registry
 from mergebench.merge.op import Chain
 
 F = TypeVar("F", bound=Callable[..., Chain])
-Space = Literal["weight", "delta"]
+Space = Literal["weight", "delta", "either"]
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Method:
     Attributes
     ----------
     name, paper : str
-        The name on the command line and the paper's identifier.
+        The name on the command line, and the paper as ``arXiv:…``, ``doi:…`` or an address.
     factory : callable
         Returns the chain for a set of parameters.
     params : mapping
         Declared parameters, from the factory's annotated signature.
-    space : weight or delta
+    space : weight, delta or either
         ``weight`` methods combine weights and need no base; ``delta`` methods combine task
-        vectors.
+        vectors; ``either`` combines task vectors where a base is given and weights otherwise.
     compat : mapping of preset name to parameter values
         Defaults that reproduce another implementation; explicit parameters win.
     models : tuple (least, most)

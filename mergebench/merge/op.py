@@ -8,7 +8,7 @@ torch gives gradients and CUDA. A chain is a tuple of ops; it can be read, hashe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast
 
@@ -40,6 +40,8 @@ class At:
         The user's weight of each model, in stack order.
     value : object
         What the op's own statistic measured; ``None`` where it declares none.
+    base : array or None
+        The base's entries at the same places, shape (m,), for ops that declare to need them.
     """
 
     site: Site
@@ -47,6 +49,7 @@ class At:
     stop: int
     weights: tuple[float, ...] = ()
     value: Any = None
+    base: Any = None
 
 
 class Sweep(Protocol):
@@ -102,6 +105,9 @@ class OpSpec:
     reduces: bool
     linear: bool
     check: Callable[..., object] = lambda site, **params: None
+    needs_base: bool = False
+    most: int | None = None
+    check_weights: Callable[..., None] | None = None
 
     @property
     def summary(self) -> str:
@@ -171,6 +177,9 @@ def op(
     reduces: bool = False,
     linear: bool = False,
     check: Callable[..., object] | None = None,
+    needs_base: bool = False,
+    most: int | None = None,
+    check_weights: Callable[..., None] | None = None,
 ) -> Callable[[Callable[Concatenate[Stack, At, P], Stack]], Callable[P, Op]]:
     """Register a function ``(stack, at, **params) -> stack`` and return its factory.
 
@@ -188,6 +197,13 @@ def op(
     check : callable ``(site, **params)``, optional
         Raises what the declared bounds cannot express: once for a nameless tensor when the op is
         made, and for every tensor before any is read.
+    needs_base : bool
+        Whether the base's entries must reach the op (and its statistic) as ``At.base``.
+    most : int, optional
+        How many models the op can take.
+    check_weights : callable ``(weights, **params)``, optional
+        Raises :class:`ParameterError` for weights that the op cannot take, before any tensor is
+        read.
     """
 
     def register(function: Callable[Concatenate[Stack, At, P], Stack]) -> Callable[P, Op]:
@@ -201,6 +217,9 @@ def op(
             reduces,
             linear,
             check or (lambda site, **params: None),
+            needs_base,
+            most,
+            check_weights,
         )
         return cast("Callable[P, Op]", OPS.add(name, spec))
 
@@ -224,6 +243,30 @@ def chain(*ops: Op) -> Chain:
             )
         reduced = each.name if each.spec.reduces else reduced
     return ops
+
+
+def check_models(ops: Chain, weights: Sequence[float]) -> None:
+    """Refuse models that are too many for an op of the chain, or weights that it cannot take.
+
+    Raises
+    ------
+    ParameterError
+    """
+    for each in ops:
+        most = each.spec.most
+        if most is not None and len(weights) > most:
+            raise ParameterError(
+                f"{each.name}: number of models", got=str(len(weights)), expected=f"at most {most}"
+            )
+        if each.spec.check_weights is not None:
+            each.spec.check_weights(weights, **dict(each.params))
+        if each.spec.reduces:
+            weights = (1.0,)
+
+
+def needs_base(ops: Iterable[Op]) -> bool:
+    """Whether an op of the chain looks at the base's entries."""
+    return any(each.spec.needs_base for each in ops)
 
 
 def is_linear(ops: Chain) -> bool:

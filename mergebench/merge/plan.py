@@ -191,11 +191,8 @@ def make_plan(
     if base is not None and base.checkpoint is not None:
         options = with_base(options, base.checkpoint)
     opened = _open_models(recipe, sources, options)
-    space = method.space if method is not None else "delta"
     form = _form(recipe, opened, base)
-    if form != "model":
-        # What is written is a displacement, so displacements are combined.
-        space = "delta"
+    space = _space(method, form, base)
     if base is None and (named := _named_base(opened, form, space)) is not None:
         base = _open_base(str(named), options)
         assert base.checkpoint is not None
@@ -203,6 +200,7 @@ def make_plan(
         # Adapters are read again, now that the names and shapes of the base are known.
         options = with_base(options, base.checkpoint)
         opened = _open_models(recipe, sources, options)
+        space = _space(method, form, base)
     models, weights = _canonical(opened, weights_given)
     first = next((each for each in opened if each.checkpoint is not None), None)
     notes += [
@@ -343,6 +341,16 @@ def _form(recipe: Recipe, models: Sequence[Source], base: Source | None) -> str:
         for delta in (model.deltas or {}).values()
     )
     return "lora" if factored else "delta"
+
+
+def _space(method: Method | None, form: str, base: Source | None) -> str:
+    """What is combined: weights or displacements."""
+    if method is None or form != "model":
+        # What is written is a displacement, so displacements are combined.
+        return "delta"
+    if method.space == "either":
+        return "weight" if base is None else "delta"
+    return method.space
 
 
 def _named_base(models: Sequence[Source], form: str, space: str) -> Path | None:

@@ -14,7 +14,7 @@ from mergebench.core.site import Site, make_sites
 from mergebench.core.task_vector import TaskVector
 from mergebench.core.tensor import FLOATING, Tensor
 from mergebench.merge.align import Aligned
-from mergebench.merge.op import coefficients, is_linear
+from mergebench.merge.op import check_models, coefficients, is_linear, needs_base
 from mergebench.merge.stream import Item
 from mergebench.merge.variants import Variant, build
 from mergebench.recipe import Recipe
@@ -209,10 +209,18 @@ def _check_thresholds(variant: Variant, items: Mapping[str, Item]) -> None:
 
 
 def _check_weights(variant: Variant, items: Mapping[str, Item]) -> None:
-    """Weights that cannot be normalised show here."""
+    """Models that are too many, weights that cannot be normalised and a missing base show here."""
     seen: set[Any] = set()
     for name, item in items.items():
         ops = variant.at(name)
-        if (ops, item.weights) not in seen and is_linear(ops):
+        if item.origin is None and needs_base(ops):
+            raise MismatchError(
+                f"{name}: {variant.recipe.method or 'a chain'} looks at the base, and none has "
+                "this tensor",
+                fix="add --base with the model the inputs were fine-tuned from",
+            )
+        if (ops, item.weights) not in seen:
             seen.add((ops, item.weights))
-            coefficients(ops, item.site, item.weights)
+            check_models(ops, item.weights)
+            if is_linear(ops):
+                coefficients(ops, item.site, item.weights)

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from mergebench.adapters_zoo.computed import Computed
 from mergebench.compute.tiles import Tiling
 from mergebench.core.delta import Delta, Dense, Difference, LowRank, reads, resident, tile
-from mergebench.core.errors import MergebenchError
+from mergebench.core.errors import MergebenchError, MismatchError
 from mergebench.core.site import Site
 from mergebench.core.tensor import Array, Tensor
-from mergebench.merge.op import At, Chain, Stack, granularity_of
+from mergebench.merge.op import At, Chain, Stack, granularity_of, needs_base
 from mergebench.sources import Applied
 
 R = TypeVar("R")
@@ -45,6 +45,9 @@ class Item:
         Arithmetic: float32, or float64 if an input is stored so.
     lenient : bool
         Whether entries that are NaN or infinite count as zero, rather than stop the merge.
+    origin : Tensor or None
+        The base's tensor where there is a base, whether it is added or not; for ops that look
+        at its entries.
     """
 
     site: Site
@@ -54,6 +57,7 @@ class Item:
     base: Tensor | None
     dtype: np.dtype[Any] = field(default=np.dtype(np.float32))
     lenient: bool = False
+    origin: Tensor | None = None
 
 
 def opened(item: Item) -> Item:
@@ -124,6 +128,37 @@ def _proven(row: Array) -> bool:
     # Finite sums of squares prove finite entries at the cost of one fast product.
     with np.errstate(over="ignore", invalid="ignore"):
         return isfinite(float(np.dot(row, row)))
+
+
+def located(item: Item, start: int, stop: int, base: Array | None, wanted: bool) -> At:
+    """Where a stack stands, with the base's entries where an op has asked for them.
+
+    Parameters
+    ----------
+    base : array or None
+        The entries that :func:`load` has read already.
+    wanted : bool
+        Whether an op needs them.
+
+    Raises
+    ------
+    MismatchError
+        If there is no base to read them from.
+    """
+    if not wanted:
+        return At(item.site, start, stop, item.weights)
+    if base is None:
+        if item.origin is None:
+            raise MismatchError(
+                f"{item.site.name}: the method looks at the base, which does not have this tensor",
+                fix="add --base with the model the inputs were fine-tuned from",
+            )
+        base = item.origin.read(start, stop).astype(item.dtype)
+        if item.lenient and (bad := _bad(base)) is not None:
+            base[bad] = 0
+        elif not item.lenient:
+            _check_finite(base, replace(item, base=item.origin))
+    return At(item.site, start, stop, item.weights, base=base)
 
 
 def _check_finite(row: Array, item: Item) -> None:
@@ -250,7 +285,8 @@ class Evaluator:
             scope = [item]
             if statistic.scope == "model":
                 scope = [self.items[n] for n in sorted(self.items, key=str.encode)]
-            self.known[ops[:end], name] = statistic.measure(_Sweep(self, ops[: end - 1], scope))
+            sweep = _Sweep(self, ops[: end - 1], scope, ops[:end])
+            self.known[ops[:end], name] = statistic.measure(sweep)
 
     # What overflows is found, and refused, where it is rounded.
     @np.errstate(over="ignore", invalid="ignore")
@@ -275,7 +311,9 @@ class Evaluator:
                 if (statistic := each.statistic) is not None:
                     name = item.site.name if statistic.scope == "tensor" else ""
                     value = self.known[ops[:end], name]
-                stack = each.apply(stack, At(at.site, at.start, at.stop, weights, value))
+                base = at.base if each.spec.needs_base else None
+                here = At(at.site, at.start, at.stop, weights, value, base)
+                stack = each.apply(stack, here)
                 if memo is not None:
                     memo[ops[:end]] = stack
             if each.spec.reduces:
@@ -306,11 +344,20 @@ class Evaluator:
 
 @dataclass(eq=False)
 class _Sweep:
-    """All tiles of some items, after the ops that come before a statistic."""
+    """All tiles of some items, after the ops that come before a statistic.
+
+    Attributes
+    ----------
+    ops : Chain
+        Run before visitors look.
+    asking : Chain
+        The same and the op that asks, which decides what visitors can look at.
+    """
 
     owner: Evaluator
     ops: Chain
     items: Sequence[Item]
+    asking: Chain
 
     @property
     def models(self) -> int:
@@ -333,7 +380,7 @@ class _Sweep:
     def _jobs(self, visit: Callable[[Stack, At], R]) -> Iterator[Callable[[], list[tuple[At, R]]]]:
         for item in self.items:
             self.owner.prepare(self.ops, item)
-            unit, jobs = self.owner.pieces([self.ops], item)
+            unit, jobs = self.owner.pieces([self.asking], item)
             ready = opened(item)
             for start, stop in jobs:
 
@@ -348,9 +395,9 @@ class _Sweep:
 
     def _tiles(self, item: Item, start: int, stop: int, unit: int) -> Iterator[tuple[At, Stack]]:
         for begin, end in self.owner.tiling.tiles(start, stop, unit):
-            at = At(item.site, begin, end, item.weights)
-            stack = self.owner.run(self.ops, item, at, load(item, begin, end)[0])
-            yield at, stack
+            raw, base = load(item, begin, end)
+            at = located(item, begin, end, base, needs_base(self.asking))
+            yield at, self.owner.run(self.ops, item, at, raw)
 
     def sample(self, count: int) -> Stack:
         """Runs of entries, evenly spread over the scope."""
@@ -358,7 +405,7 @@ class _Sweep:
         stride = max(self.size / runs, 1.0)
         parts, offset, wanted = [], 0, 0.0
         for item in self.items:
-            unit, _ = self.owner.pieces([self.ops], item)
+            unit, _ = self.owner.pieces([self.asking], item)
             size = item.site.size
             if wanted < offset + size:
                 self.owner.prepare(self.ops, item)
@@ -366,8 +413,9 @@ class _Sweep:
             while wanted < offset + size:
                 begin = int(wanted - offset) // unit * unit
                 end = min(begin + max(_RUN // unit, 1) * unit, size)
-                at = At(item.site, begin, end, item.weights)
-                parts.append(self.owner.run(self.ops, item, at, load(ready, begin, end)[0]))
+                raw, base = load(ready, begin, end)
+                at = located(item, begin, end, base, needs_base(self.asking))
+                parts.append(self.owner.run(self.ops, item, at, raw))
                 wanted += stride
             offset += size
         return np.concatenate(parts, axis=1)

@@ -213,13 +213,13 @@ def test_methods_are_listed(scene: Scene) -> None:
 
 @pytest.mark.parametrize("name", sorted(known_methods))
 def test_every_method_is_described(scene: Scene, name: str) -> None:
-    """A method's page has its paper, every parameter with default and bounds, and deviations."""
+    """A method's page has its source, every parameter with default and bounds, and deviations."""
     data = assert_done(call("methods", name, "--json", cwd=scene.path)).json
     words = assert_done(call("methods", name, cwd=scene.path)).out
 
     declared = known_methods[name].params
     assert data["name"] == name
-    assert data["paper"].startswith("arXiv:")
+    assert data["paper"].startswith(("arXiv:", "doi:", "https://"))
     assert {each["name"]: each["allowed"] for each in data["params"]} == {
         key: param.describe() for key, param in declared.items()
     }

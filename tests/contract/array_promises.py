@@ -23,8 +23,9 @@ def in_torch(tables: Sequence[Arrays]) -> list[dict[str, torch.Tensor]]:
 def assert_torch_agrees(method: str, case: Case, params: Params) -> None:
     """The chain on torch tensors within one ulp of the chain on numpy arrays."""
     chain = METHODS[method](**params)
-    plain = apply(chain, case.task_vectors, case.weights)
-    got = apply(chain, in_torch(case.task_vectors), case.weights)
+    plain = apply(chain, case.task_vectors, case.weights, base=case.base)
+    (base,) = in_torch([case.base])
+    got = apply(chain, in_torch(case.task_vectors), case.weights, base=base)
     assert set(got) == set(plain)
     for name, expected in plain.items():
         assert_within_ulps(got[name].numpy(), expected)
@@ -35,6 +36,7 @@ def assert_gradients(method: str, case: Case, params: Params, seed: int) -> None
     chain = METHODS[method](**params)
     random = np.random.default_rng(seed)
     inputs = in_torch(case.task_vectors)
+    (base,) = in_torch([case.base])
     for each in inputs:
         for tensor in each.values():
             tensor.requires_grad_()
@@ -48,7 +50,7 @@ def assert_gradients(method: str, case: Case, params: Params, seed: int) -> None
             {n: tensor + step * way[n] for n, tensor in each.items()}
             for each, way in zip(inputs, ways, strict=True)
         ]
-        out = apply(chain, moved, case.weights)
+        out = apply(chain, moved, case.weights, base=base)
         return torch.stack([(heights[0][n] * out[n]).sum() for n in out]).sum()
 
     loss(0.0).backward()

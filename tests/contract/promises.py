@@ -159,7 +159,7 @@ def assert_rounded_once(method: str, case: Case, params: Params) -> None:
     if METHODS[method].space == "weight":
         exact = apply(chain, wide.models, wide.weights)
     else:
-        exact = apply(chain, wide.task_vectors, wide.weights)
+        exact = apply(chain, wide.task_vectors, wide.weights, base=wide.base)
         exact = {name: np.asarray(exact[name] + array) for name, array in wide.base.items()}
     rounded = {name: array.astype(dtype) for name, array in exact.items()}
     assert_same_values(execute_in_memory(plan)[0], rounded)
@@ -184,7 +184,8 @@ def assert_apply_is_merge(method: str, case: Case, params: Params) -> None:
     raised = replace(case, base={name: np.zeros_like(a) for name, a in case.base.items()})
     plan = planned(method, raised, params)
     ordered = as_planned(plan, raised)
-    expected = apply(METHODS[method](**params), ordered.models, ordered.weights)
+    chain = METHODS[method](**params)
+    expected = apply(chain, ordered.models, ordered.weights, base=ordered.base)
     assert_same_values(execute_in_memory(plan)[0], expected)
 
 
@@ -200,5 +201,5 @@ def assert_factored_is_dense(
     factored: Mapping[str, np.ndarray], dense: Mapping[str, np.ndarray]
 ) -> None:
     """The merge of factors is the merge of their products, to 1e-5 of the largest entry."""
-    assert all(np.abs(array).max(initial=0) > 0 for array in dense.values()), "nothing to compare"
+    assert any(np.abs(array).max(initial=0) > 0 for array in dense.values()), "nothing to compare"
     assert_close(factored, dense, 1e-5)

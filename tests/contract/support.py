@@ -14,10 +14,11 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
 from mergebench import merge_models
+from mergebench.core.errors import ParameterError
 from mergebench.core.params import Param
 from mergebench.core.registry import Registry
 from mergebench.merge.method import METHODS
-from mergebench.merge.op import OPS
+from mergebench.merge.op import OPS, Chain, check_models
 
 from . import exemptions
 
@@ -99,6 +100,38 @@ def displacement(random: np.random.Generator, kind: str, shape: tuple[int, ...])
     return np.asarray(values, F32)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How many models something takes, and whether their weights may be negative."""
+
+    least: int = 1
+    most: int | None = None
+    signed: bool = True
+
+
+def taken(method: str) -> Limits:
+    """What a method takes."""
+    return Limits(*METHODS[method].models, _takes_signs(METHODS[method]()))
+
+
+def taken_by_op(name: str) -> Limits:
+    """What an op takes."""
+    required = {
+        key: param.examples[0] if param.examples else param.high or 1.0
+        for key, param in OPS[name].params.items()
+        if param.required
+    }
+    return Limits(1, OPS[name].most, _takes_signs((OPS[name](**required),)))
+
+
+def _takes_signs(chain: Chain) -> bool:
+    try:
+        check_models(chain, (1.0, -0.75))
+    except ParameterError:
+        return False
+    return True
+
+
 @st.composite
 def cases(
     draw: st.DrawFn,
@@ -107,8 +140,15 @@ def cases(
     most: int = 4,
     kinds: Sequence[str] = KINDS,
     shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+    limits: Limits | None = None,
 ) -> Case:
-    """Cases with multiples of 1/4 in the base, some of them negative zeros."""
+    """Cases with multiples of 1/4 in the base, some of them negative zeros.
+
+    There are ``least`` to ``most`` models, within what ``limits`` allow.
+    """
+    limits = limits or Limits()
+    most = min(most, limits.most or most)
+    least = min(max(least, limits.least), most)
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     kind = draw(st.sampled_from(kinds))
     count = draw(st.integers(least, most))
@@ -123,7 +163,7 @@ def cases(
         }
         for _ in range(count)
     )
-    share = st.sampled_from([1.0, 0.5, 2.0, 0.3, 1.5, -0.75])
+    share = st.sampled_from([1.0, 0.5, 2.0, 0.3, 1.5, *([-0.75] if limits.signed else [])])
     weights = draw(
         st.lists(share, min_size=count, max_size=count).filter(lambda each: abs(sum(each)) > 0.1)
     )

@@ -16,7 +16,7 @@ from mergebench.merge.method import METHODS
 from .array_promises import assert_gradients, assert_homogeneous, assert_torch_agrees
 from .assertions import assert_same_values
 from .promises import assert_refuses_nonfinite
-from .support import BF16, F16, F32, F64, FEW, GENERIC, SOME, cases, drawn, every_method
+from .support import BF16, F16, F32, F64, FEW, GENERIC, SOME, cases, drawn, every_method, taken
 
 
 @every_method("torch")
@@ -24,7 +24,7 @@ from .support import BF16, F16, F32, F64, FEW, GENERIC, SOME, cases, drawn, ever
 @SOME
 def test_torch_tensors_give_the_same(method: str, data: st.DataObject) -> None:
     """On torch tensors a chain gives numpy's values within one ulp, zeros in the same places."""
-    assert_torch_agrees(method, data.draw(cases()), drawn(data, method))
+    assert_torch_agrees(method, data.draw(cases(limits=taken(method))), drawn(data, method))
 
 
 @every_method("gradients")
@@ -32,7 +32,7 @@ def test_torch_tensors_give_the_same(method: str, data: st.DataObject) -> None:
 @GENERIC
 def test_gradients_are_those_of_finite_differences(method: str, data: st.DataObject) -> None:
     """Gradients pass through torch tensors, and are the slope that finite differences measure."""
-    case = data.draw(cases(F64, kinds=("normal",)))
+    case = data.draw(cases(F64, kinds=("normal",), limits=taken(method)))
     assert_gradients(method, case, drawn(data, method), data.draw(st.integers(0, 99)))
 
 
@@ -44,7 +44,7 @@ def test_nan_and_infinity_in_a_model_are_refused(
     method: str, dtype: Any, data: st.DataObject
 ) -> None:
     """NaN and infinity in a model are an error with the model, the tensor and their number."""
-    case = data.draw(cases(dtype))
+    case = data.draw(cases(dtype, limits=taken(method)))
     guilty = data.draw(st.integers(0, len(case.models) - 1))
     assert_refuses_nonfinite(method, case, drawn(data, method), f"models[{guilty}]")
 
@@ -54,10 +54,12 @@ def test_nan_and_infinity_in_a_model_are_refused(
 @FEW
 def test_nan_and_infinity_in_the_base_are_refused(method: str, data: st.DataObject) -> None:
     """So they are in a base that takes part; methods of weight space read none."""
-    if METHODS[method].space == "delta":
-        assert_refuses_nonfinite(method, data.draw(cases()), drawn(data, method), "the base")
+    if METHODS[method].space != "weight":
+        assert_refuses_nonfinite(
+            method, data.draw(cases(limits=taken(method))), drawn(data, method), "the base"
+        )
     else:
-        case = data.draw(cases())
+        case = data.draw(cases(limits=taken(method)))
         case.base["model.scale"] = np.array(np.nan, F32)
         models = list(zip(case.models, case.weights, strict=True))
         params = drawn(data, method)
@@ -70,7 +72,7 @@ def test_nan_and_infinity_in_the_base_are_refused(method: str, data: st.DataObje
 @FEW
 def test_infinity_in_both_is_refused(method: str, data: st.DataObject) -> None:
     """Infinity in model and base alike, whose difference is no number, is an error too."""
-    case = data.draw(cases(most=2))
+    case = data.draw(cases(most=2, limits=taken(method)))
     case.base["model.scale"] = np.array(np.inf, F32)
     for model in case.models:
         model["model.scale"] = np.array(np.inf, F32)
@@ -98,7 +100,9 @@ def test_large_numbers_are_merged_or_refused(method: str, size: float) -> None:
 @FEW
 def test_results_out_of_range_are_refused(method: str, data: st.DataObject) -> None:
     """Sums beyond float32 are an error, in float32 as in bfloat16; no infinity comes out."""
-    case = data.draw(cases(data.draw(st.sampled_from([F32, BF16])), kinds=("exact",)))
+    case = data.draw(
+        cases(data.draw(st.sampled_from([F32, BF16])), kinds=("exact",), limits=taken(method))
+    )
     huge = case.mapped(lambda array: (array * array.dtype.type(2.0**126)).astype(array.dtype))
     try:
         out = merge_models(
@@ -119,7 +123,9 @@ def test_results_out_of_range_are_refused(method: str, data: st.DataObject) -> N
 def test_large_and_small_scales_are_alike(method: str, data: st.DataObject) -> None:
     """Even far from 1, near float32's ends, scaling passes through."""
     power = data.draw(st.sampled_from([-60, 60]))
-    assert_homogeneous(method, data.draw(cases(kinds=("exact",))), drawn(data, method), power)
+    assert_homogeneous(
+        method, data.draw(cases(kinds=("exact",), limits=taken(method))), drawn(data, method), power
+    )
 
 
 @every_method("in memory")
@@ -140,7 +146,9 @@ def test_names_and_shapes_must_agree(method: str) -> None:
 def test_empty_arrays_stay_empty(method: str) -> None:
     """Tensors without entries come out without entries."""
     for shape in ((0,), (0, 3), (3, 0), (2, 0, 3)):
-        assert apply(METHODS[method](), [np.zeros(shape, F32)] * 2).shape == shape
+        empty = np.zeros(shape, F32)
+        models = [empty] * min(2, taken(method).most or 2)
+        assert apply(METHODS[method](), models, base=empty).shape == shape
 
 
 @every_method("in memory")
@@ -159,11 +167,13 @@ def test_half_precision_keeps_what_single_keeps(
     method: str, dtype: Any, data: st.DataObject
 ) -> None:
     """A single task vector of 16 bits keeps the entries that it keeps in float32, or is refused."""
-    case = data.draw(cases(dtype, most=1))
-    chain = METHODS[method](**drawn(data, method, lam=1.0))
-    expected = apply(chain, [{n: t.astype(F32) for n, t in case.task_vectors[0].items()}])
+    case = data.draw(cases(dtype, most=1, limits=taken(method)))
+    chain = METHODS[method](**drawn(data, method, lam=1.0, scale=1.0))
+    wide = [{n: t.astype(F32) for n, t in case.task_vectors[0].items()}]
+    base = {n: t.astype(F32) for n, t in case.base.items()}
+    expected = apply(chain, wide, base=base)
     try:
-        got = apply(chain, case.task_vectors)
+        got = apply(chain, case.task_vectors, base=case.base)
     except MergebenchError:
         return
     assert_same_values({n: t.astype(F32) for n, t in got.items()}, expected)

@@ -25,7 +25,25 @@ from mergebench.sources import source_of_arrays
 from .array_promises import in_torch
 from .assertions import assert_close, assert_same_bits, assert_same_values, assert_within_ulps
 from .promises import WHOLE
-from .support import F32, F64, FEW, GENERIC, SHAPES, SOME, Arrays, Case, cases, every_op, parameters
+from .support import (
+    F32,
+    F64,
+    FEW,
+    GENERIC,
+    SHAPES,
+    SOME,
+    Arrays,
+    Case,
+    cases,
+    every_op,
+    parameters,
+    taken_by_op,
+)
+
+#: Parameters with which an op measures nothing that decides what it does.
+UNMEASURED: Mapping[str, Any] = {
+    "density": 1.0, "gamma": 0.0, "scope": "row", "tie": "plus", "select_topk": 1.0, "r": 0.0,
+}  # fmt: skip
 
 
 def op_of(data: st.DataObject, name: str, **fixed: Any) -> Op:
@@ -35,7 +53,7 @@ def op_of(data: st.DataObject, name: str, **fixed: Any) -> Op:
 
 def results(op: Op, case: Case) -> list[Arrays]:
     """One dictionary of arrays per model that the op leaves."""
-    out = apply(op, case.task_vectors, case.weights)
+    out = apply(op, case.task_vectors, case.weights, base=case.base)
     return [out] if isinstance(out, Mapping) else out
 
 
@@ -44,7 +62,10 @@ def results(op: Op, case: Case) -> list[Arrays]:
 @FEW
 def test_ops_do_not_write_to_what_they_get(name: str, data: st.DataObject) -> None:
     """An op runs on stacks that cannot be written to, and gives the shape that it declares."""
-    op, case = op_of(data, name), data.draw(cases(kinds=("exact", "normal")))
+    op, case = (
+        op_of(data, name),
+        data.draw(cases(kinds=("exact", "normal"), limits=taken_by_op(name))),
+    )
     seen = []
 
     original = op.spec.function
@@ -75,7 +96,8 @@ def test_ops_do_not_write_to_what_they_get(name: str, data: st.DataObject) -> No
 @GENERIC
 def test_ops_keep_float64(name: str, data: st.DataObject) -> None:
     """In float64 an op gives float64 values, which float32 gives but for its rounding."""
-    op, case = op_of(data, name), data.draw(cases(kinds=("normal",)))
+    op = op_of(data, name)
+    case = data.draw(cases(kinds=("normal",), limits=taken_by_op(name)))
     wide = results(op, case.astype(F64))
     assert {array.dtype for each in wide for array in each.values()} == {F64}
     for narrow, each in zip(results(op, case), wide, strict=True):
@@ -87,8 +109,10 @@ def test_ops_keep_float64(name: str, data: st.DataObject) -> None:
 @SOME
 def test_ops_agree_between_libraries(name: str, data: st.DataObject) -> None:
     """An op on torch tensors gives the values of numpy within an ulp, with the same mask."""
-    op, case = op_of(data, name), data.draw(cases())
-    out = apply(op, in_torch(case.task_vectors), case.weights)
+    op = op_of(data, name)
+    case = data.draw(cases(limits=taken_by_op(name)))
+    (base,) = in_torch([case.base])
+    out = apply(op, in_torch(case.task_vectors), case.weights, base=base)
     tables = [out] if isinstance(out, Mapping) else out
     for expected, got in zip(results(op, case), tables, strict=True):
         for tensor, array in expected.items():
@@ -101,9 +125,16 @@ def test_ops_agree_between_libraries(name: str, data: st.DataObject) -> None:
 @FEW
 def test_ops_stay_on_the_device_of_their_input(name: str, data: st.DataObject) -> None:
     """No op mixes in an array of another device: where there is no data, none is missed."""
-    op = op_of(data, name, density=1.0, gamma=0.0, scope="row", tie="plus")
-    tables = [{"w": torch.empty((3, 4), device="meta")}] * 3
-    out = apply(op, tables, [1.0, 0.5, 2.0])
+    declared = OPS[name].params
+    fixed = {
+        key: value
+        for key, value in UNMEASURED.items()
+        if key in declared and value in (declared[key].choices or (value,))
+    }
+    op = op_of(data, name, **fixed)
+    count = OPS[name].most or 3
+    tables = [{"w": torch.empty((3, 4), device="meta")}] * count
+    out = apply(op, tables, [1.0, 0.5, 2.0][:count], base=tables[0])
     for each in [out] if isinstance(out, Mapping) else out:
         assert each["w"].device.type == "meta"
         assert each["w"].shape == (3, 4)
@@ -114,7 +145,8 @@ def test_ops_stay_on_the_device_of_their_input(name: str, data: st.DataObject) -
 @FEW
 def test_ops_pass_powers_of_two(name: str, data: st.DataObject) -> None:
     """An op on task vectors times 4 gives exactly 4 times what it gave."""
-    op, case = op_of(data, name), data.draw(cases())
+    op = op_of(data, name)
+    case = data.draw(cases(limits=taken_by_op(name)))
     larger = case.mapped(lambda array: np.asarray(array * F32.type(4)))
     for plain, four in zip(results(op, case), results(op, larger), strict=True):
         assert_same_values(four, {n: np.asarray(a * F32.type(4)) for n, a in plain.items()})
@@ -125,7 +157,10 @@ def test_ops_pass_powers_of_two(name: str, data: st.DataObject) -> None:
 @SOME
 def test_ops_treat_models_alike(name: str, data: st.DataObject) -> None:
     """Models in another order come out in that order, or as the same one within a rounding."""
-    op, case = op_of(data, name), data.draw(cases(least=2, kinds=("exact", "ternary")))
+    op, case = (
+        op_of(data, name),
+        data.draw(cases(least=2, kinds=("exact", "ternary"), limits=taken_by_op(name))),
+    )
     order = data.draw(st.permutations(range(len(case.models))))
     shuffled = Case(
         case.base, tuple(case.models[i] for i in order), tuple(case.weights[i] for i in order)
@@ -145,7 +180,8 @@ def gradients(op: Op, case: Case) -> tuple[Any, list[dict[str, torch.Tensor]]]:
     for each in inputs:
         for tensor in each.values():
             tensor.requires_grad_()
-    out = apply(op, inputs, case.weights)
+    (base,) = in_torch([case.base])
+    out = apply(op, inputs, case.weights, base=base)
     merged = out if isinstance(out, Mapping) else out[0]
     torch.stack([tensor.sum() for tensor in merged.values()]).sum().backward()
     zero = torch.zeros
@@ -160,7 +196,9 @@ def gradients(op: Op, case: Case) -> tuple[Any, list[dict[str, torch.Tensor]]]:
 @GENERIC
 def test_gradients_pass_through_ops(name: str, data: st.DataObject) -> None:
     """Where something comes out of an op, some input has a derivative, and it is a number."""
-    merged, slopes = gradients(op_of(data, name), data.draw(cases(F64, kinds=("normal",))))
+    merged, slopes = gradients(
+        op_of(data, name), data.draw(cases(F64, kinds=("normal",), limits=taken_by_op(name)))
+    )
     flat = torch.cat([slope.reshape(-1) for each in slopes for slope in each.values()])
     assert torch.isfinite(flat).all()
     assert bool(flat.any()) == any(bool(tensor.any()) for tensor in merged.values())
@@ -174,7 +212,10 @@ LINEAR = [name for name in OPS if OPS[name].linear]
 @FEW
 def test_linear_ops_are_their_coefficients(name: str, data: st.DataObject) -> None:
     """The derivatives of a linear op are the weights that `coefficients` says, everywhere."""
-    op, case = op_of(data, name), data.draw(cases(F64, kinds=("normal",)))
+    op, case = (
+        op_of(data, name),
+        data.draw(cases(F64, kinds=("normal",), limits=taken_by_op(name))),
+    )
     table = coefficients((op,), make_sites(SHAPES)["model.embed.weight"], case.weights)
     count = len(case.models)
     first = np.reshape(table, (-1, count))[0]
@@ -188,7 +229,10 @@ def test_linear_ops_are_their_coefficients(name: str, data: st.DataObject) -> No
 @FEW
 def test_ops_declared_linear_add_up(name: str, data: st.DataObject) -> None:
     """What is declared linear maps a sum of two cases to the sum of their results."""
-    op, case = op_of(data, name), data.draw(cases(kinds=("exact",), least=2, most=2))
+    op, case = (
+        op_of(data, name),
+        data.draw(cases(kinds=("exact",), least=2, most=2, limits=taken_by_op(name))),
+    )
     one, other = case.task_vectors
     weights = (case.weights[0],) * 2
     zero = {tensor: np.zeros_like(array) for tensor, array in one.items()}
@@ -208,7 +252,7 @@ def test_ops_declared_linear_add_up(name: str, data: st.DataObject) -> None:
 @SOME
 def test_granularity_is_fine_enough(name: str, data: st.DataObject) -> None:
     """Streamed in pieces of its declared granularity an op gives the bits of the whole."""
-    case = data.draw(cases())
+    case = data.draw(cases(limits=taken_by_op(name)))
     op = op_of(data, name)
     chain = (OpRef(name, dict(op.params)), *([] if op.spec.reduces else [OpRef("sum")]))
     tables = [*case.models, case.base]

@@ -119,6 +119,8 @@ def samples(param: Param) -> list[Any]:
     if param.kind is str:
         return list(param.examples)
     low = 0.0 if param.low is None else param.low
+    if param.kind is int:
+        return [int(low) + 1, int(low) + 2]
     high = low + 2.0 if param.high is None else param.high
     return [low + (high - low) * share for share in (0.25, 0.5)]
 
@@ -160,10 +162,10 @@ def test_every_parameter_reaches_the_chain(method: str) -> None:
 
 @every_method("description")
 def test_methods_say_what_they_are(method: str) -> None:
-    """A method names its paper and describes itself and each of its parameters."""
+    """A method names its source and describes itself and each of its parameters."""
     entry = METHODS[method]
     assert entry.name == method
-    assert entry.paper.startswith("arXiv:")
+    assert entry.paper.startswith(("arXiv:", "doi:", "https://"))
     assert entry.summary.endswith(".")
     for name in entry.params:
         assert f"\n{name} : " in entry.doc, name
