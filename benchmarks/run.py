@@ -33,6 +33,10 @@ CASES: dict[str, dict[str, Any]] = {
     "ties, per row": {"method": "ties", "params": {"scope": "row"}},
     "breadcrumbs, per row": {"method": "breadcrumbs"},
     "breadcrumbs, per tensor": {"method": "breadcrumbs", "params": {"scope": "tensor"}},
+    "karcher": {"method": "karcher"},
+    "model_stock": {"method": "model_stock"},
+    "sce, a tenth": {"method": "sce", "params": {"select_topk": 0.1}},
+    "ram": {"method": "ram"},
 }
 
 
@@ -59,7 +63,7 @@ def compare(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         runs["floor"].append(run({"floor": True, "inputs": inputs, "out": out}))
         for name, case in wanted.items():
             recipe = {**case, "models": [str(path) for path in tuned], "out": out}
-            if case["method"] != "linear":
+            if case["method"] not in ("linear", "karcher"):
                 recipe["base"] = str(base)
             task = {"recipe": recipe, "out": out, "workers": args.workers}
             runs[name].append(run({**task, "memory": parse_size(args.memory)}))

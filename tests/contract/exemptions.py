@@ -28,12 +28,53 @@ CONTRACTS: Mapping[str, str] = {
 }
 
 #: A value with which a parameter changes nothing, in every method that has it.
-NEUTRAL: Mapping[str, float] = {"lam": 1.0, "density": 1.0, "gamma": 0.0}
+NEUTRAL: Mapping[str, float] = {
+    "lam": 1.0,
+    "density": 1.0,
+    "gamma": 0.0,
+    "scale": 1.0,
+    "select_topk": 1.0,
+    "epsilon": 0.0,
+    "r": 0.0,
+    "alpha": 0.0,
+    "t": 1e9,
+    "iqr": 0.0,
+    "threshold": 0.9995,
+    "max_iter": 10,
+    "tol": 1e-5,
+}
+
+_NO_SCALE = "it has no global scale to set to zero, `--then scale` has"
+_ONE_MODEL = "it takes a single model, which has no order"
+_ABSOLUTE = "it compares entries with a threshold in the units of the weights"
 
 #: (contract, method) that is left out, and why.
 METHODS_EXEMPT: Mapping[tuple[str, str], str] = {
     ("base at zero", "linear"): "it averages weights: there is no global scale to set to zero",
+    ("base at zero", "slerp"): _NO_SCALE,
+    ("base at zero", "nuslerp"): _NO_SCALE,
+    ("base at zero", "karcher"): _NO_SCALE,
+    ("base at zero", "multislerp"): _NO_SCALE,
+    ("base at zero", "model_stock"): _NO_SCALE,
+    ("base at zero", "nearswap"): _NO_SCALE,
+    ("base at zero", "passthrough"): _NO_SCALE,
+    ("base at zero", "add_difference"): _NO_SCALE,
+    ("order", "nearswap"): _ONE_MODEL,
+    ("order", "passthrough"): _ONE_MODEL,
+    ("order", "arcee_fusion"): _ONE_MODEL,
+    ("homogeneous", "nearswap"): _ABSOLUTE,
+    ("homogeneous", "ram"): _ABSOLUTE,
+    ("homogeneous", "ramplus_tl"): _ABSOLUTE,
+    ("homogeneous", "arcee_fusion"): "importance is measured on the softmax of weights",
+    ("identity", "arcee_fusion"): "it never takes over a model whole, only what matters in it",
+    ("double", "arcee_fusion"): "it never takes over a model whole, so there is nothing to survive",
+    ("sweep", "add_difference"): "it has no parameter that could have several values",
 }
 
 #: (contract, op) that is left out, and why.
-OPS_EXEMPT: Mapping[tuple[str, str], str] = {}
+OPS_EXEMPT: Mapping[tuple[str, str], str] = {
+    ("homogeneous", "clip"): _ABSOLUTE,
+    ("gradients", "clip"): "what it has limited does not move with its input",
+    ("homogeneous", "drop_small"): _ABSOLUTE,
+    ("homogeneous", "keep_important"): "importance is measured on the softmax of weights",
+}

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.helpers.adapters import save_peft
@@ -106,3 +107,20 @@ def test_one_model_twice_keeps_both_weights(scene: Scene) -> None:
     assert sorted(weights) == [0.25, 0.5]
     assert "| model | `ft1` | 0.25 |" in text
     assert "| model | `ft1` | 0.5 |" in text
+
+
+@pytest.mark.parametrize(
+    ("method", "link"),
+    [
+        ("slerp", "[doi:10.1145/325334.325242](https://doi.org/10.1145/325334.325242)"),
+        ("sce", "[arXiv:2408.07990](https://arxiv.org/abs/2408.07990)"),
+        ("passthrough", "(https://github.com/arcee-ai/mergekit)"),
+    ],
+)
+def test_methods_are_cited_by_what_they_have(scene: Scene, method: str, link: str) -> None:
+    """A method without a preprint is cited by its doi or its address."""
+    models = ("ft1",) if method == "passthrough" else ("ft1", "ft2")
+    done = call("merge", *models, "-b", "base", "-m", method, "-o", "out", cwd=scene.path)
+    assert_done(done)
+
+    assert link in front_matter(scene.path / "out")[1]

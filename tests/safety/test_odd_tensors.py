@@ -61,7 +61,7 @@ def assert_ulp(actual: Array, expected: Array) -> None:
     np.testing.assert_array_max_ulp(actual, expected, maxulp=1)
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", [n for n in METHODS if METHODS[n].models[1] != 1])
 def test_running_statistics_are_averaged(nets: Path, method: str) -> None:
     """By every method the weighted mean, and the base's counter; the rest is merged."""
     models = ("one.safetensors:3", "two.safetensors:1")

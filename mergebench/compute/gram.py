@@ -1,0 +1,191 @@
+"""Sums over a whole tensor that are streamed, and inner products of models made of them.
+
+Sums are taken over blocks of entries whose places are fixed by the tensor alone, and added up in
+order, so that no bit depends on tiles or threads. All of it is float64 and follows the array API:
+numpy runs it without torch, and torch gives gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from mergebench.compute.namespace import namespace
+from mergebench.core.errors import MergebenchError
+
+#: Entries that are summed at once; the least tile holds one block.
+BLOCK = 1 << 12
+#: Shares whose sum is this near to 1 are those of an average.
+_EVEN = 1e-12
+
+Measure = Callable[[Any], Any]
+
+
+def gram(sweep: Any) -> Any:
+    """Inner products of all pairs of models over one tensor.
+
+    Parameters
+    ----------
+    sweep : Sweep
+        Over one tensor, with stacks of shape (n, m).
+
+    Returns
+    -------
+    float64 array, (n, n)
+
+    Raises
+    ------
+    MergebenchError
+        If a product exceeds float64, which takes entries beyond 1e150.
+    """
+    return block_sums(sweep, inner_products)
+
+
+def inner_products(stack: Any) -> Any:
+    """Inner products of all pairs of models over the last axis.
+
+    Parameters
+    ----------
+    stack : array, (n, b, m)
+
+    Returns
+    -------
+    float64 array, (b, n, n)
+    """
+    xp = namespace(stack)
+    wide = xp.astype(stack, xp.float64)
+    count = wide.shape[0]
+    # Products of vectors rather than of matrices, whose order a BLAS may choose by their number,
+    # and which for few models take four times as long.
+    found = {
+        (one, other): xp.vecdot(wide[one, ...], wide[other, ...])
+        for one in range(count)
+        for other in range(one, count)
+    }
+    lines = [
+        xp.stack([found[min(one, other), max(one, other)] for other in range(count)], axis=-1)
+        for one in range(count)
+    ]
+    return xp.stack(lines, axis=-2)
+
+
+def row_inner_products(stack: Any, row: int) -> Any:
+    """Inner products of all pairs of models over every row of ``row`` entries.
+
+    Parameters
+    ----------
+    stack : array, (n, rows · row)
+
+    Returns
+    -------
+    float64 array, (rows, n, n)
+    """
+    return inner_products(namespace(stack).reshape(stack, (stack.shape[0], -1, row)))
+
+
+def block_sums(sweep: Any, measure: Measure) -> Any:
+    """The sum of ``measure`` over the blocks of a tensor.
+
+    Parameters
+    ----------
+    sweep : Sweep
+        Over one tensor.
+    measure : callable
+        Gives a float64 array (b, …) for an (n, b, m) array with b stretches of the tensor. Arrays
+        of other libraries than numpy are given as one stretch.
+
+    Raises
+    ------
+    MergebenchError
+        If the sum is not finite.
+    """
+    total: Any = None
+    held: list[Any] = []
+    name = ""
+    for at, parts in sweep(partial(_look, measure)):
+        name = at.site.name
+        for found, ends in parts:
+            if ends is None:
+                for block in found:
+                    total = block if total is None else total + block
+                continue
+            # What tiles have cut is put together again before it is summed.
+            held.append(found)
+            if ends:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    (block,) = measure(np.concatenate(held, axis=1)[:, None, :])
+                total = block if total is None else total + block
+                held = []
+    if total is None:
+        return measure(np.zeros((sweep.models, 1, 0)))[0]
+    if isinstance(total, np.ndarray) and not np.isfinite(total).all():
+        raise MergebenchError(f"{name}: inner products exceed float64", fix="scale the inputs down")
+    return total
+
+
+# What overflows is found, and refused, when all is added up.
+@np.errstate(over="ignore", invalid="ignore")
+def _look(measure: Measure, stack: Any, at: Any) -> list[tuple[Any, bool | None]]:
+    """Sums over the whole blocks of a tile, marked ``None``, and copies of the others.
+
+    A copy is marked by whether its block ends with it.
+    """
+    if not isinstance(stack, np.ndarray):
+        return [(measure(stack[:, None, :]), None)]
+    count, size = stack.shape[0], at.site.size
+    head = min(-(-at.start // BLOCK) * BLOCK, at.stop)
+    tail = max(at.stop // BLOCK * BLOCK, head)
+    found: list[tuple[Any, bool | None]] = []
+    for begin, end in ((at.start, head), (head, tail), (tail, at.stop)):
+        part = stack[:, begin - at.start : end - at.start]
+        if begin == head and end == tail and begin < end:
+            found.append((measure(part.reshape(count, -1, BLOCK)), None))
+        elif begin < end:
+            found.append((part.copy(), end % BLOCK == 0 or end == size))
+    return found
+
+
+def combined(stack: Any, shares: Any, pivot: int = 0) -> Any:
+    """``Σ_i shares_i · x_i`` over the first axis of a stack, which becomes 1, in its dtype.
+
+    Where the shares sum to 1, entries that are equal in all models stay as they are.
+
+    Parameters
+    ----------
+    stack : array, (n, …)
+    shares : float64 array, (n,) or (n, …), broadcast over the stack
+    pivot : int
+        The model with the largest share, from which the others are reached.
+    """
+    xp = namespace(stack)
+    total = shares[0:1, ...]
+    for model in range(1, stack.shape[0]):
+        total = total + shares[model : model + 1, ...]
+    even = xp.abs(total - 1) < _EVEN
+    if shares.ndim < stack.ndim:
+        ones = (1,) * (stack.ndim - shares.ndim)
+        shares, even = (xp.reshape(each, (*each.shape, *ones)) for each in (shares, even))
+    weights = xp.astype(shares, stack.dtype)
+    if isinstance(stack, np.ndarray) and even.size == 1:
+        return _moved(stack, weights, pivot) if even.all() else _summed(stack, weights)
+    return xp.where(even, _moved(stack, weights, pivot), _summed(stack, weights))
+
+
+def _summed(stack: Any, weights: Any) -> Any:
+    total = stack[0:1, ...] * weights[0:1, ...]
+    for model in range(1, stack.shape[0]):
+        total = total + stack[model : model + 1, ...] * weights[model : model + 1, ...]
+    return total
+
+
+def _moved(stack: Any, weights: Any, pivot: int) -> Any:
+    start = stack[pivot : pivot + 1, ...]
+    step = None
+    for model in range(stack.shape[0]):
+        if model != pivot:
+            part = (stack[model : model + 1, ...] - start) * weights[model : model + 1, ...]
+            step = part if step is None else step + part
+    return start if step is None else start + step

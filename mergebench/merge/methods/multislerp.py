@@ -1,0 +1,38 @@
+"""Multi-SLERP: one step of the mean on the sphere."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mergebench.merge.method import merge_method
+from mergebench.merge.op import Chain, chain
+from mergebench.merge.ops.tangent_mean import tangent_mean
+
+
+@merge_method(
+    paper="doi:10.1145/502122.502124",
+    space="either",
+    compat={"mergekit-0.1.5": {"tangent": "projection", "normalize": True}},
+)
+def multislerp(tangent: Literal["log", "projection"] = "log", normalize: bool = True) -> Chain:
+    """Average several models in the tangent space at their mean direction.
+
+    Unit vectors are mapped into the tangent space of the sphere at their normalised weighted mean,
+    averaged there, and mapped back; the length is the weighted mean length. Of task vectors where
+    a base is given, of weights otherwise.
+
+    Parameters
+    ----------
+    tangent : log or projection, default log
+        Map by the logarithm, ``θ/sin θ · (u - cos θ · m)``, which keeps angles, or only by the
+        projection ``u - cos θ · m``.
+    normalize : true or false, default true
+        Divide the weights by their sum.
+
+    Deviations
+    ----------
+    mergekit maps by projection (preset ``mergekit-0.1.5``), which takes models far from the mean
+    for nearer than they are. Its ``eps`` has no counterpart: zero tensors are told apart exactly.
+    Where directions cancel the arithmetic mean is taken.
+    """
+    return chain(tangent_mean(tangent, normalize))

@@ -1,0 +1,49 @@
+"""The mean of directions in one tangent space, with the mean length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mergebench.compute.gram import combined, gram
+from mergebench.compute.namespace import namespace
+from mergebench.compute.sphere import Directions, Tangent
+from mergebench.merge.op import At, Stack, Statistic, op
+from mergebench.merge.ops.slerp import check_total
+
+
+def _check(weights: Sequence[float], tangent: Tangent, normalize: bool) -> None:
+    if normalize:
+        check_total("tangent_mean", weights)
+
+
+@op(statistic=lambda **_: Statistic("tensor", gram), reduces=True, check_weights=_check)
+def tangent_mean(stack: Stack, at: At, tangent: Tangent = "log", normalize: bool = True) -> Stack:
+    """Weighted mean of directions in the tangent space at their normalised sum, per tensor.
+
+    Mapped back onto the sphere, it is multiplied by the weighted mean length. A zero tensor has no
+    direction and only shortens the result. Where the unit vectors cancel there is no mean
+    direction, and the weighted arithmetic mean is taken.
+
+    Parameters
+    ----------
+    tangent : log or projection
+        Map u by ``θ/sin θ · (u - cos θ · m)``, or without the factor.
+    normalize : true or false
+        Divide the weights by their sum.
+
+    Raises
+    ------
+    ParameterError
+        If weights that are to be normalised sum to zero.
+    """
+    _check(at.weights, tangent, normalize)
+    total = sum(at.weights) if normalize else 1.0
+    if stack.shape[0] == 1:
+        return stack * (at.weights[0] / total)
+    xp = namespace(at.value)
+    weights = xp.asarray(at.weights, dtype=xp.float64, device=at.value.device) / total
+    found = Directions.of(at.value, weights, normalize=normalize)
+    mean, directed = found.start()
+    mean, _ = found.moved(mean, found.step(mean, tangent))
+    pivot = max(range(len(at.weights)), key=lambda model: abs(at.weights[model]))
+    return combined(stack, found.shares(mean, directed, weights), pivot)
