@@ -55,9 +55,17 @@ class Case:
         return load_file(folder / f"{self.label}.safetensors")
 
 
-def cases() -> Iterator[Case]:
-    """Yield every case in the order of its name, float32 before bfloat16."""
-    for path in sorted(CONFIGS.glob("*.yml")):
-        if not path.stem.endswith(BF16_MATH):
-            yield Case(path.stem, "float32")
-        yield Case(path.stem, "bfloat16")
+def cases(folder: str = "") -> Iterator[Case]:
+    """Yield every case of a folder in the order of its name, float32 before bfloat16."""
+    for path in sorted((CONFIGS / folder).glob("*.yml")):
+        name = str(Path(folder, path.stem))
+        if not name.endswith(BF16_MATH):
+            yield Case(name, "float32")
+        yield Case(name, "bfloat16")
+
+
+def every_case() -> Iterator[Case]:
+    """Yield the cases that a classification by entries explains, and then those of folders."""
+    yield from cases()
+    for folder in sorted(path.name for path in CONFIGS.iterdir() if path.is_dir()):
+        yield from cases(folder)

@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 # As a script this file has its own folder on the path, and not the root of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.parity.cases import MERGEKIT_VERSION, RECORDED, TORCH_VERSION, Case, cases
+from tests.parity.cases import MERGEKIT_VERSION, RECORDED, TORCH_VERSION, Case, every_case
 from tests.parity.models import DTYPES, NAMES, build, digest, tensors
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def versions(executable: Path) -> dict[str, str]:
 def run(executable: Path, case: Case, models: Path) -> dict[str, np.ndarray]:
     """Run mergekit on ``case`` in the folder with its models and return the tensors it wrote."""
     output = models / "merged" / case.name
-    config = models / f"{case.name}.yml"
+    config = models / f"{Path(case.name).name}.yml"
     config.write_text(case.text)
     # The configurations name the models by relative path, and nothing may be looked up online.
     command = [str(executable), config.name, str(output.relative_to(models)), *OPTIONS]
@@ -116,11 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for dtype in DTYPES:
             for name in NAMES:
                 build(Path(scratch) / dtype, name, dtype)
-        for case in cases():
+        for case in every_case():
             merged = run(executable, case, Path(scratch) / case.dtype)
             outputs[case.label] = digest(merged)
             if not options.check:
-                save_file(merged, folder / f"{case.label}.safetensors")
+                target = folder / f"{case.label}.safetensors"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                save_file(merged, target)
             elif digest(case.recorded(folder)) != outputs[case.label]:
                 different.append(case.label)
             print(f"{case.label}  {outputs[case.label][:12]}", flush=True)
