@@ -165,6 +165,7 @@ def _show_rows(odd: list[Any], count: int, top: int) -> None:
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None,
     ops: Annotated[bool, typer.Option("--ops", help="The ops that methods are made of.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="All methods as a page.")] = False,
     as_json: o.Json = False,
 ) -> None:
     """List merge methods and ops, or describe one.
@@ -175,9 +176,13 @@ def methods(
       mergebench methods
       mergebench methods ties
     """
+    from mergebench.merge.catalogue import markdown as page
     from mergebench.merge.method import METHODS
     from mergebench.merge.op import OPS
 
+    if markdown:
+        console.say(page().rstrip())
+        return
     if name is not None:
         if name in OPS and name not in METHODS:
             _show_op(name, as_json)
