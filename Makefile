@@ -24,7 +24,7 @@ demo: $(VENV)/.examples
 	$(BIN)/python examples/digits/run.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
