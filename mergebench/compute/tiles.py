@@ -64,6 +64,8 @@ class Load:
         Entries of the largest tensor.
     shared : int
         Stacks kept for other outputs.
+    workspace : int
+        Bytes that an op holds beside its stack while it works on a tensor.
     factors : tuple of (int, int)
         Per tensor its entries and the bytes of low-rank factors held while it is worked on.
     """
@@ -76,6 +78,7 @@ class Load:
     fixed: int
     largest: int
     shared: int = 0
+    workspace: int = 0
     factors: tuple[tuple[int, int], ...] = ()
 
     def bytes(self, tiling: Tiling) -> int:
@@ -84,7 +87,7 @@ class Load:
         job = min(max(tiling.job, tile), max(self.largest, 1))
         # Per worker: what was read, the float stack, and about two more of it in temporaries.
         stacks = (4 + self.shared) * self.models + 6 + 2 * self.outputs
-        working = tile * self.itemsize * stacks
+        working = tile * self.itemsize * stacks + self.workspace
         queued = job * self.out_itemsize * self.outputs
         window = 2 * tiling.workers + 1
         return self.fixed + self._held(job, window) + tiling.workers * working + window * queued

@@ -29,6 +29,9 @@ _CONSTANT = re.compile(
     r"(^|[._])((original_)?inv_freq|(cos|sin)_cached|position_ids|token_type_ids|causal_mask"
     r"|relative_position_index|_float_tensor)$"
 )
+#: Models whose linear layers are transformers' ``Conv1D``, which stores input × output.
+_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+_CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,13 @@ def kind_of(name: str, shape: tuple[int, ...], floating: bool = True) -> str:
     if name.endswith("bias"):
         return "bias"
     return {2: "linear"}.get(len(shape), "conv" if len(shape) > 2 else "bias")
+
+
+def conv1d_names(names: Iterable[str], model_type: str | None) -> list[str]:
+    """The weights that a type of model (``model_type`` of its config) stores input × output."""
+    if model_type not in _CONV1D_MODELS:
+        return []
+    return [name for name in names if _CONV1D.search(name)]
 
 
 def make_sites(

@@ -9,9 +9,16 @@ import numpy as np
 
 from mergebench.checkpoints.layout import Checkpoint
 from mergebench.checkpoints.ties import is_tied, same_content
-from mergebench.core.delta import Delta, Dense, Difference, Replacement, reads
+from mergebench.core.delta import Delta, Dense, Difference, LowRank, Replacement, reads
 from mergebench.core.errors import MismatchError
-from mergebench.core.site import is_constant, is_counter, is_statistic, kind_of, make_sites
+from mergebench.core.site import (
+    conv1d_names,
+    is_constant,
+    is_counter,
+    is_statistic,
+    kind_of,
+    make_sites,
+)
 from mergebench.core.tensor import FLOATING, Tensor
 from mergebench.merge.averaged import average
 from mergebench.merge.stream import Item
@@ -379,7 +386,7 @@ def _items(table: _Table, reference: Checkpoint | None, space: str, form: str) -
     }
     # Depth counts the blocks of the whole model, also those that no input touches.
     known = {} if reference is None else {n: t.shape for n, t in reference.tensors.items()}
-    sites = make_sites(known | shapes)
+    sites = make_sites(known | shapes, transposed=_transposed(table, reference))
     labels = tuple(model.label for model in table.models)
     items: dict[str, Item] = {}
     wide = False
@@ -397,6 +404,17 @@ def _items(table: _Table, reference: Checkpoint | None, space: str, form: str) -
     # One arithmetic for the whole model, so that magnitudes of different tensors compare.
     dtype = np.dtype(np.float64 if wide else np.float32)
     return {name: replace(item, dtype=dtype) for name, item in items.items()}
+
+
+def _transposed(table: _Table, reference: Checkpoint | None) -> set[str]:
+    """Weights stored input × output: those of GPT-2's layers, and what adapters say."""
+    config = None if reference is None else reference.config
+    found = set(conv1d_names(table.deltas, (config or {}).get("model_type")))
+    for name, row in table.deltas.items():
+        low = [delta for delta in row if isinstance(delta, LowRank) and not delta.embedding]
+        if any(delta.transposed for delta in low):
+            found.add(name)
+    return found
 
 
 def _untouched(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -80,6 +80,7 @@ def apply(
 class _Piece:
     site: Site
     stack: Stack
+    models: Stack
     base: Any = None
 
 
@@ -107,7 +108,7 @@ def _stacks(tables: Sequence[Mapping[str, Any]]) -> list[_Piece]:
                 )
         _check_floating(name, arrays)
         stack = xp.stack([xp.reshape(array, (-1,)) for array in arrays])
-        pieces.append(_Piece(sites[name], stack))
+        pieces.append(_Piece(sites[name], stack, stack))
     return pieces
 
 
@@ -123,7 +124,7 @@ def _on(pieces: Sequence[_Piece], base: Mapping[str, Any]) -> list[_Piece]:
             )
         xp = namespace(array)
         flat = xp.astype(xp.reshape(array, (-1,)), piece.stack.dtype, copy=False)
-        found.append(_Piece(piece.site, piece.stack, flat))
+        found.append(replace(piece, base=flat))
     return found
 
 
@@ -150,8 +151,9 @@ def _step(step: Op, pieces: list[_Piece], weights: tuple[float, ...]) -> list[_P
     for piece in pieces:
         if statistic is not None and statistic.scope == "tensor":
             value = statistic.measure(_Arrays([piece], weights))
-        at = At(piece.site, 0, piece.site.size, weights, value, piece.base)
-        done.append(_Piece(piece.site, step.apply(piece.stack, at), piece.base))
+        models = piece.models if step.spec.needs_models else None
+        at = At(piece.site, 0, piece.site.size, weights, value, piece.base, models=models)
+        done.append(replace(piece, stack=step.apply(piece.stack, at)))
     return done
 
 

@@ -22,8 +22,9 @@ from mergebench.compute.rounding import round_to
 from mergebench.core.tensor import DTYPES, Array, size_of
 from mergebench.manifest import MANIFEST, with_outputs
 from mergebench.merge.averaged import Mean
+from mergebench.merge.core_space import fits, merged_item
 from mergebench.merge.factors import write_factors
-from mergebench.merge.op import Stack, needs_base
+from mergebench.merge.op import At, Chain, Stack, needs_base
 from mergebench.merge.plan import Plan
 from mergebench.merge.resume import Ledger, resume_key
 from mergebench.merge.stream import (
@@ -308,15 +309,17 @@ def _pieces(
 ) -> Iterator[tuple[int, list[Array], bool]]:
     """``(first entry, one array per variant, any holes)`` of every job of a tensor, in order."""
     dtype = plan.package.dtype_of(item.site.name)
-    name = item.site.name
-    unit, jobs = evaluator.pieces([variant.at(name) for variant in plan.variants], item)
+    chains = [variant.at(item.site.name) for variant in plan.variants]
+    ready = [in_core(evaluator, ops, item) for ops in chains]
+    dense = [ops for ops, core in zip(chains, ready, strict=True) if core is None]
+    unit, jobs = evaluator.pieces(dense, item)
     item = opened(item)
 
     def work(start: int, stop: int) -> tuple[int, list[Array], bool]:
         outs = [np.empty(stop - start, DTYPES[dtype]) for _ in plan.variants]
         some = False
         for begin, end in evaluator.tiling.tiles(start, stop, unit):
-            parts, holes = merged_tile(evaluator, plan.variants, item, begin, end)
+            parts, holes = merged_tile(evaluator, plan.variants, item, begin, end, ready)
             some |= holes is not None
             for out, part in zip(outs, parts, strict=True):
                 out[begin - start : end - start] = round_to(part, dtype, item.site.name)
@@ -327,20 +330,41 @@ def _pieces(
     yield from evaluator.each_job(partial(work, start, stop) for start, stop in jobs)
 
 
+def in_core(evaluator: Evaluator, ops: Chain, item: Item) -> Item | None:
+    """The merged update of low-rank inputs, ready to be added; ``None`` where tiles are merged."""
+    if not fits(ops, item):
+        return None
+    return merged_item(lambda at, stack: evaluator.run(ops, item, at, stack), ops, item)
+
+
 def merged_tile(
-    evaluator: Evaluator, variants: Sequence[Variant], item: Item, start: int, stop: int
+    evaluator: Evaluator,
+    variants: Sequence[Variant],
+    item: Item,
+    start: int,
+    stop: int,
+    ready: Sequence[Item | None],
 ) -> tuple[list[Array], Array | None]:
     """Entries ``start:stop`` of every variant, base added, not yet rounded, and its holes.
 
     Holes are where the result is to be NaN; until then it is what it would be without them.
+    ``ready`` has, per variant, the merged update where it is known already.
     """
-    stack, base, holes = load_with_holes(item, start, stop)
-    wanted = any(needs_base(variant.at(item.site.name)) for variant in variants)
-    at = located(item, start, stop, base, wanted)
+    if all(ready):
+        stack, base, holes = np.empty((0, 0)), None, None
+        at = At(item.site, start, stop, item.weights)
+    else:
+        stack, base, holes = load_with_holes(item, start, stop)
+        wanted = any(needs_base(variant.at(item.site.name)) for variant in variants)
+        at = located(item, start, stop, base, wanted)
     memo: dict[Any, Stack] | None = {} if len(variants) > 1 else None
     found = []
-    for variant in variants:
-        merged = evaluator.run(variant.at(item.site.name), item, at, stack, memo)[0]
+    for variant, core in zip(variants, ready, strict=True):
+        if core is not None:
+            # Factors are finite, so that all the holes there are lie in the base.
+            (merged,), base, holes = load_with_holes(core, start, stop)
+        else:
+            merged = evaluator.run(variant.at(item.site.name), item, at, stack, memo)[0]
         found.append(merged if base is None else moved(base, merged))
     return found, holes
 

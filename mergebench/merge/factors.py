@@ -11,6 +11,7 @@ from mergebench.compute.decompose import truncate
 from mergebench.compute.rounding import round_to
 from mergebench.core.delta import LowRank, factors
 from mergebench.core.tensor import Array
+from mergebench.merge.core_space import fits, merged_factors
 from mergebench.merge.op import coefficients, granularity_of, is_linear, needs_base
 from mergebench.merge.stream import Evaluator, Item, load, located, nonfinite, opened
 
@@ -28,18 +29,26 @@ def write_factors(
 ) -> float | None:
     """Write B and A of one merged module.
 
-    A linear chain concatenates the factors of its inputs, which loses nothing; any other result
-    is materialised and truncated to the summed rank.
+    A linear chain concatenates the factors of its inputs, and a chain that commutes with changes
+    of basis is run in bases of their spaces: both lose nothing. Any other result is materialised
+    and truncated to the summed rank.
 
     Returns
     -------
     float or None
-        The relative residual of the truncation; ``None`` for a concatenation.
+        The relative residual of the truncation; ``None`` where nothing is truncated.
     """
     module = plan.package.modules[item.site.name]
     lost = None
-    if is_linear(variant.at(item.site.name)):
+    ops = variant.at(item.site.name)
+    if is_linear(ops):
         left, right = _concatenate(item, variant)
+    elif fits(ops, item):
+        left, right = merged_factors(partial(evaluator.run, ops, item), ops, item)
+        # Beyond the rank of the plan lies the rounding of zeros.
+        left, right = left[:, : module.own_rank], right[: module.own_rank]
+        if module.transposed:
+            left, right = right.T, left.T
     else:
         matrix = _dense(evaluator, variant, item)
         matrix = matrix.reshape(matrix.shape[0], -1)

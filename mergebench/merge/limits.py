@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from mergebench.compute.matrices import matrix_shape
 from mergebench.compute.tiles import Load, Tiling, fit
 from mergebench.core.delta import LowRank
 from mergebench.core.errors import MergebenchError, ParameterError, ResourceError
 from mergebench.core.tensor import DTYPES
 from mergebench.merge.align import Aligned
-from mergebench.merge.op import Granularity, granularity_of
+from mergebench.merge.core_space import core_bytes, fits
+from mergebench.merge.op import Chain, Granularity, granularity_of, workspace_of
 from mergebench.merge.package import Package
 from mergebench.merge.stream import Item
 from mergebench.merge.variants import Variant
@@ -39,10 +42,13 @@ def choose_tiling(
     items = list(aligned.items.values())
     chains = {ops for each in variants for ops in each.distinct}
     statistic = any(op.statistic is not None for ops in chains for op in ops)
-    fixed = _BUFFERS + (_STATISTIC if statistic else 0) + built.dense_bytes
+    inside = max((_inside(variants, item) for item in items), default=0)
+    fixed = _BUFFERS + (_STATISTIC if statistic else 0) + built.dense_bytes + inside
     largest, where = max(
-        ((_unit(variants, item), item.site.name) for item in items),
-        default=(1, ""),
+        ((_unit(variants, item), item.site.name) for item in items), default=(1, "")
+    )
+    working, heaviest = max(
+        ((_workspace(variants, item), item.site.name) for item in items), default=(0, "")
     )
     load = Load(
         models=max((len(item.deltas) for item in items), default=1),
@@ -53,6 +59,7 @@ def choose_tiling(
         fixed=fixed,
         largest=max((item.site.size for item in items), default=1),
         shared=max((_shared(variants, name) for name in aligned.items), default=0),
+        workspace=working,
         factors=tuple(_factors(item) for item in items),
     )
     if workers is not None and workers < 1:
@@ -63,7 +70,9 @@ def choose_tiling(
         why = ""
         if built.dense_bytes > least // 2:
             why = "it holds the factors and matrix of a whole module, which --as delta does not; "
-        elif (piece := _piece(variants, where)) != "entry":
+        elif working > least // 4:
+            why = f"a decomposition of {heaviest!r} takes {_mib(working)}; "
+        elif (piece := _piece(_dense(variants, aligned.items[where]))) != "entry":
             why = f"its largest piece is a {piece} of {where!r}; "
         raise ResourceError(
             f"this merge needs at least {_mib(least)}",
@@ -91,11 +100,42 @@ def _factors(item: Item) -> tuple[int, int]:
 
 
 def _unit(variants: Sequence[Variant], item: Item) -> int:
-    return Tiling().unit(_piece(variants, item.site.name), item.site.size, item.site.row)
+    return Tiling().unit(_piece(_dense(variants, item)), item.site.size, item.site.row)
 
 
-def _piece(variants: Sequence[Variant], name: str) -> Granularity:
-    return granularity_of(tuple(op for each in variants for op in each.at(name)))
+def _dense(variants: Sequence[Variant], item: Item) -> list[Chain]:
+    """The chains that merge an item entry by entry, rather than in factors."""
+    chains = [each.at(item.site.name) for each in variants]
+    return [ops for ops in chains if not fits(ops, item)]
+
+
+def _piece(chains: Sequence[Chain]) -> Granularity:
+    return granularity_of(tuple(op for ops in chains for op in ops))
+
+
+def _workspace(variants: Sequence[Variant], item: Item) -> int:
+    """The most that an op holds beside its stack while it decomposes a tensor."""
+    shape = matrix_shape(item.site.shape)
+    return max(
+        (workspace_of(ops, len(item.deltas), shape) for ops in _dense(variants, item)),
+        default=0,
+    )
+
+
+def _inside(variants: Sequence[Variant], item: Item) -> int:
+    """What merging an item in bases of its factors holds, and the merged factors of each output."""
+    chains = [each.at(item.site.name) for each in variants]
+    core = [ops for ops in chains if fits(ops, item)]
+    if not core:
+        return 0
+    rows, columns = matrix_shape(item.site.shape)
+    rank = sum(delta.rank for delta in item.deltas if isinstance(delta, LowRank))
+    most = max(core_bytes(item, partial(_within, ops)) for ops in core)
+    return most + 8 * len(core) * (rows + columns) * min(rank, rows, columns)
+
+
+def _within(ops: Chain, models: int, rows: int, columns: int) -> int:
+    return workspace_of(ops, models, (rows, columns))
 
 
 def _mib(count: int) -> str:

@@ -8,10 +8,12 @@ from math import frexp
 from typing import Any, Literal
 
 from mergebench.adapters_zoo.pack import Factor, PackedLayout, PackedTensor, pack_lora
+from mergebench.compute.matrices import matrix_shape
 from mergebench.core.delta import LowRank
 from mergebench.core.errors import MismatchError
 from mergebench.merge.align import Aligned
-from mergebench.merge.op import coefficients, is_linear
+from mergebench.merge.core_space import fits
+from mergebench.merge.op import coefficients, is_linear, rank_of
 from mergebench.merge.stream import Item
 from mergebench.merge.variants import Variant
 from mergebench.recipe import Recipe
@@ -50,7 +52,8 @@ def lora_layout(
 ) -> tuple[PackedLayout, dict[str, Module]]:
     """Tensors, config and ranks of an adapter that holds the merged updates.
 
-    Linear chains concatenate factors, so ranks add up; others are truncated to the summed rank.
+    Linear chains concatenate factors, so ranks add up; others are truncated to the summed rank,
+    or to less where the chain leaves less.
 
     Raises
     ------
@@ -76,7 +79,7 @@ def lora_layout(
         rank = sum(delta.rank for delta in low)
         if not linear:
             rows = item.site.shape[0]
-            rank = min(rank, rows, item.site.size // rows)
+            rank = min(rank, rows, item.site.size // rows, _limit(item, variants))
         dtypes = {stored_dtype(delta) for delta in low}
         dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
         if linear and not _exactly(dtype, item, variants):
@@ -95,6 +98,12 @@ def lora_layout(
         specs: dict[str, PackedTensor] = {t.role: t for t in packed.tensors if t.source == name}
         modules[name] = Module(factor.rank, specs["A"].shape[0], factor.transposed, specs)
     return packed, modules
+
+
+def _limit(item: Item, variants: Sequence[Variant]) -> int:
+    """The rank that the chains leave at most, at least 1; larger than any where they set none."""
+    limits = [rank_of(each.at(item.site.name), len(item.deltas)) for each in variants]
+    return max(1, *(item.site.size if limit is None else limit for limit in limits))
 
 
 def _exactly(dtype: str, item: Item, variants: Sequence[Variant]) -> bool:
@@ -141,18 +150,22 @@ def _base_name(models: Sequence[Source], base: Source | None) -> str | None:
     return None if base is None else base.label
 
 
-def dense_bytes(aligned: Aligned, modules: Mapping[str, Module], form: str, linear: bool) -> int:
+def dense_bytes(
+    aligned: Aligned, modules: Mapping[str, Module], form: str, variants: Sequence[Variant]
+) -> int:
     """Bytes that one merged matrix takes while it is truncated, or its factors while written."""
     if form != "lora":
         return 0
     worst = 0
     for name, module in modules.items():
-        rows = aligned.items[name].site.shape[0]
-        columns = aligned.items[name].site.size // rows
+        item = aligned.items[name]
+        rows, columns = matrix_shape(item.site.shape)
         written = 24 * module.rank * (rows + columns)
         least = min(rows, columns)
         # The matrix in float32 and twice in float64, and the Gram matrix with its eigenvectors.
-        dense = 0 if linear else 24 * rows * columns + 24 * least * least
+        chains = [each.at(name) for each in variants]
+        factored = all(is_linear(ops) or fits(ops, item) for ops in chains)
+        dense = 0 if factored else 24 * rows * columns + 24 * least * least
         worst = max(worst, written + dense)
     return worst
 

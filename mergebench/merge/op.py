@@ -9,7 +9,7 @@ torch gives gradients and CUDA. A chain is a tuple of ops; it can be read, hashe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast
 
 import numpy as np
@@ -23,6 +23,8 @@ from mergebench.core.site import Site
 P = ParamSpec("P")
 R = TypeVar("R")
 Granularity = Literal["entry", "row", "tensor"]
+#: On which sides of a matrix an op commutes with orthonormal changes of basis.
+Sides = Literal["none", "left", "both"]
 #: An array of any library that follows the array API standard.
 Stack = Any
 
@@ -42,6 +44,12 @@ class At:
         What the op's own statistic measured; ``None`` where it declares none.
     base : array or None
         The base's entries at the same places, shape (m,), for ops that declare to need them.
+    models : array or None
+        The task vectors as they came, before any op, shape (models, m), for ops that declare to
+        need them.
+    core : (int, int) or None
+        Where the stack holds matrices in bases of the column and row spaces of low-rank inputs,
+        the shape of those matrices in the orientation of the stored tensor.
     """
 
     site: Site
@@ -50,6 +58,8 @@ class At:
     weights: tuple[float, ...] = ()
     value: Any = None
     base: Any = None
+    models: Any = field(default=None, kw_only=True)
+    core: tuple[int, int] | None = field(default=None, kw_only=True)
 
 
 class Sweep(Protocol):
@@ -108,6 +118,11 @@ class OpSpec:
     needs_base: bool = False
     most: int | None = None
     check_weights: Callable[..., None] | None = None
+    needs_models: bool = False
+    equivariant: Callable[..., Sides] = lambda **_: "none"
+    workspace: Callable[[int, int, int], int] | None = None
+    tolerance: float = 0.0
+    rank: Callable[..., int | None] = lambda **_: None
 
     @property
     def summary(self) -> str:
@@ -159,6 +174,11 @@ class Op:
         """
         self.spec.check(site, **dict(self.params))
 
+    @property
+    def sides(self) -> Sides:
+        """Where the op commutes with changes of basis; linear ops do on both sides."""
+        return "both" if self.spec.linear else self.spec.equivariant(**dict(self.params))
+
     def apply(self, stack: Stack, at: At) -> Stack:
         """Run the reference implementation; ``stack`` is not modified."""
         return self.spec.function(stack, at, **dict(self.params))
@@ -180,6 +200,11 @@ def op(
     needs_base: bool = False,
     most: int | None = None,
     check_weights: Callable[..., None] | None = None,
+    needs_models: bool = False,
+    equivariant: Sides | Callable[..., Sides] = "none",
+    workspace: Callable[[int, int, int], int] | None = None,
+    tolerance: float = 0.0,
+    rank: Callable[..., int | None] | None = None,
 ) -> Callable[[Callable[Concatenate[Stack, At, P], Stack]], Callable[P, Op]]:
     """Register a function ``(stack, at, **params) -> stack`` and return its factory.
 
@@ -204,6 +229,19 @@ def op(
     check_weights : callable ``(weights, **params)``, optional
         Raises :class:`ParameterError` for weights that the op cannot take, before any tensor is
         read.
+    needs_models : bool
+        Whether the task vectors as they came must reach the op as ``At.models``, also after
+        they were combined.
+    equivariant : none, left or both, or callable of the parameters
+        Whether ``op(P X_i Qᵀ) = P op(X_i) Qᵀ`` for orthonormal P (left: with Q = I) and matrices
+        out × in. Such ops run on low-rank inputs in bases of their column and row spaces.
+    workspace : callable ``(models, rows, columns) -> bytes``, optional
+        What the op holds beside its stack and its result while it works on one tensor.
+    tolerance : float
+        0 where every library gives the same value within a rounding; for ops backed by LAPACK
+        the relative error, of the largest entry, that another backend may show.
+    rank : callable of the parameters, optional
+        The largest rank that matrices can have after the op.
     """
 
     def register(function: Callable[Concatenate[Stack, At, P], Stack]) -> Callable[P, Op]:
@@ -220,6 +258,11 @@ def op(
             needs_base,
             most,
             check_weights,
+            needs_models,
+            equivariant if callable(equivariant) else lambda **_: equivariant,
+            workspace,
+            tolerance,
+            rank or (lambda **_: None),
         )
         return cast("Callable[P, Op]", OPS.add(name, spec))
 
@@ -272,6 +315,44 @@ def needs_base(ops: Iterable[Op]) -> bool:
 def is_linear(ops: Chain) -> bool:
     """Whether the whole chain is a weighted sum with weights that depend on the site alone."""
     return all(each.spec.linear for each in ops)
+
+
+def sides_of(ops: Chain) -> Sides:
+    """Where the whole chain commutes with changes of basis.
+
+    An op that measures something first sees entries, so a chain with one does nowhere.
+    """
+    if any(each.statistic is not None or each.sides == "none" for each in ops):
+        return "none"
+    return "left" if any(each.sides == "left" for each in ops) else "both"
+
+
+def workspace_of(ops: Chain, models: int, shape: tuple[int, int]) -> int:
+    """The most bytes that an op of the chain holds beside its stack, for one matrix."""
+    most = 0
+    for each in ops:
+        if each.spec.workspace is not None:
+            most = max(most, each.spec.workspace(models, *shape))
+        models = 1 if each.spec.reduces else models
+    return most
+
+
+def rank_of(ops: Chain, models: int) -> int | None:
+    """The largest rank that a merged matrix can have; ``None`` where the chain sets no limit."""
+    most: int | None = None
+    for each in ops:
+        # Only what does not depend on the basis leaves ranks where they are.
+        most = None if each.sides == "none" or most is None else most
+        if each.spec.reduces and most is not None:
+            most *= models
+        own = each.spec.rank(**dict(each.params))
+        most = own if most is None else most if own is None else min(own, most)
+    return most
+
+
+def tolerance_of(ops: Chain) -> float:
+    """The relative error that another backend may show; 0 where all agree within a rounding."""
+    return max((each.spec.tolerance for each in ops), default=0.0)
 
 
 def coefficients(ops: Chain, site: Site, weights: Sequence[float]) -> tuple[float, ...]:

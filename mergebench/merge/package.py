@@ -14,6 +14,7 @@ from mergebench.card import card
 from mergebench.checkpoints.layout import Checkpoint
 from mergebench.checkpoints.placement import PT, Layout, TensorSpec, plan_layout
 from mergebench.checkpoints.sizes import parse_size
+from mergebench.compute.backend import lapack
 from mergebench.core.errors import ParameterError
 from mergebench.core.schedule import to_plain
 from mergebench.core.tensor import FLOATING
@@ -28,7 +29,7 @@ from mergebench.merge.lora_layout import (
     stored_dtype,
 )
 from mergebench.merge.method import METHODS
-from mergebench.merge.op import is_linear
+from mergebench.merge.op import tolerance_of
 from mergebench.merge.stream import Item
 from mergebench.merge.variants import Variant
 from mergebench.recipe import Recipe
@@ -143,7 +144,6 @@ def package(
     if form != "model" and shard_size is not None:
         raise ParameterError("--shard-size is for models", fix="leave it out: one file is written")
     reference = base or first
-    linear = all(is_linear(ops) for each in variants for ops in each.distinct)
     under = None if base is None else base.checkpoint
     stored = {
         name: _stored_dtype(item, recipe.dtype, form, under) for name, item in aligned.items.items()
@@ -176,13 +176,13 @@ def package(
         stored=stored,
         modules=modules,
         renamed=renamed,
-        dense_bytes=dense_bytes(aligned, modules, form, linear),
+        dense_bytes=dense_bytes(aligned, modules, form, variants),
         metadata=metadata,
         about={"inputs": _inputs(models, weights, base), "library": _library(form, reference)},
         origins=tuple(_origins(models, base)),
         config={} if packed is None else packed.config,
         companions=_companions(recipe, form, reference, sides or {}),
-        notes=_notes(form, reference),
+        notes=(*_notes(form, reference), *_tolerances(variants)),
     )
 
 
@@ -290,3 +290,12 @@ def _notes(form: str, reference: Source | None) -> tuple[str, ...]:
         return ()
     left = reference.checkpoint.left_out
     return tuple(f"{path.name} is not copied to the output" for path in left)
+
+
+def _tolerances(variants: Sequence[Variant]) -> tuple[str, ...]:
+    """What decomposed the matrices, where that decides the last digits."""
+    tolerance = max(tolerance_of(ops) for each in variants for ops in each.distinct)
+    if not tolerance:
+        return ()
+    done = f"matrices were decomposed by {lapack()} in float64; another LAPACK may differ by"
+    return (f"{done} {tolerance:g} of a tensor's largest entry",)

@@ -299,7 +299,7 @@ class Evaluator:
         memo: dict[Chain, Stack] | None = None,
     ) -> Stack:
         """The chain's result on one tile; ``memo`` shares beginnings between chains."""
-        begin = 0
+        begin, origin = 0, stack
         for end in range(len(ops), 0, -1):
             if memo is not None and ops[:end] in memo:
                 stack, begin = memo[ops[:end]], end
@@ -311,8 +311,9 @@ class Evaluator:
                 if (statistic := each.statistic) is not None:
                     name = item.site.name if statistic.scope == "tensor" else ""
                     value = self.known[ops[:end], name]
+                models = origin if each.spec.needs_models else None
                 base = at.base if each.spec.needs_base else None
-                here = At(at.site, at.start, at.stop, weights, value, base)
+                here = replace(at, weights=weights, value=value, base=base, models=models)
                 stack = each.apply(stack, here)
                 if memo is not None:
                     memo[ops[:end]] = stack

@@ -17,7 +17,7 @@ CONTRACTS: Mapping[str, str] = {
     "double": "float64 inputs are merged in float64",
     "rounded once": "a small dtype is merged in float32 and rounded once",
     "non-finite": "NaN and infinity are refused, naming model, tensor and count",
-    "torch": "numpy and torch agree within one ulp, with equal masks",
+    "torch": "numpy and torch agree within one ulp with equal masks, or a declared tolerance",
     "gradients": "gradients flow and equal finite differences",
     "homogeneous": "twice the task vectors give exactly twice the merged one",
     "in memory": "`apply` on arrays is the merge without its base",
@@ -42,6 +42,10 @@ NEUTRAL: Mapping[str, float] = {
     "threshold": 0.9995,
     "max_iter": 10,
     "tol": 1e-5,
+    "share": 1.0,
+    "common": 1.0,
+    "steps": 1,
+    "rate": 1e-5,
 }
 
 _NO_SCALE = "it has no global scale to set to zero, `--then scale` has"
@@ -69,6 +73,14 @@ METHODS_EXEMPT: Mapping[tuple[str, str], str] = {
     ("identity", "arcee_fusion"): "it never takes over a model whole, only what matters in it",
     ("double", "arcee_fusion"): "it never takes over a model whole, so there is nothing to survive",
     ("sweep", "add_difference"): "it has no parameter that could have several values",
+    ("base at zero", "cart"): "its scale is that of what is added to the mean of the models",
+    ("identity", "iso_c"): "it levels the singular values of a single model too",
+    ("identity", "iso_cts"): "it levels the singular values of a single model too",
+    ("gradients", "iso_cts"): "singular values of orthonormal vectors coincide: no derivative",
+    ("gradients", "tsv_merge"): "singular values of orthonormal vectors coincide: no derivative",
+    ("homogeneous", "wudi"): "the learning rate of its descent is absolute, as published",
+    ("double", "iso_c"): "the check takes a single model, whose singular values it levels",
+    ("double", "iso_cts"): "the check takes a single model, whose singular values it levels",
 }
 
 #: (contract, op) that is left out, and why.
@@ -77,4 +89,13 @@ OPS_EXEMPT: Mapping[tuple[str, str], str] = {
     ("gradients", "clip"): "what it has limited does not move with its input",
     ("homogeneous", "drop_small"): _ABSOLUTE,
     ("homogeneous", "keep_important"): "importance is measured on the softmax of weights",
+    ("gradients", "subspaces"): "orthonormal vectors have equal singular values: no derivative",
+    (
+        "gradients",
+        "singular_vectors",
+    ): "orthonormal vectors have equal singular values: no derivative",
+    ("homogeneous", "descend_wudi"): "the learning rate of its descent is absolute, as published",
 }
+
+#: Ops whose arrays are shaped by a rank found in the data: arrays without data do not do for them.
+SHAPED_BY_DATA = frozenset({"core_space", "knots"})

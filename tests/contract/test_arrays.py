@@ -12,19 +12,38 @@ from hypothesis import strategies as st
 from mergebench import apply, merge_models
 from mergebench.core.errors import MergebenchError
 from mergebench.merge.method import METHODS
+from mergebench.merge.op import tolerance_of
 
 from .array_promises import assert_gradients, assert_homogeneous, assert_torch_agrees
 from .assertions import assert_same_values
 from .promises import assert_refuses_nonfinite
-from .support import BF16, F16, F32, F64, FEW, GENERIC, SOME, cases, drawn, every_method, taken
+from .support import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    FEW,
+    GENERIC,
+    KINDS,
+    SOME,
+    cases,
+    drawn,
+    every_method,
+    taken,
+)
 
 
 @every_method("torch")
 @given(data=st.data())
 @SOME
 def test_torch_tensors_give_the_same(method: str, data: st.DataObject) -> None:
-    """On torch tensors a chain gives numpy's values within one ulp, zeros in the same places."""
-    assert_torch_agrees(method, data.draw(cases(limits=taken(method))), drawn(data, method))
+    """On torch tensors a chain gives numpy's values within one ulp, zeros in the same places.
+
+    Where LAPACK is behind it, within the tolerance it declares, for singular values that differ.
+    """
+    params = drawn(data, method)
+    kinds = ("normal",) if tolerance_of(METHODS[method](**params)) else KINDS
+    assert_torch_agrees(method, data.draw(cases(kinds=kinds, limits=taken(method))), params)
 
 
 @every_method("gradients")

@@ -32,9 +32,8 @@ def forbidden(param: Param) -> list[Any]:
         return ["maybe", 2, None, "", 0.5]
     if param.kind is str:
         return [None, {}, True, b"bytes"]
-    wrong: list[Any] = ["many", "", None, True, [], {}, float("nan"), float("inf"), "-inf", 10**400]
-    if param.kind is int:
-        wrong.append(0.5)
+    wrong: list[Any] = ["many", "", None, True, [], {}, float("nan"), float("inf"), "-inf"]
+    wrong.append(0.5 if param.kind is int else 10**400)
     if param.low is not None:
         wrong += [param.low - 1, str(param.low - 0.25), *([param.low] if param.open_low else [])]
     if param.high is not None:
@@ -122,6 +121,8 @@ def samples(param: Param) -> list[Any]:
     if param.kind is int:
         return [int(low) + 1, int(low) + 2]
     high = low + 2.0 if param.high is None else param.high
+    if param.kind is int:
+        return [int(low), int(high)]
     return [low + (high - low) * share for share in (0.25, 0.5)]
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mergebench.merge.op import OPS
+from tests.helpers.adapters import save_peft
 from tests.helpers.files import BF16, header, listing, write
 from tests.helpers.running import assert_done, assert_refused, call
 from tests.memory.conftest import SHAPES
@@ -72,3 +74,63 @@ def test_smaller_pieces_need_less(vectors: Path) -> None:
     merge = ("merge", *FILES, "-m", "ties", "-p", "scope=tensor", "-o", "out.safetensors")
 
     assert_within(measure([*merge, "--memory", "96MiB"], vectors), 96 * MIB)
+
+
+@pytest.fixture
+def matrices(tmp_path: Path) -> Path:
+    """Models of one matrix and one vector, small beside what a decomposition holds."""
+    random = np.random.default_rng(1)
+    shapes = {"square.weight": (1100, 1000), "norm.bias": (50,)}
+    base = {key: random.standard_normal(shape, np.float32) for key, shape in shapes.items()}
+    for name, size in (("base", 0.0), ("ft1", 0.1), ("ft2", 0.1)):
+        tuned = {
+            key: (array + size * random.standard_normal(array.shape, np.float32)).astype(BF16)
+            for key, array in base.items()
+        }
+        write(tmp_path / f"{name}.safetensors", tuned)
+    return tmp_path
+
+
+SPECTRAL = [
+    ("tsv_merge", "singular_vectors"),
+    ("iso_c", "isotropic"),
+    ("iso_cts", "subspaces"),
+    ("cart", "centred"),
+    ("star", "cut_spectrum"),
+    ("wudi -p solver=exact", "descend_wudi"),
+    ("wudi -p steps=3", "descend_wudi"),
+    ("knots_ties", "knots"),
+    ("core_ties", "core_space"),
+    ("task_arithmetic --then svc", "svc"),
+    ("task_arithmetic --then truncate:rank=3", "truncate"),
+]
+
+
+@pytest.mark.parametrize(("method", "op"), SPECTRAL)
+def test_decompositions_are_counted(matrices: Path, method: str, op: str) -> None:
+    """A merge that decomposes matrices is refused with a number, and that number is enough.
+
+    At least two fifths of it are used, so that the number is no excuse either.
+    """
+    assert OPS[op].workspace is not None
+    merge = ("merge", *FILES, "-m", *method.split(), "-o", "out.safetensors")
+    refused = call(*merge, "--memory", "40MiB", cwd=matrices)
+    assert_refused(refused, "needs at least", "a decomposition of 'square.weight' takes")
+    found = re.search(r"give --memory (\d+)MiB", refused.err)
+    assert found is not None
+    measured = measure([*merge, "--memory", f"{found[1]}MiB"], matrices)
+    assert_within(measured, int(found[1]) * MIB)
+    assert measured.peak >= int(found[1]) * MIB * 0.4
+
+
+def test_adapters_are_decomposed_in_factors(tmp_path: Path) -> None:
+    """LoRAs of a matrix that could not be decomposed within the limit merge far below it."""
+    random = np.random.default_rng(2)
+    for name in ("a", "b"):
+        B = random.standard_normal((4096, 8), np.float32)
+        made = {"model.up_proj": (B, random.standard_normal((8, 4096), np.float32))}
+        save_peft(tmp_path / name, made)
+    merge = ("merge", "a", "b", "-m", "tsv_merge", "--memory", "64MiB")
+
+    assert_within(measure([*merge, "-o", "out"], tmp_path), 64 * MIB)
+    assert_within(measure([*merge, "--as", "delta", "-o", "delta"], tmp_path), 64 * MIB)
