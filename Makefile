@@ -9,7 +9,7 @@ help:
 	@echo "make demo    the digits example, from training to the table and the picture"
 	@echo "make test    the whole test suite"
 	@echo "make lint    formatting, lint, types, import layers"
-	@echo "make parity  record the outputs of mergekit again, in an environment of its own"
+	@echo "make parity  record mergekit's and FusionBench's outputs again, in environments of their own"
 	@echo "make bench   cost of every method over the floor of the machine"
 
 $(BIN)/python:
@@ -34,9 +34,10 @@ lint: $(VENV)/.dev
 
 parity: $(BIN)/python
 	$(BIN)/python tests/parity/record.py
+	$(BIN)/python tests/parity/record_fusionbench.py
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) .ci-venv .parity-venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .ci-venv .parity-venv .parity-venv-fusionbench .pytest_cache .mypy_cache .ruff_cache .hypothesis
