@@ -39,14 +39,19 @@ def create(path: Path, size: int, head: bytes) -> None:
         os.close(fd)
 
 
-def holds(path: Path, size: int, head: bytes) -> bool:
-    """Whether a regular file of this size, and no link, is there and starts with ``head``."""
+def holds(path: Path, size: int, head: bytes, late: tuple[int, int] = (0, 0)) -> bool:
+    """Whether a regular file of this size, and no link, is there and starts with ``head``.
+
+    The bytes from ``late[0]`` to ``late[1]`` may be any.
+    """
+    start, stop = late
     try:
         about = path.lstat()
         if not stat.S_ISREG(about.st_mode) or about.st_size != size:
             return False
         with path.open("rb") as file:
-            return file.read(len(head)) == head
+            found = file.read(len(head))
+            return found[:start] == head[:start] and found[stop:] == head[stop:]
     except OSError:
         return False
 

@@ -67,11 +67,24 @@ class Place:
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One file: its name, its first bytes (length, header, padding) and its size in bytes."""
+    """One file.
+
+    Attributes
+    ----------
+    name : str
+    head : bytes
+        Its first bytes: length, header, padding.
+    size : int
+        Bytes of the whole file.
+    late : tuple of int
+        First byte, and the one after the last, of what is known only when all data are; empty
+        where that is nothing.
+    """
 
     name: str
     head: bytes = field(repr=False)
     size: int
+    late: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -147,6 +160,7 @@ def plan_layout(
     shard_size: int | None = None,
     *,
     metadata: Mapping[str, str] | None = PT,
+    late: str | None = None,
 ) -> Layout:
     """Place tensors in one file, or in shards filled in the given order.
 
@@ -167,6 +181,8 @@ def plan_layout(
         Bytes of tensors per shard, at least 1; ``None`` for one file.
     metadata : mapping of str to str or None, default ``{"format": "pt"}``
         ``__metadata__`` of every file; ``None`` for none.
+    late : str, optional
+        Name of a metadata entry whose value, a plain text of the same length, is written last.
 
     Raises
     ------
@@ -183,7 +199,7 @@ def plan_layout(
     files, places = [], {}
     for number, shard in enumerate(shards, 1):
         part = f"-{number:05d}-of-{count:05d}" if count > 1 else ""
-        file, placed = _plan_file(f"{stem}{part}.safetensors", shard, metadata)
+        file, placed = _plan_file(f"{stem}{part}.safetensors", shard, metadata, late)
         files.append(file)
         places.update({place.spec.name: place for place in placed})
     index = f"{stem}.safetensors.index.json" if count > 1 else None
@@ -227,7 +243,10 @@ def _split(specs: Sequence[TensorSpec], limit: int | None) -> list[list[TensorSp
 
 
 def _plan_file(
-    name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None
+    name: str,
+    specs: Sequence[TensorSpec],
+    metadata: Mapping[str, str] | None,
+    late: str | None,
 ) -> tuple[PlannedFile, list[Place]]:
     ordered = sorted(specs, key=lambda spec: (_RANK[spec.dtype], spec.name))
     document: dict[str, Any] = {}
@@ -259,4 +278,14 @@ def _plan_file(
     for spec in ordered:
         places.append(Place(spec, name, offset))
         offset += spec.nbytes
-    return PlannedFile(name, head, offset), places
+    return PlannedFile(name, head, offset, _span_of(head, late, metadata)), places
+
+
+def _span_of(head: bytes, entry: str | None, metadata: Mapping[str, str] | None) -> tuple[int, int]:
+    """Where the value of a metadata entry stands in a header."""
+    if entry is None or metadata is None:
+        return 0, 0
+    # Quotes inside of other values are escaped, and the metadata come first.
+    key = json.dumps(entry, ensure_ascii=False).encode() + b':"'
+    start = head.index(key) + len(key)
+    return start, start + len(metadata[entry].encode())

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import xxhash
 
 from mergebench.checkpoints.descriptors import WRITE, Handle, cannot
 from mergebench.checkpoints.disk import create, disk_errors, flush, holds, remove
@@ -75,6 +76,8 @@ class Output:
         What an earlier run has measured.
     restarted : bool
         Whether the work of an earlier run was thrown away, as of another key or damaged.
+    beside : mapping of name to digest
+        xxh3-128 of every side file and of the index, as they were written.
     kept : bool
         Whether, after an error, there is something to go on from.
     """
@@ -104,6 +107,7 @@ class Output:
             self._check_side(name)
         self.finished: Mapping[str, str] = {}
         self.settled: Mapping[str, Any] = {}
+        self.beside: dict[str, str] = {}
         self.restarted = self.kept = False
         self._alone = ExitStack()
         self._stage = Stage(self.destination, single_file=single_file, force=force, key=key)
@@ -171,7 +175,7 @@ class Output:
     def _intact(self, root: Path) -> bool:
         """Whether a file or folder has the planned sizes and headers."""
         return all(
-            holds(root if self._single else root / file.name, file.size, file.head)
+            holds(root if self._single else root / file.name, file.size, file.head, file.late)
             for file in self.layout.files
         )
 
@@ -277,6 +281,27 @@ class Output:
         self._record()
         self._add(name, content)
 
+    def fill(self, text: str) -> None:
+        """Write what the header of a single file leaves open until all data are known.
+
+        Raises
+        ------
+        ResourceError
+            If the disk is full.
+        MergebenchError
+            If the system cannot write.
+        ValueError
+            If the header leaves nothing of this length open: a mistake of the caller.
+        """
+        (file,) = self.layout.files
+        start, stop = file.late
+        data = text.encode()
+        if not self._open or not self._single or len(data) != stop - start:
+            raise ValueError(f"{len(data)} bytes for {stop - start} of the header of one open file")
+        if not self._stage.finished:
+            with self._disk_errors():
+                self._handles[file.name].write_at(memoryview(data), start)
+
     def _check_side(self, name: str) -> None:
         path = PurePosixPath(name)
         taken = {file.name for file in self.layout.files} | {self.layout.index}
@@ -287,6 +312,7 @@ class Output:
 
     def _add(self, name: str, content: bytes | Path) -> None:
         data = _content(content)
+        self.beside[name] = xxhash.xxh3_128_hexdigest(data)
         path = self._stage.part / name
         with self._disk_errors():
             path.parent.mkdir(parents=True, exist_ok=True)

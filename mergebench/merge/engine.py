@@ -20,7 +20,7 @@ from mergebench.checkpoints.writer import Output, together
 from mergebench.compute.masking import moved
 from mergebench.compute.rounding import round_to
 from mergebench.core.tensor import DTYPES, Array, size_of
-from mergebench.manifest import MANIFEST, with_outputs
+from mergebench.manifest import MANIFEST, sealed, with_outputs
 from mergebench.merge.averaged import Mean
 from mergebench.merge.core_space import fits, merged_item
 from mergebench.merge.factors import write_factors
@@ -205,10 +205,13 @@ def execute(
                 note(sentence)
         sinks = [_Digests(output) for output in outputs]
         residuals, passed = _run(plan, sinks, progress or (lambda what, done, total: None), ledger)
-        if not plan.package.single_file:
-            for variant, output, sink in zip(plan.variants, outputs, sinks, strict=True):
-                text = with_outputs(plan.package.manifest_of(variant), sink.digests())
-                output.add_side(MANIFEST, text)
+        for variant, output, sink in zip(plan.variants, outputs, sinks, strict=True):
+            if plan.package.single_file:
+                output.fill(sealed(output.layout, sink.digests()))
+                continue
+            about = plan.package.manifest_of(variant)
+            text = with_outputs(about, sink.digests(), output.layout, output.beside)
+            output.add_side(MANIFEST, text)
     return [
         Written(variant.label, variant.out, plan.layout.total_bytes, residuals[index],
                 sinks[index].digests(), passed)
@@ -232,8 +235,17 @@ def _output(plan: Plan, variant: Variant, force: bool) -> Output:
 def execute_in_memory(plan: Plan, progress: Progress | None = None) -> list[dict[str, Array]]:
     """Run a plan and return its outputs as arrays, in the order of ``plan.variants``."""
     sinks = [Memory(plan.package.specs) for _ in plan.variants]
-    _run(plan, sinks, progress or (lambda what, done, total: None), Ledger(plan))
+    execute_into(plan, sinks, progress)
     return [sink.arrays for sink in sinks]
+
+
+def execute_into(plan: Plan, sinks: Sequence[Sink], progress: Progress | None = None) -> None:
+    """Run a plan into sinks, one for each of ``plan.variants``.
+
+    Tensors are computed in the order of ``plan.aligned.order``, and none besides; what is measured
+    over the whole model is measured over all of its items.
+    """
+    _run(plan, sinks, progress or (lambda what, done, total: None), Ledger(plan))
 
 
 def _run(
@@ -252,7 +264,7 @@ def _run(
 
         evaluator = Evaluator(plan.aligned.items, plan.tiling, pool, swept, ledger.known)
         for name in plan.aligned.order:
-            targets = _targets(plan, name)
+            targets = targets_of(plan, name)
             item = plan.aligned.items.get(name)
             if ledger.is_finished(targets):
                 for index, found in enumerate(residuals):
@@ -297,7 +309,7 @@ def _run(
     return residuals, passed
 
 
-def _targets(plan: Plan, name: str) -> list[str]:
+def targets_of(plan: Plan, name: str) -> list[str]:
     """Tensors of the output that one tensor of the plan gives."""
     if name in plan.package.modules:
         return [spec.name for spec in plan.package.modules[name].specs.values()]

@@ -18,7 +18,16 @@ from mergebench.compute.backend import lapack
 from mergebench.core.errors import ParameterError
 from mergebench.core.schedule import to_plain
 from mergebench.core.tensor import FLOATING
-from mergebench.manifest import CARD, KEY, MANIFEST, RECIPE, as_metadata, manifest
+from mergebench.manifest import (
+    CARD,
+    DIGESTS,
+    KEY,
+    MANIFEST,
+    RECIPE,
+    as_metadata,
+    manifest,
+    no_digests,
+)
 from mergebench.merge.align import Aligned
 from mergebench.merge.lora_layout import (
     STORED,
@@ -94,7 +103,8 @@ class Package:
         if KEY in self.metadata:
             merged = {**json.loads(extra[KEY]), **json.loads(self.metadata[KEY])}
             extra = {KEY: json.dumps(merged, sort_keys=True)}
-        return plan_layout(self.specs, STEMS[self.form], None, metadata={**self.metadata, **extra})
+        entries = {**self.metadata, **extra, DIGESTS: no_digests(len(self.specs))}
+        return plan_layout(self.specs, STEMS[self.form], None, metadata=entries, late=DIGESTS)
 
     def sides(self, variant: Variant) -> dict[str, bytes | Path]:
         """Files that stand beside the weights in a folder; none for a single file."""

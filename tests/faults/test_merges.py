@@ -64,6 +64,34 @@ def test_what_is_done_is_not_done_again(name: str, inputs: Path, tmp_path: Path)
     assert count < done + 1 <= count + 2 + (name == "lora")
 
 
+@pytest.mark.parametrize("step", [4, 5])
+def test_digests_in_a_header_do_not_stop_a_run_from_going_on(
+    step: int, inputs: Path, expected: Expected, tmp_path: Path
+) -> None:
+    """Killed while the header of a single file gets its digests, or right after."""
+    merge = MERGES["file"]
+    place = merge.prepare(tmp_path / "place", inputs)
+    machine = Machine("kill", _nth(merge, inputs, tmp_path / "trial", "pwrite", step))
+    assert isinstance(fails(machine, merge, inputs, place), KilledError)
+    assert hidden(place)
+    notes: list[str] = []
+
+    merge.run(inputs, place, notes)
+
+    (note,) = notes
+    assert note.startswith("resuming an interrupted run: 4 of 4 tensors")
+    assert_same_state(place, expected("file"))
+
+
+def _nth(merge: Merge, inputs: Path, place: Path, call: str, count: int) -> int:
+    """The step at which a call comes for the (count + 1)th time, or the step after the last."""
+    trial = Machine()
+    assert fails(trial, merge, inputs, merge.prepare(place, inputs)) is None
+    kinds = [kind for kind, _ in trial.calls if kind not in ("fsync", "fdatasync")]
+    steps = [step for step, kind in enumerate(kinds, 1) if kind == call]
+    return steps[count] if count < len(steps) else steps[-1] + 1
+
+
 def test_what_was_measured_is_not_measured_again(inputs: Path, tmp_path: Path) -> None:
     """Thresholds and signs of the whole model cost passes over all inputs."""
     merge = MERGES["file"]

@@ -196,6 +196,26 @@ def test_a_missing_side_file_leaves_nothing(tmp_path: Path) -> None:
     assert_absent(tmp_path)
 
 
+def test_a_header_may_leave_text_open_until_the_end(tmp_path: Path) -> None:
+    """Also where a name or another entry looks like the one left open."""
+    metadata = {"a": '"late":"ab', "late": "0000", "z": '"late":"0000"'}
+    specs = [TensorSpec('"late":"', "F32", (2,)), TensorSpec("x", "F32", (1,))]
+    layout = plan_layout(specs, metadata=metadata, late="late")
+    path = tmp_path / "out.safetensors"
+    with Output(path, layout, single_file=True) as output:
+        for spec in specs:
+            output.write(spec.name, 0, bytes(spec.nbytes))
+        for wrong in ("", "abc", "abcde", "äbcd"):
+            with pytest.raises(ValueError, match="of the header"):
+                output.fill(wrong)
+        output.fill("done")
+
+    assert open_safetensors(path).metadata == {**metadata, "late": "done"}
+    assert sorted(open_safetensors(path).tensors) == sorted(spec.name for spec in specs)
+    with pytest.raises(ValueError, match="of the header"):
+        output.fill("over")
+
+
 def test_single_files_have_one_shard_and_no_sides(tmp_path: Path) -> None:
     """Both are told at once."""
     layout = plan_arrays(ARRAYS, shard_size=10)
