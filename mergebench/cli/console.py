@@ -78,7 +78,7 @@ def number(count: float) -> str:
 
 
 @contextmanager
-def bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+def bar(quiet: bool, unit: str = "entries") -> Iterator[Callable[[str, int, int], None] | None]:
     """A progress bar with rate and time left, on a terminal only."""
     if quiet or not sys.stderr.isatty():
         yield None
@@ -96,7 +96,7 @@ def bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
             speed = task.finished_speed or task.speed
-            return Text("" if speed is None else f"{number(speed)} entries/s")
+            return Text("" if speed is None else f"{number(speed)} {unit}/s")
 
     columns = (
         TextColumn("{task.description}"),

@@ -180,7 +180,7 @@ def _recipe(
         if value not in known:
             raise ParameterError(f"{option}: {value!r}", fix=did_you_mean(value, known))
     if shard_size is not None:
-        _size("--shard-size", shard_size)
+        o.size("--shard-size", shard_size)
     params: dict[str, Any] = {}
     for text in param or []:
         key, value = parse_assignment(text)
@@ -211,18 +211,6 @@ def _recipe(
     return _with_out(with_rules(recipe, where or ()))
 
 
-def _size(option: str, text: str) -> int:
-    from mergebench.checkpoints.sizes import parse_size
-    from mergebench.core.errors import ParameterError
-
-    try:
-        return parse_size(text)
-    except ParameterError as error:
-        raise ParameterError(
-            f"{option}: {error.what}", got=error.got, expected=error.expected
-        ) from None
-
-
 def _with_out(recipe: Recipe) -> Recipe:
     """Without a place given: a file if all inputs are files, else a folder."""
     if recipe.out is not None:
@@ -245,7 +233,7 @@ def _do(
     from mergebench.merge.plan import make_plan
 
     started = perf_counter()
-    made = make_plan(recipe, memory=_size("--memory", memory), workers=workers)
+    made = make_plan(recipe, memory=o.size("--memory", memory), workers=workers)
     if dry_run:
         if as_json:
             console.say_json(made.to_json())

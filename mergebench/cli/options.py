@@ -149,3 +149,22 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress, no summary.", envvar="MERGEBENCH_QUIET")
 ]
+
+
+def size(option: str, text: str) -> int:
+    """Bytes of a text such as ``512MiB``.
+
+    Raises
+    ------
+    ParameterError
+        Naming the option.
+    """
+    from mergebench.checkpoints.sizes import parse_size
+    from mergebench.core.errors import ParameterError
+
+    try:
+        return parse_size(text)
+    except ParameterError as error:
+        raise ParameterError(
+            f"{option}: {error.what}", got=error.got, expected=error.expected
+        ) from None

@@ -1,0 +1,128 @@
+"""The inputs that a manifest names: where they are now, and whether they are still the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergebench.adapters_zoo.adapter import ReadOptions
+from mergebench.core.errors import MergebenchError
+from mergebench.merge.made import Finding, Made
+from mergebench.sources import Source, open_source, with_base
+
+_HASHES = ("header_hash", "header")
+
+
+def find_input(label: str, folder: Path | None) -> str:
+    """Where an input lies now: in ``folder``, under its recorded path or its last part; else there.
+
+    Parameters
+    ----------
+    label : str
+        As recorded: a path, or ``base+adapter``.
+    folder : Path or None
+    """
+    if folder is None:
+        return label
+    if (place := folder / label).exists():
+        return str(place)
+    left, plus, right = label.rpartition("+")
+    if plus:
+        pair = f"{find_input(left, folder)}+{find_input(right, folder)}"
+        return pair if _exists(pair) else label
+    place = folder / Path(label).name
+    return str(place) if place.exists() else label
+
+
+def check_input(
+    about: Mapping[str, Any], made: Made, folder: Path | None, base: Source | None
+) -> tuple[Source, list[str], bool]:
+    """Open an input that a manifest names.
+
+    Returns
+    -------
+    Source
+    list of str
+        What has changed; empty if nothing has.
+    bool
+        Whether a modification time has.
+
+    Raises
+    ------
+    MergebenchError
+        If it is gone, or not readable.
+    """
+    recipe = made.manifest["recipe"]
+    options = ReadOptions(
+        lora_alpha=recipe.get("lora_alpha"),
+        ignore_saved_base=bool(recipe.get("ignore_saved_base", False)),
+    )
+    if base is not None and base.checkpoint is not None:
+        options = with_base(options, base.checkpoint)
+    place = find_input(about["path"], folder)
+    if not _exists(place):
+        raise MergebenchError(
+            f"{about['path']}: the input is not there any more",
+            fix="give --inputs with the folder that holds it",
+        )
+    source = open_source(place, options)
+    return source, *_changes(about, source)
+
+
+def _exists(reference: str) -> bool:
+    if Path(reference).expanduser().exists():
+        return True
+    left, plus, right = reference.rpartition("+")
+    return bool(plus) and _exists(left) and _exists(right)
+
+
+def check_inputs(made: Made, folder: Path | None) -> tuple[list[Finding], list[str]]:
+    """Whether the inputs are what they were; those that are gone are noted.
+
+    Headers and samples of every tensor are read.
+    """
+    findings: list[Finding] = []
+    notes: list[str] = []
+    base: Source | None = None
+    for about in made.manifest.get("inputs", ()):
+        label = about["path"]
+        place = find_input(label, folder)
+        if not _exists(place):
+            notes.append(f"input {label} is not there any more")
+            continue
+        shown = label if place == label else f"{label} (now {place})"
+        try:
+            source, changed, touched = check_input(about, made, folder, base)
+        except MergebenchError as error:
+            findings.append(Finding("input", f"cannot be opened: {error}", shown))
+            continue
+        if about.get("role") == "base":
+            base = source
+        if changed:
+            what = f"is not the input that was merged: {', '.join(changed)} changed"
+            findings.append(Finding("input", what, shown))
+        elif touched:
+            notes.append(f"input {shown} has another modification time and the same content")
+    return findings, notes
+
+
+def _changes(about: Mapping[str, Any], source: Source) -> tuple[list[str], bool]:
+    """What differs, and whether a time does."""
+    changed: list[str] = []
+    touched = False
+    if about.get("fingerprint") != source.fingerprint:
+        changed.append("values")
+    then: list[Mapping[str, Any]] = about.get("files") or []
+    now = {each["name"]: each for each in source.identity}
+    for file in then:
+        here = now.get(file.get("name", ""))
+        if here is None:
+            # Other shards of equal content are the same input.
+            continue
+        if file.get("size") != here["size"]:
+            changed.append(f"size of {here['name']}")
+        if any(file.get(key) != here.get(key) for key in _HASHES):
+            changed.append(f"header of {here['name']}")
+        touched |= file.get("mtime_ns") != here["mtime_ns"]
+    return changed, touched
