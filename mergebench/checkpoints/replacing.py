@@ -101,6 +101,19 @@ def swap_in(staged: Path, place: Path, old: Path, trash: Path) -> Path | None:
     return trash
 
 
+def can_exchange(folder: Path) -> bool:
+    """Whether two folders in a folder can be swapped in one step; both are left behind.
+
+    Raises
+    ------
+    OSError
+    """
+    left, right = folder / "left", folder / "right"
+    left.mkdir()
+    right.mkdir()
+    return _exchange(left, right)
+
+
 def _exchange(left: Path, right: Path) -> bool:
     """Swap two paths in one step; False where the system or the disk cannot."""
     folder: tuple[int, ...] = ()

@@ -1,9 +1,10 @@
-"""``verify``, ``check`` and ``doctor``."""
+"""``verify`` and ``doctor``."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,11 +15,6 @@ from mergebench.core.errors import EXIT_FINDINGS
 if TYPE_CHECKING:
     from mergebench.merge.replay import Replayed
     from mergebench.merge.verify import Verdict
-
-Inputs = Annotated[
-    Path | None,
-    typer.Option("--inputs", help="Folder that holds the inputs, if they are not where they were."),
-]
 
 
 def verify(
@@ -34,7 +30,7 @@ def verify(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the choice.")] = 0,
-    inputs: Inputs = None,
+    inputs: o.Inputs = None,
     memory: o.Memory = "512MiB",
     workers: o.Workers = None,
     as_json: o.Json = False,
@@ -105,3 +101,98 @@ def _show(verdict: Verdict, replayed: Replayed | None) -> None:
             f"replayed {replayed.tensors} of {replayed.of} tensors, "
             f"{console.size(replayed.bytes)}: {result}"
         )
+
+
+def doctor(
+    disk: Annotated[
+        Path | None,
+        typer.Option("--disk", help="A folder whose disk is tried, with one bounded file."),
+    ] = None,
+    disk_size: Annotated[str, typer.Option("--disk-size", help="Of that file.")] = "256MiB",
+    torch: Annotated[
+        bool, typer.Option("--torch", help="Ask torch for CUDA and MPS; takes seconds.")
+    ] = False,
+    as_json: o.Json = False,
+) -> None:
+    """Examine the installation and the machine. Exit code 1 if something needed is missing.
+
+    Versions, extras, processor, memory, BLAS, variables (of tokens only that they are set), limits
+    and, on request, a disk and the accelerators.
+
+    Examples:
+
+    \b
+      mergebench doctor
+      mergebench doctor --disk . --disk-size 1MiB --json
+    """
+    import os
+
+    from mergebench.checkpoints.trial import try_disk
+    from mergebench.doctor import examine
+
+    tried = None if disk is None else try_disk(disk, o.size("--disk-size", disk_size))
+    data = examine(os.environ, o.variables(), torch=torch)
+    if tried is not None:
+        data["disk"] = tried
+    if as_json:
+        console.say_json(data)
+    else:
+        _show_health(data)
+    if data["problems"]:
+        raise typer.Exit(EXIT_FINDINGS)
+
+
+def _show_health(data: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, words in _health(data):
+        table.add_row(name, words)
+    console.out().print(table)
+    for each in data["problems"]:
+        console.say(f"problem: {each}")
+    if not data["problems"]:
+        console.say("all that is needed is there")
+
+
+def _health(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    about, memory = data["environment"], data["environment"]["memory"]
+    yield "mergebench", str(data["mergebench"])
+    yield "python", f"{about['python']}, {about['executable']}"
+    yield "platform", about["platform"]
+    quota = "" if about["core_quota"] is None else f", {about['core_quota']:g} granted"
+    yield (
+        "processor",
+        f"{about['processor']}, {about['cores']} cores, {about['usable_cores']} usable{quota}",
+    )
+    shown = [f"{console.size(size)} {name}" for name, size in memory.items() if size is not None]
+    yield "memory", ", ".join(shown)
+    for each in about["blas"]:
+        words = f"{each['library']} {each['version']}, {each['threads']} threads"
+        yield "threads of", f"{words} ({each['used_by']})" if each["used_by"] else words
+    for each in data["packages"]:
+        mark = "" if each["fits"] else "  ← does not fit"
+        yield "package", f"{each['name']} {each['found'] or 'missing'} ({each['wanted']}){mark}"
+    for name, extra in data["extras"].items():
+        missing = ", ".join(each["name"] for each in extra["missing"])
+        state = f"{missing} missing; {extra['install']}" if missing else "installed"
+        yield "extra", f"{name}: {state}"
+    for name, value in data["variables"].items():
+        yield "variable", f"{name}: {value}"
+    for name, value in data["limits"].items():
+        yield "limit", f"{name.replace('_', ' ')}: {'none' if value is None else f'{value:,}'}"
+    if found := data.get("accelerators"):
+        cards = ", ".join(f"{e['name']} ({console.size(e['memory'])})" for e in found["cuda"])
+        mps = ", MPS" if found["mps"] else ""
+        yield "torch", f"{found['torch']}, CUDA: {cards or 'none'}{mps}, {found['threads']} threads"
+    if disk := data.get("disk"):
+        yield "disk", f"{disk['path']}: {disk['file_system'] or 'unknown file system'}"
+        free = "unknown" if disk["free"] is None else console.size(disk["free"])
+        cache = "" if disk["read_from_disk"] else " (from the cache)"
+        done = f"{console.size(disk['bytes'])} written and synced"
+        speeds = [f"{console.size(disk[way])}/s" for way in ("write", "read")]
+        yield "disk", f"{free} free; {done} at {speeds[0]}, read at {speeds[1]}{cache}"
+        for what in ("preallocation", "exchange", "locks"):
+            yield "disk", f"{what}: {'yes' if disk[what] else 'no'}"

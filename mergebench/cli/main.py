@@ -51,6 +51,7 @@ app.command("run")(merging.run)
 app.command("inspect")(looking.inspect)
 app.command("diff")(looking.diff)
 app.command("verify")(checking.verify)
+app.command("doctor")(checking.doctor)
 app.command("methods")(looking.methods)
 app.command("adapters")(zoo.adapters)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -145,6 +146,14 @@ Workers = Annotated[
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Print the plan and stop.")]
+Inputs = Annotated[
+    Path | None,
+    typer.Option("--inputs", help="Folder that holds the inputs, if they are not where they were."),
+]
+Check = Annotated[
+    bool,
+    typer.Option("--check", help="Then try to load it, and show the drift: `mergebench check`."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress, no summary.", envvar="MERGEBENCH_QUIET")
@@ -168,3 +177,13 @@ def size(option: str, text: str) -> int:
         raise ParameterError(
             f"{option}: {error.what}", got=error.got, expected=error.expected
         ) from None
+
+
+def variables() -> list[str]:
+    """Environment variables that the command line reads."""
+    found = {"MERGEBENCH_DEBUG"}
+    for each in list(globals().values()):
+        for option in getattr(each, "__metadata__", ()):
+            named = getattr(option, "envvar", None)
+            found.update([named] if isinstance(named, str) else named or [])
+    return sorted(found)
