@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mergebench.cli import checking, console, looking, merging, zoo
+from mergebench.cli import checking, console, looking, merging, trying, zoo
 from mergebench.core.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, MergebenchError
 
 _UNWRITABLE = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG)
@@ -51,6 +51,7 @@ app.command("run")(merging.run)
 app.command("inspect")(looking.inspect)
 app.command("diff")(looking.diff)
 app.command("verify")(checking.verify)
+app.command("check")(trying.check)
 app.command("doctor")(checking.doctor)
 app.command("methods")(looking.methods)
 app.command("adapters")(zoo.adapters)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergebench.cli import console
+from mergebench.cli import console, trying
 from mergebench.cli import options as o
+from mergebench.core.errors import EXIT_FINDINGS
 
 if TYPE_CHECKING:
     from mergebench.merge.engine import Written
@@ -44,6 +45,7 @@ def merge(
     memory: o.Memory = "512MiB",
     workers: o.Workers = None,
     dry_run: o.DryRun = False,
+    check: o.Check = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -63,7 +65,7 @@ def merge(
         ignore_saved_base, where, include, exclude, on_mismatch, vocab,
         allow_base_mismatch, allow_nonfinite,
     )  # fmt: skip
-    _do(recipe, force, memory, workers, dry_run, as_json, quiet)
+    _do(recipe, force, memory, workers, dry_run, as_json, quiet, check)
 
 
 def plan(
@@ -115,6 +117,7 @@ def run(
     memory: o.Memory = "512MiB",
     workers: o.Workers = None,
     dry_run: o.DryRun = False,
+    check: o.Check = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -132,7 +135,7 @@ def run(
     read = read_recipe(recipe / RECIPE if recipe.is_dir() else recipe)
     _do(
         _with_out(replace(read, out=out or read.out)),
-        force, memory, workers, dry_run, as_json, quiet,
+        force, memory, workers, dry_run, as_json, quiet, check,
     )  # fmt: skip
 
 
@@ -228,6 +231,7 @@ def _do(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    check: bool = False,
 ) -> None:
     from mergebench.merge.engine import check_outputs, execute
     from mergebench.merge.plan import make_plan
@@ -241,6 +245,8 @@ def _do(
             _show_plan(made)
         return
     check_outputs(made, force=force)
+    if check:
+        trying.need_library(made)
     if not quiet:
         for text in made.notes:
             console.note(text)
@@ -248,10 +254,14 @@ def _do(
         note = None if quiet else console.note
         written = execute(made, force=force, progress=progress, note=note)
     seconds = perf_counter() - started
-    if as_json:
-        console.say_json({"seconds": round(seconds, 3), "outputs": [_plain(w) for w in written]})
-    elif not quiet:
+    if not as_json and not quiet:
         _summary(made, written, seconds)
+    checked = trying.check_outputs(made, workers, quiet, as_json) if check else []
+    if as_json:
+        data = {"seconds": round(seconds, 3), "outputs": [_plain(w) for w in written]}
+        console.say_json(data | ({"checks": checked} if check else {}))
+    if any(each["findings"] for each in checked):
+        raise typer.Exit(EXIT_FINDINGS)
 
 
 def _plain(written: Written) -> dict[str, Any]:

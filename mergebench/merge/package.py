@@ -174,7 +174,8 @@ def package(
     if form == "delta":
         identity = None if base is None else {"fingerprint": base.fingerprint, "path": base.label}
         metadata = delta_metadata(identity, replaced=list(aligned.copies))
-    layout = plan_layout(specs, STEMS[form], shard_size, metadata=PT if not single else metadata)
+    stem = _stem(form, reference)
+    layout = plan_layout(specs, stem, shard_size, metadata=PT if not single else metadata)
     if form == "delta" and not single:
         layout = plan_layout(specs, STEMS[form], None, metadata=metadata)
     return Package(
@@ -194,6 +195,13 @@ def package(
         companions=_companions(recipe, form, reference, sides or {}),
         notes=(*_notes(form, reference), *_tolerances(variants)),
     )
+
+
+def _stem(form: str, reference: Source | None) -> str:
+    """What the weights in a folder are called; diffusers looks for a name of its own."""
+    known = reference.checkpoint.config if reference and reference.checkpoint else None
+    diffusers = form == "model" and known is not None and "_class_name" in known
+    return "diffusion_pytorch_model" if diffusers else STEMS[form]
 
 
 def _stored_dtype(item: Item, asked: str, form: str, base: Checkpoint | None) -> str:
