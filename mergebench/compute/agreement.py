@@ -27,7 +27,7 @@ def agreed(
         Multiply what is combined; they take no part in the election.
     density : float
         ⌊density · d⌋ coordinates of each task vector are kept, at least one, the earlier among
-        equals.
+        those that are equal to 2⁻²⁰ of the largest.
     divisor : count or none
         Whether sums are divided by the number of agreeing task vectors.
 
@@ -42,9 +42,12 @@ def agreed(
     if size == 0:
         return coordinates[:1, :]
     magnitudes = xp.abs(coordinates)
-    real = magnitudes > RANK * xp.max(magnitudes)
+    largest = xp.max(magnitudes)
+    real = magnitudes > RANK * largest
+    # Coordinates that are equal but for rounding tie, so that rounding does not choose among them.
+    steps = xp.round(magnitudes / (RANK * largest + xp.astype(largest == 0, largest.dtype)))
     kept = max(int(density * size), 1)
-    trimmed = silence(coordinates, real & row_ranks_mask(coordinates, size, 0, kept))
+    trimmed = silence(coordinates, real & row_ranks_mask(steps, size, 0, kept))
     elected = sum_rows(trimmed)
     agreeing = ((trimmed > 0) & (elected > 0)) | ((trimmed < 0) & (elected < 0))
     shares = xp.asarray(weights, dtype=trimmed.dtype, device=trimmed.device)[:, None]

@@ -147,6 +147,20 @@ def test_shared_bases_keep_what_does_not_meet(method: str) -> None:
     assert_near(merged(method, one, -one, density=1.0), 0 * one)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_equal_coordinates_are_trimmed_alike(seed: int) -> None:
+    """Of coordinates 7, 7, 3 and 3, -3, 0 the first 3 stays beside the sevens, whatever rounds."""
+    random = np.random.default_rng(seed)
+    turn = np.linalg.qr(random.normal(size=(4, 4)))[0]
+    rows = np.array([[7.0, 7.0, 3.0], [3.0, -3.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    noise = 1e-12 * random.normal(size=(4, 3))
+    models = [{"w": turn @ rows}, {"w": turn @ rows * 0.5 + noise}]
+    base = {"w": np.zeros((4, 3))}
+    got = merge_models(models, base=base, method="knots_ties", density=0.5)["w"]
+    kept = np.where(np.arange(4)[:, None] == 0, rows, 0.0)
+    assert_near(got, turn @ kept * 0.75)
+
+
 def test_truncation_after_a_merge() -> None:
     """``--then truncate:rank=1`` keeps the larger singular value."""
     got = merged("task_arithmetic", np.diag([2.0, 1.0]), then=["truncate:rank=1"])

@@ -154,7 +154,9 @@ def agreed(coordinates: Matrix, weights: Sequence[float], density: float, diviso
     count, size = coordinates.shape
     kept = torch.zeros_like(coordinates)
     for i in range(count):
-        order = sorted(range(size), key=lambda j: (-abs(float(coordinates[i, j])), j))
+        largest = float(coordinates.abs().max()) or 1.0
+        steps = [round(abs(float(each)) / (ZERO * largest)) for each in coordinates[i]]
+        order = sorted(range(size), key=lambda j: (-steps[j], j))
         for j in order[: max(int(density * size), 1)]:
             if abs(float(coordinates[i, j])) > ZERO * float(coordinates.abs().max()):
                 kept[i, j] = coordinates[i, j]
