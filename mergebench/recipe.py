@@ -13,7 +13,7 @@ from typing import Any
 
 from mergebench.core.errors import FormatError, ParameterError, did_you_mean
 from mergebench.core.rules import add_rules, parse_weight
-from mergebench.core.schedule import Cases, to_plain
+from mergebench.core.schedule import Cases, parse_schedule, to_plain
 
 #: Version of the recipe format, written as the key ``mergebench``.
 VERSION = 1
@@ -230,7 +230,8 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
     if not isinstance(params, Mapping):
         raise FormatError(f"{where}: `params` must be a mapping", got=repr(params))
     refs = tuple(_model_in(each, where) for each in models)
-    values = {str(k): tuple(v) if isinstance(v, list) else v for k, v in params.items()}
+    with _named_file(where):
+        values = {str(k): _value_in(v, str(k)) for k, v in params.items()}
     recipe = Recipe(
         models=refs,
         params=values,
@@ -256,10 +257,20 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
         return with_rules(recipe, _texts(data, "where", where))
 
 
+def _value_in(value: Any, name: str) -> Any:
+    """A parameter, or a tuple of values to sweep over."""
+    if isinstance(value, list):
+        return tuple(parse_schedule(each, name) if isinstance(each, Mapping) else each
+                     for each in value)  # fmt: skip
+    return value
+
+
 def _ops(data: Mapping[str, Any], key: str, where: str) -> tuple[OpRef, ...]:
     value = data.get(key) or []
     if isinstance(value, (str, Mapping)):
         value = [value]
+    if not isinstance(value, list):
+        raise FormatError(f"{where}: `{key}` must be a list of ops", got=repr(value))
     return tuple(_op_in(each, f"{where}: `{key}`") for each in value)
 
 

@@ -9,7 +9,6 @@ from math import prod
 
 import numpy as np
 
-from mergebench.compute.rounding import round_to
 from mergebench.core.tensor import DTYPES, Array, Tensor
 
 
@@ -24,11 +23,14 @@ class Rows:
     index : array of int64, one per row of the result
     fallback : Tensor
         Of the shape of the result.
+    stored : str, default ""
+        Dtype of the result, if it is to be rounded to one.
     """
 
     own: Tensor
     index: Array
     fallback: Tensor
+    stored: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -37,7 +39,9 @@ class Rows:
 
     @property
     def dtype(self) -> str:
-        """That of both sources; F32, or F64 if one of them is, where they differ."""
+        """As asked; else that of both sources; F32, or F64 if one is, where they differ."""
+        if self.stored:
+            return self.stored
         both = {self.own.dtype, self.fallback.dtype}
         return both.pop() if len(both) == 1 else "F64" if "F64" in both else "F32"
 
@@ -49,7 +53,9 @@ class Rows:
             low, high = max(start, row * width), min(stop, (row + count) * width)
             tensor = self.fallback if source < 0 else self.own
             shift = 0 if source < 0 else (source - row) * width
-            values[low - start : high - start] = tensor.read(low + shift, high + shift)
+            part = tensor.read(low + shift, high + shift)
+            with np.errstate(over="ignore", invalid="ignore"):
+                values[low - start : high - start] = part.astype(values.dtype)
         return _placed(values, out)
 
 
@@ -89,7 +95,9 @@ class MeanRows:
                     count[row - first : row - first + many] += 1
         total /= np.maximum(count, 1)
         flat = total.reshape(-1)[start - first * width : stop - first * width]
-        return _placed(round_to(flat, self.dtype, "an embedding"), out)
+        # What is not finite, or does not fit, is found by whoever merges it.
+        with np.errstate(over="ignore", invalid="ignore"):
+            return _placed(flat.astype(DTYPES[self.dtype]), out)
 
 
 def _runs(index: Array, first: int, last: int) -> Iterator[tuple[int, int, int]]:

@@ -13,6 +13,8 @@ from mergebench.checkpoints.header import MAX_HEADER
 from mergebench.core.errors import FormatError
 
 FAST = "tokenizer.json"
+#: Every file that is read.
+FILES = (FAST, "vocab.json", "vocab.txt", "added_tokens.json")
 #: Largest id that is believed.
 _MOST = 1 << 26
 
@@ -82,7 +84,10 @@ def _fast(path: Path) -> Vocabulary | None:
     else:
         return None
     added: dict[str, Mapping[str, Any]] = {}
-    for each in data.get("added_tokens") or []:
+    listed_more = data.get("added_tokens") or []
+    if not isinstance(listed_more, list):
+        raise FormatError(f"{path}: `added_tokens` must be a list", got=repr(listed_more)[:100])
+    for each in listed_more:
         if not isinstance(each, dict) or not isinstance(each.get("content"), str):
             raise FormatError(f"{path}: an added token has no content", got=repr(each)[:100])
         added[each["content"]] = each

@@ -31,10 +31,14 @@ def parse_rule(text: str) -> tuple[Selector, dict[str, str]]:
             got=repr(text),
             fix="such as class=norm:lam=0 or 'mlp\\.up:density=0.1,weight=1/0'",
         )
-    pairs = [part.split("=", 1) for part in match["set"].split(",")]
-    return Selector(match["select"]), {
-        ALIASES.get(key.strip(), key.strip()): value.strip() for key, value in pairs
-    }
+    assigned: dict[str, str] = {}
+    for part in match["set"].split(","):
+        key, _, value = part.partition("=")
+        name = ALIASES.get(key.strip(), key.strip())
+        if name in assigned:
+            raise ParameterError(f"rule {text!r} gives {name!r} twice", fix="keep one of them")
+        assigned[name] = value.strip()
+    return Selector(match["select"]), assigned
 
 
 def add_rules(

@@ -165,7 +165,11 @@ def _cases(data: Mapping[Any, Any], name: str) -> Cases:
             raise ParameterError(
                 f"`{name}`: a case is {{select: …, value: …}}", got=repr(each)[:200]
             )
-        cases.append((Selector(str(each["select"])), _inner(each["value"], name)))
+        if not isinstance(each["select"], str):
+            raise ParameterError(
+                f"`{name}`: `select` must be a text", got=repr(each["select"])[:200]
+            )
+        cases.append((Selector(each["select"]), _inner(each["value"], name)))
     return Cases(tuple(cases), _inner(data.get("else"), name))
 
 

@@ -76,6 +76,7 @@ def align(
     base: Source | None,
     space: str,
     form: str,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Aligned:
     """Decide for every tensor whether it is merged or copied, and from what.
 
@@ -88,6 +89,8 @@ def align(
         What the method combines.
     form : model, lora or delta
         What is written.
+    shapes : mapping of tensor name to shape, optional
+        Of all inputs, also of tensors that filters have taken out: depth counts them.
 
     Raises
     ------
@@ -126,7 +129,7 @@ def align(
                 twins[source] = (*twins.get(source, ()), alias)
     _check_added(table, reference)
     _keep_replacements(table, names)
-    items = _items(table, reference, space, form)
+    items = _items(table, reference, space, form, shapes or {})
     present = [n for n in names if n in items or n in table.copies]
     return Aligned(tuple(present), items, table.copies, twins, table.reasons, tuple(notes))
 
@@ -379,13 +382,20 @@ def _weighted(
     return [(label, plain[label], tensor) for label, tensor in given]
 
 
-def _items(table: _Table, reference: Checkpoint | None, space: str, form: str) -> dict[str, Item]:
+def _items(
+    table: _Table,
+    reference: Checkpoint | None,
+    space: str,
+    form: str,
+    every: Mapping[str, tuple[int, ...]],
+) -> dict[str, Item]:
     shapes = {
         name: next(delta.shape for delta in row if delta is not None)
         for name, row in table.deltas.items()
     }
     # Depth counts the blocks of the whole model, also those that no input touches.
-    known = {} if reference is None else {n: t.shape for n, t in reference.tensors.items()}
+    own = {} if reference is None else {n: t.shape for n, t in reference.tensors.items()}
+    known = {**every, **own}
     sites = make_sites(known | shapes, transposed=_transposed(table, reference))
     labels = tuple(model.label for model in table.models)
     items: dict[str, Item] = {}
@@ -423,5 +433,5 @@ def _untouched(
     """Whether every model stands on the base's own tensor, so that nothing can change."""
     own = origin if origin is not None else (base.tensors.get(name) if base else None)
     return own is not None and all(
-        delta is not None and all(tensor is own for tensor in reads(delta)) for delta in row
+        delta is None or all(tensor is own for tensor in reads(delta)) for delta in row
     )

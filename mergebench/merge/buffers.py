@@ -88,7 +88,11 @@ def settle(
         copies[name], reasons[name] = found
         if isinstance(found[0], Mean):
             averaged.append(name)
-    averaged += [name for name, tensor in aligned.copies.items() if isinstance(tensor, Mean)]
+    averaged += [
+        name
+        for name, tensor in aligned.copies.items()
+        if isinstance(tensor, Mean) and is_statistic(name)
+    ]
     if averaged:
         notes.append(
             f"{len(averaged)} running statistics ({min(averaged)}, …) are weighted means of the "

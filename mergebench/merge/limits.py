@@ -163,7 +163,17 @@ def check_places(variants: Sequence[Variant], inputs: Sequence[Source]) -> None:
     for variant in variants:
         if variant.out is None:
             continue
-        out = variant.out.resolve()
+        try:
+            out = variant.out.resolve()
+            os.lstat(out)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise MergebenchError(
+                f"{variant.out}: no place that an output can have",
+                got=str(error.strerror),
+                fix="choose another name with -o",
+            ) from None
         for path in taken:
             if out == path or (path.is_dir() and path in out.parents) or out in path.parents:
                 raise MergebenchError(

@@ -9,7 +9,9 @@ from typing import Any
 from mergebench.checkpoints.layout import Checkpoint
 from mergebench.checkpoints.ties import is_tied, same_content
 from mergebench.core.errors import MismatchError
-from mergebench.core.site import is_constant, is_counter, kind_of
+from mergebench.core.schedule import value_at
+from mergebench.core.site import is_constant, is_counter, is_statistic, kind_of, make_sites
+from mergebench.core.task_vector import TaskVector
 from mergebench.core.tensor import FLOATING, Tensor
 from mergebench.merge.align import Aligned
 from mergebench.merge.averaged import average
@@ -75,8 +77,12 @@ def even_out(
     models: Sequence[Source],
     weights: Sequence[Any],
     base: Source | None,
+    first: Source | None,
     space: str,
+    form: str,
     policy: str,
+    *,
+    lenient: bool,
 ) -> Evened:
     """Make the tensors of all full models those of the reference: the base, or the first of them.
 
@@ -85,8 +91,13 @@ def even_out(
     models : sequence of Source, in canonical order
     weights : sequence of float, Gradient or Cases
         In the same order.
-    base : Source or None
+    base, first : Source or None
+        ``first`` is the full model whose config the output gets without a base.
     space : weight or delta
+    form : model, lora or delta
+        Only models get tensors that the reference lacks.
+    lenient : bool
+        Let entries that are not finite pass through means.
     policy : error, base, skip or union
         ``error`` changes nothing. ``base``: a tensor that does not match in some model comes from
         the base. ``skip``: the model that lacks it, or has it in another shape, does not move it,
@@ -98,7 +109,8 @@ def even_out(
     MismatchError
         If ``base`` is asked for and there is none; if extra tensors differ in shape.
     """
-    reference = _reference(models, base)
+    under = base if base is not None else first
+    reference = None if under is None else under.checkpoint
     if policy == "error" or reference is None:
         return Evened(tuple(models))
     if policy == "base" and base is None:
@@ -114,17 +126,18 @@ def even_out(
     for position, (model, found) in enumerate(zip(models, amiss, strict=True)):
         own = model.checkpoint
         if own is None or own is reference:
-            changed.append(model)
+            changed.append(_without(model, everywhere) if own is None and everywhere else model)
             continue
         fate = "come from the base" if policy == "base" else "do not take part"
         odd += [Odd(model.label, name, what, fate) for name, what in sorted(found.items())]
         tensors = dict(own.tensors)
         for name in found if policy != "base" else everywhere:
             tensors[name] = reference.tensors[name]
-            if policy != "base" and space == "weight":
+            # No displacement keeps a statistic out of a mean.
+            if policy != "base" and (space == "weight" or is_statistic(name)):
                 muted.setdefault(name, set()).add(position)
         for name in _extra(own, reference):
-            kept = policy == "union"
+            kept = policy == "union" and form == "model"
             fate = "are added" if kept else "are left out"
             odd.append(Odd(model.label, name, "extra", fate))
             tensor = tensors.pop(name)
@@ -132,16 +145,21 @@ def even_out(
                 extra.setdefault(name, []).append((position, tensor))
         changed.append(replace(model, checkpoint=replace(own, tensors=tensors)))
     added = {
-        name: _joined(name, holders, models, weights) for name, holders in sorted(extra.items())
+        name: _joined(name, holders, models, weights, lenient=lenient)
+        for name, holders in sorted(extra.items())
     }
     places = {name: frozenset(found) for name, found in muted.items()}
     return Evened(tuple(changed), tuple(odd), places, added)
 
 
-def _reference(models: Sequence[Source], base: Source | None) -> Checkpoint | None:
-    if base is not None:
-        return base.checkpoint
-    return next((each.checkpoint for each in models if each.checkpoint is not None), None)
+def _without(model: Source, names: set[str]) -> Source:
+    """An adapter without what it displaces of some tensors."""
+    deltas = model.deltas
+    assert deltas is not None
+    kept = {name: delta for name, delta in deltas.items() if name not in names}
+    return replace(
+        model, deltas=TaskVector(deltas.label, kept, deltas.fingerprint, deltas.metadata)
+    )
 
 
 def _amiss(model: Source, reference: Checkpoint, policy: str) -> dict[str, str]:
@@ -191,6 +209,8 @@ def _joined(
     holders: Sequence[tuple[int, Tensor]],
     models: Sequence[Source],
     weights: Sequence[Any],
+    *,
+    lenient: bool,
 ) -> tuple[Tensor, str]:
     """One value for a tensor that only some models have."""
     first, shape = holders[0]
@@ -204,33 +224,21 @@ def _joined(
     labels = ", ".join(models[position].label for position, _ in holders)
     if all(same_content(shape, tensor) for _, tensor in holders):
         return shape, f"only in {labels}"
-    plain = [
-        (models[position].label, w if isinstance(w := weights[position], int | float) else 1.0, t)
-        for position, t in holders
-    ]
-    mean, _ = average(name, plain, None)
+    (site,) = make_sites({name: tuple(shape.shape)}).values()
+    plain = [(models[p].label, float(value_at(weights[p], site)), t) for p, t in holders]
+    mean, _ = average(name, plain, None, lenient=lenient)
     return mean, f"only in {labels}, their weighted mean"
 
 
-def extended(aligned: Aligned, evened: Evened, form: str) -> Aligned:
-    """The fates of all tensors, those that are added to a model included."""
-    items = dict(aligned.items)
-    for name, positions in evened.muted.items():
-        if name in items:
-            weights = tuple(
-                0.0 if place in positions else weight
-                for place, weight in enumerate(items[name].weights)
-            )
-            items[name] = replace(items[name], weights=weights)
-    whole = form == "model"
-    added = {name: tensor for name, (tensor, _) in evened.added.items() if whole}
+def extended(aligned: Aligned, evened: Evened) -> Aligned:
+    """The fates of all tensors, those that are added included."""
+    added = {name: tensor for name, (tensor, _) in evened.added.items()}
     reasons = {name: reason for name, (_, reason) in evened.added.items()}
     amiss = {each.tensor for each in evened.odd if each.fate == "come from the base"}
     reasons |= {name: "does not match in all inputs" for name in amiss if name in aligned.copies}
     return replace(
         aligned,
         order=(*aligned.order, *added),
-        items=items,
         copies={**aligned.copies, **added},
         reasons={**aligned.reasons, **reasons},
     )

@@ -215,21 +215,30 @@ def make_plan(
     _check_count(method, models, variants)
     variants = recorded(variants, models, weights, base)
     chosen = select(recipe, models, base)
-    spoken = reconcile(chosen.models, base, _same(first, chosen.models), recipe.vocab)
-    evened = even_out(spoken.models, weights, spoken.base, space, recipe.on_mismatch)
+    spoken = reconcile(models, chosen.models, base, _same(first, chosen.models), form, recipe.vocab)
+    evened = even_out(
+        spoken.models,
+        weights,
+        spoken.base,
+        spoken.first,
+        space,
+        form,
+        recipe.on_mismatch,
+        lenient=recipe.allow_nonfinite,
+    )
     models, base, first = evened.models, spoken.base, spoken.first
-    aligned = align(models, weights, base, space, form)
+    aligned = align(models, weights, base, space, form, chosen.shapes)
     if not aligned.items and not aligned.copies:
         raise MismatchError("the inputs have no floating-point tensor to merge")
-    aligned, variants = place(aligned, variants, weights, chosen.apart)
-    aligned = extended(aligned, evened, form)
+    aligned, variants = place(aligned, variants, weights, chosen.apart, evened)
+    aligned = extended(aligned, evened)
     aligned = settle(aligned, models, base, space, allow_nonfinite=recipe.allow_nonfinite)
     origin = measure(models, base, aligned, space, allow=recipe.allow_base_mismatch)
     built = package(recipe, form, aligned, models, weights, base, first, variants, spoken.sides)
     tiling, needed, least = choose_tiling(aligned, variants, built, memory, workers)
     kept = aligned.items if recipe.dtype == "keep" and form == "model" else {}
     notes += [
-        *_left(sorted(chosen.apart), form),
+        *_left(chosen.apart, aligned.order, form),
         *tied,
         *spoken.notes,
         *evened.notes(),
@@ -316,7 +325,8 @@ def _canonical(
     return tuple(opened[i] for i in order), tuple(weights[i] for i in order)
 
 
-def _left(names: Sequence[str], form: str) -> list[str]:
+def _left(apart: frozenset[str], order: Sequence[str], form: str) -> list[str]:
+    names = sorted(apart.intersection(order) if form == "model" else apart)
     if not names:
         return []
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

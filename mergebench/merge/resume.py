@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from mergebench.checkpoints.documents import is_file
+from mergebench.checkpoints.tokenizers import FILES as TOKENS
 from mergebench.checkpoints.writer import Output
 from mergebench.compute.select import Cut
 from mergebench.core.tensor import Tensor, size_of
@@ -29,6 +31,9 @@ def resume_key(plan: Plan, variant: Variant) -> str:
     of mergebench; not threads, memory, or the place of the output. Inputs are known by names,
     sizes, modification times and headers of their files; those in memory by their content.
     """
+    sources = [*plan.models, *([plan.base] if plan.base is not None else [])]
+    if variant.recipe.vocab == "error":
+        sources = []
     about = {
         "mergebench": version("mergebench"),
         "recipe": variant.recipe.to_dict(),
@@ -37,10 +42,22 @@ def resume_key(plan: Plan, variant: Variant) -> str:
         "base": None if plan.base is None else _identity(plan.base),
         "models": [_identity(model) for model in plan.models],
         "weights": [str(weight) for weight in plan.weights],
+        "tokenizers": [_tokenizers(each) for each in sources],
         "layout": plan.package.layout_of(variant).to_json(),
     }
     text = json.dumps(about, sort_keys=True, default=repr)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _tokenizers(source: Source) -> dict[str, str]:
+    """Digests of the files that say which row is which token."""
+    folder = None if source.checkpoint is None else source.checkpoint.folder
+    paths = [folder / name for name in TOKENS] if folder is not None else []
+    return {
+        path.name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        for path in paths
+        if is_file(path)
+    }
 
 
 def _identity(source: Source) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from mergebench.core.schedule import is_schedule, selectors, value_at
 from mergebench.core.selector import Selector
 from mergebench.core.site import Site, make_sites
 from mergebench.core.task_vector import TaskVector
-from mergebench.core.tensor import FLOATING, Tensor
+from mergebench.core.tensor import Tensor
 from mergebench.merge.align import Aligned
+from mergebench.merge.mismatch import Evened
 from mergebench.merge.op import check_models, coefficients, is_linear, needs_base
 from mergebench.merge.stream import Item
 from mergebench.merge.variants import Variant, build
@@ -32,11 +33,14 @@ class Selected:
     ----------
     models : tuple of Source
         Without displacements of tensors that are not selected.
+    shapes : mapping of tensor name to shape
+        Of all inputs, whether selected or not.
     apart : frozenset of tensor names
         Not selected.
     """
 
     models: tuple[Source, ...]
+    shapes: Mapping[str, tuple[int, ...]]
     apart: frozenset[str] = frozenset()
 
 
@@ -55,17 +59,20 @@ def select(recipe: Recipe, models: Sequence[Source], base: Source | None) -> Sel
     """
     include = [Selector(text) for text in recipe.include]
     exclude = [Selector(text) for text in recipe.exclude]
+    shapes = _shapes(models, base)
     if not include and not exclude:
-        return Selected(tuple(models))
-    sites = make_sites(_shapes(models, base))
+        return Selected(tuple(models), shapes)
+    sites = make_sites(shapes)
     for option, each in [*(("include", s) for s in include), *(("exclude", s) for s in exclude)]:
         _check_matches(f"{option}: {each}", each, sites.values())
-    chosen = {
-        name
-        for name, site in sites.items()
-        if (not include or any(each.matches(site) for each in include))
-        and not any(each.matches(site) for each in exclude)
-    }
+    wanted = {name for name, site in sites.items() if any(s.matches(site) for s in include)}
+    unwanted = {name for name, site in sites.items() if any(s.matches(site) for s in exclude)}
+    # Names that are tied are one tensor, whichever of them is meant.
+    for names in _tied(models, base):
+        for meant in (wanted, unwanted):
+            if not meant.isdisjoint(names):
+                meant.update(names)
+    chosen = (wanted if include else set(sites)) - unwanted
     if not chosen:
         raise ParameterError(
             "include and exclude leave nothing to merge",
@@ -81,20 +88,26 @@ def select(recipe: Recipe, models: Sequence[Source], base: Source | None) -> Sel
                 fix="add --base with the model to take them from",
             )
     apart = frozenset(sites) - chosen
-    return Selected(tuple(_without(model, apart, under) for model in models), apart)
+    return Selected(tuple(_without(model, apart, under) for model in models), shapes, apart)
 
 
 def _shapes(models: Sequence[Source], base: Source | None) -> dict[str, tuple[int, ...]]:
-    """Shapes of all floating tensors of all inputs."""
+    """Shapes of all tensors of all inputs."""
     shapes: dict[str, tuple[int, ...]] = {}
     for source in (*([base] if base is not None else []), *models):
         if source.checkpoint is not None:
             for name, tensor in source.checkpoint.tensors.items():
-                if tensor.dtype in FLOATING:
-                    shapes.setdefault(name, tensor.shape)
+                shapes.setdefault(name, tuple(tensor.shape))
         for name, delta in (source.deltas or {}).items():
             shapes.setdefault(name, delta.shape)
     return shapes
+
+
+def _tied(models: Sequence[Source], base: Source | None) -> Iterator[set[str]]:
+    for source in (*([base] if base is not None else []), *models):
+        if source.checkpoint is not None:
+            for alias, origin in source.checkpoint.aliases.items():
+                yield {alias, origin}
 
 
 def _check_matches(what: str, selector: Selector, sites: Iterable[Site]) -> None:
@@ -131,7 +144,11 @@ def _without(model: Source, apart: frozenset[str], base: Checkpoint | None) -> S
 
 
 def place(
-    aligned: Aligned, variants: Sequence[Variant], weights: Sequence[Any], apart: frozenset[str]
+    aligned: Aligned,
+    variants: Sequence[Variant],
+    weights: Sequence[Any],
+    apart: frozenset[str],
+    evened: Evened,
 ) -> tuple[Aligned, tuple[Variant, ...]]:
     """Give every merged tensor its weights and its chains.
 
@@ -143,6 +160,8 @@ def place(
         Of the models, in the order of their displacements.
     apart : frozenset of tensor names
         As :func:`select` returned them.
+    evened : Evened
+        Models that take no part in a tensor, and tensors beyond those that are merged.
 
     Raises
     ------
@@ -152,11 +171,23 @@ def place(
     """
     items = dict(aligned.items)
     sites = [item.site for item in items.values()]
+    meant = [*sites, *make_sites({name: t.shape for name, (t, _) in evened.added.items()}).values()]
     for what, value in [*_scheduled(variants), *(("weight", weight) for weight in weights)]:
         for selector in selectors(value):
-            _check_matches(f"{what}: {selector}", selector, sites)
+            _check_matches(f"{what}: {selector}", selector, meant)
     if any(map(is_schedule, weights)):
         items = {name: _weighed(item, weights) for name, item in items.items()}
+    for name, positions in evened.muted.items():
+        if name in items:
+            parts = enumerate(items[name].weights)
+            muted = tuple(0.0 if place in positions else weight for place, weight in parts)
+            items[name] = replace(items[name], weights=muted)
+    if apart and not items and not evened.added:
+        raise ParameterError(
+            "include and exclude leave nothing to merge",
+            got="no selected tensor that an input changes",
+            fix="relax one of them",
+        )
     placed = tuple(_placed(each, sites) for each in variants)
     for each in placed:
         for site in sites:

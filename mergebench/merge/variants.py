@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,6 +18,7 @@ from mergebench.merge.op import OPS, Chain, Op, chain
 from mergebench.recipe import ModelRef, OpRef, Recipe
 from mergebench.sources import Source
 
+_UNSAFE = re.compile(r"[^\w.,=+~-]|\.{3,}|^\.+")
 _FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 
@@ -123,6 +125,8 @@ def _place(out: str | None, label: str) -> Path | None:
     if out is None:
         return None
     path = Path(out).expanduser()
+    # Values of texts may hold what separates folders.
+    label = _UNSAFE.sub("_", label)
     if path.suffix in _FOREIGN:
         raise ParameterError(
             f"{out}: {path.suffix} is not written", fix="name a .safetensors file or a folder"

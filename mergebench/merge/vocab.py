@@ -13,7 +13,15 @@ from mergebench.checkpoints.documents import read_object
 from mergebench.checkpoints.layout import Checkpoint
 from mergebench.checkpoints.tokenizers import FAST
 from mergebench.core.errors import MismatchError
-from mergebench.merge.vocabulary import Joined, Lexicon, compare, join, lexicon, rearranged
+from mergebench.merge.vocabulary import (
+    Joined,
+    Lexicon,
+    compare,
+    contradiction,
+    join,
+    lexicon,
+    rearranged,
+)
 from mergebench.sources import Source
 
 _FILES = (
@@ -44,7 +52,12 @@ class Reconciled:
 
 
 def reconcile(
-    models: Sequence[Source], base: Source | None, first: Source | None, policy: str
+    given: Sequence[Source],
+    models: Sequence[Source],
+    base: Source | None,
+    first: Source | None,
+    form: str,
+    policy: str,
 ) -> Reconciled:
     """Give all full models the rows of one vocabulary.
 
@@ -52,9 +65,12 @@ def reconcile(
 
     Parameters
     ----------
-    models : sequence of Source, in canonical order
+    given, models : sequence of Source, in canonical order
+        As they came, and as filters leave them.
     base, first : Source or None
         The reference: the base, else the first full model of the command line.
+    form : model, lora or delta
+        Only a model can get rows that the reference lacks.
     policy : error, pad or intersect
         ``intersect`` keeps the reference's vocabulary: rows that all have are merged, the others
         are the reference's. ``pad`` adds the tokens of the others; a row that the reference lacks
@@ -72,15 +88,26 @@ def reconcile(
     if reference is None or reference.checkpoint is None:
         return plain
     mine = lexicon(reference.label, reference.checkpoint)
-    several = [each for each in models if each.checkpoint is not None and each is not reference]
+    several = [
+        (before, each)
+        for before, each in zip(given, models, strict=True)
+        if each.checkpoint is not None and each is not reference and before is not reference
+    ]
     # Where filters have left the matrices to the base, the vocabulary of a model does not matter.
-    full = [each for each in several if not _has_rows_of(each, mine)]
+    pairs = [pair for pair in several if not _has_rows_of(pair[1], mine)]
+    full = [each for _, each in pairs]
     if not full or not mine.rows:
         return plain
-    others = [lexicon(each.label, _own(each)) for each in full]
-    differences = [each.text for each in (compare(mine, other) for other in others)]
-    if not any(differences):
+    others = [_lexicon(before, each) for before, each in pairs]
+    differences = [compare(mine, other, policy) for other in others]
+    against = contradiction(mine, others)
+    if not any(differences) and not against:
         return plain
+    if policy == "error" and not any(differences):
+        raise MismatchError(
+            f"{against}, where {mine.label} has no token",
+            fix="--vocab pad keeps both, --vocab intersect neither",
+        )
     if policy == "error":
         place = next(index for index, text in enumerate(differences) if text)
         raise MismatchError(
@@ -96,6 +123,11 @@ def reconcile(
                 fix="write the model with its adapter first, then merge that",
             )
     joined = join(mine, others, policy)
+    if form != "model" and joined.rows != mine.rows:
+        raise MismatchError(
+            f"--vocab pad adds rows, which no task vector on {mine.label} can have",
+            fix="write a model (--as model), or use --vocab intersect",
+        )
     under, changed = rearranged(mine, others, joined, policy)
     sides = _sides(mine, others, joined) if joined.named else {}
     if joined.rows != mine.rows and under.config is not None:
@@ -105,7 +137,7 @@ def reconcile(
     new = {id(each): replace(each, checkpoint=c) for each, c in zip(full, changed, strict=True)}
     new[id(reference)] = replace(reference, checkpoint=under)
     views = {name: under.tensors[name] for name in mine.names}
-    for each in several:
+    for _, each in several:
         if id(each) not in new:
             own = _own(each)
             new[id(each)] = replace(each, checkpoint=replace(own, tensors={**own.tensors, **views}))
@@ -116,6 +148,11 @@ def reconcile(
         sides,
         tuple(_notes(mine, joined, policy, [text for text in differences if text])),
     )
+
+
+def _lexicon(before: Source, now: Source) -> Lexicon:
+    """The vocabulary that a model came with, and the tensors that filters have left it."""
+    return replace(lexicon(before.label, _own(before)), checkpoint=_own(now))
 
 
 def _has_rows_of(source: Source, mine: Lexicon) -> bool:
@@ -162,7 +199,7 @@ def _sides(
     wanted = {token: row for row, token in joined.named.items()}
     for other in others:
         assert other.tokens is not None
-        if {t: r for t, r in other.tokens.ids.items() if r < other.rows} == wanted:
+        if dict(other.tokens.ids) == wanted:
             taken: dict[str, bytes | Path | None] = {
                 name: None for name in mine.checkpoint.sides() if _is_tokenizer(name)
             }
@@ -174,6 +211,13 @@ def _sides(
             f"{mine.label}: has no {FAST}, so a tokenizer with {len(joined.holders)} more tokens "
             "cannot be written",
             fix="save its tokenizer as a fast one, or use --vocab intersect",
+        )
+    before = len(wanted) - len(joined.holders)
+    if sorted(mine.tokens.ids.values()) != list(range(before)):
+        raise MismatchError(
+            f"{mine.label}: the ids of its tokenizer are not 0 to {before - 1:,}, each once and "
+            "with a row, so tokens that are added to it would be loaded at other rows",
+            fix="use --vocab intersect, or save a tokenizer without gaps",
         )
     return _extended(mine.checkpoint.folder, joined, wanted)
 

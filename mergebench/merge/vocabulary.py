@@ -54,7 +54,7 @@ class Lexicon:
         index = np.where(place < self.rows, place, -1)
         if not by_token or self.tokens is None:
             return index
-        for row in self.tokens.by_row():
+        for row in self.named():
             # A row that means a token here has no unnamed counterpart.
             if row < rows:
                 index[row] = -1
@@ -63,6 +63,11 @@ class Lexicon:
                 own = self.tokens.ids.get(token, -1)
                 index[row] = own if own < self.rows else -1
         return index
+
+    def named(self) -> dict[int, str]:
+        """Token of each row that has one; tokens beyond the last row are of no model."""
+        found = {} if self.tokens is None else self.tokens.by_row()
+        return {row: token for row, token in found.items() if row < self.rows}
 
 
 def lexicon(label: str, checkpoint: Checkpoint) -> Lexicon:
@@ -102,31 +107,18 @@ def _sizes(config: Mapping[str, Any]) -> list[int]:
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class Difference:
-    """How a model's vocabulary differs from the reference's.
+def compare(reference: Lexicon, other: Lexicon, policy: str) -> str:
+    """How a model's vocabulary differs, in words; empty where that does not matter.
 
-    Attributes
-    ----------
-    other : str
-        Of the model.
-    text : str
-        The difference, in words; empty where there is none that matters.
+    Row counts, tokens that stand at other rows, and with ``pad`` tokens that are new.
     """
-
-    other: str
-    text: str
-
-
-def compare(reference: Lexicon, other: Lexicon) -> Difference:
-    """Row counts that differ, and tokens that stand at other rows."""
     parts = []
     if other.rows and reference.rows != other.rows:
         parts.append(
             f"{other.rows:,} rows in {other.label}, {reference.rows:,} in {reference.label}"
         )
     if reference.tokens is not None and other.tokens is not None:
-        mine, theirs = reference.tokens.by_row(), other.tokens.by_row()
+        mine, theirs = reference.named(), other.named()
         moved = [row for row in mine.keys() & theirs.keys() if mine[row] != theirs[row]]
         if moved:
             row = min(moved)
@@ -134,11 +126,25 @@ def compare(reference: Lexicon, other: Lexicon) -> Difference:
                 f"{len(moved):,} rows mean other tokens, such as row {row}: {theirs[row]!r} there "
                 f"and {mine[row]!r} here"
             )
-        new = [token for token in other.tokens.ids if token not in reference.tokens.ids]
-        if new and parts:
+        new = [token for token in theirs.values() if token not in reference.tokens.ids]
+        if new and (parts or policy == "pad"):
             shown = ", ".join(map(repr, new[:3])) + (", …" if len(new) > 3 else "")
             parts.append(f"{len(new):,} tokens are new ({shown})")
-    return Difference(other.label, "; ".join(parts))
+    return "; ".join(parts)
+
+
+def contradiction(reference: Lexicon, others: Sequence[Lexicon]) -> str:
+    """A row that the reference does not name and two models name differently; else empty."""
+    mine = reference.named()
+    seen: dict[int, tuple[str, str]] = {}
+    for other in others:
+        for row, token in other.named().items():
+            if row in mine:
+                continue
+            label, known = seen.setdefault(row, (other.label, token))
+            if known != token:
+                return f"row {row} means {known!r} in {label} and {token!r} in {other.label}"
+    return ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,21 +172,20 @@ def join(reference: Lexicon, others: Sequence[Lexicon], policy: str) -> Joined:
     if reference.tokens is None or any(each.tokens is None for each in others):
         most = max([reference.rows, *(each.rows for each in others)])
         return Joined(most if policy == "pad" else reference.rows, {}, by_token=False)
-    named = dict(reference.tokens.by_row())
-    ids = dict(reference.tokens.ids)
+    named = reference.named()
+    known = set(named.values())
     holders: dict[str, Lexicon] = {}
     rows = reference.rows
+    # One after the other, as tokenizers number the tokens that are added to them.
+    place = max(named, default=-1) + 1
     for other in others if policy == "pad" else ():
-        assert other.tokens is not None
-        for token, row in sorted(other.tokens.ids.items(), key=lambda pair: pair[1]):
-            if token in ids or row >= other.rows:
-                continue
-            # Its own row where that is free, so that its tokenizer may serve the output.
-            place = row if row not in named else max(rows, max(named, default=-1) + 1)
-            named[place], ids[token], holders[token] = token, place, other
-            rows = max(rows, place + 1)
+        for _, token in sorted(other.named().items()):
+            if token not in known:
+                named[place], holders[token] = token, other
+                known.add(token)
+                place += 1
         # Rows that no tokenizer names, such as those that round a size up.
-        rows = max(rows, other.rows)
+        rows = max(rows, other.rows, place)
     return Joined(rows, named, by_token=True, holders=holders)
 
 
@@ -208,11 +213,17 @@ def rearranged(
     changed: list[dict[str, Tensor]] = [dict(each.checkpoint.tensors) for each in others]
     for name in reference.names:
         own = reference.checkpoint.tensors[name]
+        # Filters put the reference's tensor in the place of a model's.
         have = [
             (each.checkpoint.tensors[name], index)
             for each, index in zip(others, indexes, strict=True)
-            if name in each.names
+            if name in each.names and each.checkpoint.tensors.get(name) is not own
         ]
+        if rows > reference.rows and not have:
+            raise MismatchError(
+                f"{name}: gets rows for new tokens, and no model is left to take them from",
+                fix="let filters select all embeddings and heads, or use --vocab intersect",
+            )
         for each in others:
             tensor = each.checkpoint.tensors.get(name)
             if tensor is not None and name in each.names and tensor.shape[1:] != own.shape[1:]:
@@ -224,10 +235,14 @@ def rearranged(
         if not have:
             continue
         mean = MeanRows([t for t, _ in have], [index for _, index in have], own.dtype)
-        base[name] = view = own if _is_plain(base_index, own) else Rows(own, base_index, mean)
+        base[name] = view = (
+            own if _is_plain(base_index, own) else Rows(own, base_index, mean, own.dtype)
+        )
         for each, tensors, index in zip(others, changed, indexes, strict=True):
-            if name in each.names:
-                mine = each.checkpoint.tensors[name]
+            mine = each.checkpoint.tensors.get(name)
+            if mine is own:
+                tensors[name] = view
+            elif mine is not None and name in each.names:
                 tensors[name] = mine if _is_plain(index, mine) else Rows(mine, index, view)
     return (
         replace(reference.checkpoint, tensors=base),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from mergebench import merge_models
 from tests.helpers.files import F32, F64, Array, read, tree, write
+from tests.helpers.models import save_folder
 from tests.helpers.running import assert_done, assert_refused, call
 from tests.helpers.scene import Scene
 
@@ -243,12 +245,13 @@ def test_block_weights(scene: Scene) -> None:
     [
         (("--include", "nothing_like_it"), ("include: nothing_like_it matches no tensor",)),
         (("--exclude", "class=conv"), ("exclude: class=conv matches no tensor",)),
-        (("--exclude", "."), ("leave nothing to merge", "9 tensors, all excluded")),
+        (("--exclude", "."), ("leave nothing to merge", "10 tensors, all excluded")),
         (("--include", "["), ("selector '[' is not a regular expression",)),
         (("--where", "class=conv:lam=0"), ("lam: class=conv matches no tensor",)),
         (("--where", "block=7:weight=0"), ("weight: block=7 matches no tensor",)),
         (("--where", "class=norm:lamm=0"), ("no parameter `lamm`", "did you mean 'lam'?")),
         (("--where", "class=norm:density=2"), ("`density` must be a number in (0, 1]", "got 2")),
+        (("--where", "norm:lam=0,lam=1"), ("gives 'lam' twice",)),
         (("--where", "class=norm"), ("a rule is written SELECTOR:name=value",)),
         (("-p", "density=0.1..1.5"), ("`density` must be a number in (0, 1]", "got 1.5")),
         (
@@ -264,6 +267,95 @@ def test_mistakes(scene: Scene, extra: tuple[str, ...], words: tuple[str, ...]) 
     ran = call("merge", "ft1", "ft2", "-b", "base", "-m", "ties", "-o", "x", *extra, cwd=scene.path)
     assert_refused(ran, *words)
     assert sorted(scene.path.iterdir()) == before
+
+
+def test_thresholds_count_selected_tensors_alone(scene: Scene) -> None:
+    """Also where a full model meets an adapter, which has nothing in most tensors."""
+    both = ("merge", "ft1", "lora1", "-b", "base", "-m", "ties", "-p", "density=0.3",
+            "--include", r"layers\.1\.mlp\.up_proj.weight")  # fmt: skip
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert_done(call(*both, "-p", "scope=model", "-o", "model.safetensors", cwd=scene.path))
+    assert_done(call(*both, "-p", "scope=tensor", "-o", "tensor.safetensors", cwd=scene.path))
+    one, two = read(scene.path / "model.safetensors"), read(scene.path / "tensor.safetensors")
+    assert (one[name] != scene.base[name]).mean() < 0.7
+    assert one[name].tobytes() == two[name].tobytes()
+
+
+def test_filters_do_not_move_gradients(scene: Scene) -> None:
+    """Depth counts the blocks of the whole adapter, whichever of them are selected."""
+    arguments = ("merge", "lora1:1..3", "lora2:0", "-m", "task_arithmetic", "--as", "delta")
+    some = ("--include", "block=0")
+    assert_done(call(*arguments, "-o", "all.safetensors", cwd=scene.path))
+    assert_done(call(*arguments, *some, "-o", "some.safetensors", cwd=scene.path))
+    whole, part = read(scene.path / "all.safetensors"), read(scene.path / "some.safetensors")
+    assert part
+    for name, array in part.items():
+        assert array.tobytes() == whole[name].tobytes()
+
+
+def test_integers_are_filtered_too(scene: Scene) -> None:
+    """A buffer that differs does not matter if it is not selected."""
+    other = dict(scene.tuned[0], mask_ids=np.arange(3))
+    base = dict(scene.base, mask_ids=np.arange(3)[::-1].copy())
+    write(scene.path / "other.safetensors", other)
+    write(scene.path / "with.safetensors", base)
+    arguments = ("merge", "other.safetensors", "-b", "with.safetensors", "-m", "task_arithmetic")
+    assert_refused(call(*arguments, "-o", "x", cwd=scene.path), "mask_ids", "must agree")
+    assert_done(call(*arguments, "--exclude", "mask", "-o", "y.safetensors", cwd=scene.path))
+    assert read(scene.path / "y.safetensors")["mask_ids"].tolist() == [2, 1, 0]
+
+
+def test_tied_names_are_one_tensor(tmp_path: Path) -> None:
+    """Selecting the head selects the embedding that it repeats, and leaving out either both."""
+    tied = {"tie_word_embeddings": True}
+    for name, value in (("base", 1.0), ("ft", 2.0)):
+        embed = np.arange(6, dtype=F32).reshape(3, 2) * value
+        arrays = {"model.embed_tokens.weight": embed, "lm_head.weight": embed.copy(),
+                  "model.layers.0.w.weight": embed + 1}  # fmt: skip
+        save_folder(tmp_path / name, arrays, tied)
+    base, ft = (read(tmp_path / name / "model.safetensors") for name in ("base", "ft"))
+    arguments = ("merge", "ft", "-b", "base", "-m", "task_arithmetic", "-o", "out", "--force")
+    for option, moved in (("--include", True), ("--exclude", False)):
+        assert_done(call(*arguments, option, "lm_head", cwd=tmp_path))
+        found = read(tmp_path / "out" / "model.safetensors")
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert found[name].tobytes() == (ft if moved else base)[name].tobytes()
+        other = "model.layers.0.w.weight"
+        assert found[other].tobytes() == (base if moved else ft)[other].tobytes()
+
+
+def test_block_weights_of_other_models(scene: Scene) -> None:
+    """They mean nothing there, and would silently give the base."""
+    arguments = ("merge", "ft1", "-b", "base", "-m", "task_arithmetic", "-o", "x")
+    ran = call(*arguments, "--then", "block_weights:weights=ALL_B", cwd=scene.path)
+    assert_refused(ran, "is no tensor of a Stable Diffusion model", "--where")
+
+
+def test_names_of_sweeps_stay_in_their_folder(scene: Scene) -> None:
+    """Whatever a recipe from elsewhere sweeps over."""
+    case = "{cases: [{select: 'layers.0|/../../escaped', value: 0}], else: 0.5}"
+    (scene.path / "r.yaml").write_text(
+        f"method: task_arithmetic\nbase: base\nparams: {{lam: [{case}, 0.25]}}\nmodels: [ft1]\n"
+    )
+    before = sorted(path.name for path in scene.path.parent.iterdir())
+    assert_done(call("run", "r.yaml", "-o", "swept", cwd=scene.path))
+    assert sorted(path.name for path in (scene.path / "swept").iterdir()) == ["lam=0.25", "lam=0.5"]
+    assert sorted(path.name for path in scene.path.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize("text", ["then: 5", "then: true", "ops: 5",
+                                  "params: {lam: {cases: [{select: [t], value: 0}]}}"])  # fmt: skip
+def test_odd_recipes(scene: Scene, text: str) -> None:
+    """Numbers for lists, lists for texts."""
+    (scene.path / "odd.yaml").write_text(f"base: base\nmodels: [ft1]\n{text}\n")
+    ran = call("run", "odd.yaml", "-o", "x", cwd=scene.path)
+    assert ran.code == 2, ran
+
+
+def test_places_that_no_disk_has(scene: Scene) -> None:
+    """A name that is too long is one line."""
+    ran = call("merge", "ft1", "-b", "base", "-m", "ties", "-o", "x" * 300, cwd=scene.path)
+    assert_refused(ran, "no place that an output can have")
 
 
 def test_filters_need_a_base(scene: Scene) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 from tests.helpers.files import BF16, F32, F64, Array, listing, read, write
+from tests.helpers.models import save_folder
 from tests.helpers.running import assert_done, assert_refused, call
+from tests.helpers.scene import build_scene
 
 NAMES = ("layers.0.a.weight", "layers.0.b.weight", "layers.1.a.weight")
 
@@ -175,6 +178,86 @@ def test_extra_tensors_of_different_shapes(tmp_path: Path) -> None:
     assert_refused(ran, "score.weight: (1, 2)", "(2, 2)", "--on-mismatch skip")
     assert_done(call(*arguments, "--on-mismatch", "skip", "-o", "m.safetensors", cwd=tmp_path))
     assert list(read(tmp_path / "m.safetensors")) == ["w"]
+
+
+def test_weights_that_differ_between_tensors(place: Any) -> None:
+    """Means of added tensors follow gradients and rules too."""
+    path, _ = place
+    arguments = ("merge", "ft1.safetensors", "ft2.safetensors", "-b", "base.safetensors")
+    union = ("--on-mismatch", "union", "-m", "task_arithmetic", "-o", "w.safetensors", "--force")
+    for weights in (("--where", "extra:weight=3/1"), ("--where", "layers:weight=9/9", "--where",
+                                                      "extra:weight=3/1")):  # fmt: skip
+        assert_done(call(*arguments, *union, *weights, cwd=path))
+        assert_is(read(path / "w.safetensors")["extra.weight"], np.full((2, 2), (9 + 5) / 4))
+
+
+def test_base_holds_for_adapters_too(tmp_path: Path) -> None:
+    """A tensor that one model lacks comes from the base, whatever an adapter would do to it."""
+    scene = build_scene(tmp_path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    less = {key: array for key, array in scene.tuned[0].items() if key != name}
+    write(tmp_path / "less.safetensors", less)
+    arguments = ("merge", "less.safetensors", "lora1", "-b", "base", "-m", "task_arithmetic")
+    assert_done(call(*arguments, "--on-mismatch", "base", "-o", "out", cwd=tmp_path))
+    found = read(tmp_path / "out" / "model.safetensors")
+    assert found[name].tobytes() == scene.base[name].tobytes()
+    other = "model.layers.1.mlp.up_proj.weight"
+    step = scene.taus[0][other] + scene.updates[0][other]
+    assert_is(found[other], scene.base[other] + step, 1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_first_model_stands_in_for_a_base(tmp_path: Path, seed: int) -> None:
+    """Its config is written, so its tensors are, whatever the models' fingerprints."""
+    random = np.random.default_rng(seed)
+    small = {"layers.0.w.weight": random.standard_normal((2, 2)).astype(F32)}
+    big = small | {"layers.1.w.weight": random.standard_normal((2, 2)).astype(F32)}
+    save_folder(tmp_path / "big", big, {"layers": 2})
+    save_folder(tmp_path / "small", small, {"layers": 1})
+    for first, second in (("big", "small"), ("small", "big")):
+        arguments = ("merge", first, second, "-m", "linear", "--on-mismatch", "skip", "--force")
+        assert_done(call(*arguments, "-o", "out", cwd=tmp_path))
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert len(read(tmp_path / "out" / "model.safetensors")) == config["layers"]
+
+
+def test_nonfinite_entries_of_added_tensors(place: Any) -> None:
+    """They are refused by name, and passed through where that is asked for."""
+    path, models = place
+    bad = {**models["ft1"], "extra.weight": np.array([[np.nan, 1], [2, 3]], F32)}
+    write(path / "bad.safetensors", bad)
+    arguments = ("merge", "bad.safetensors", "ft2.safetensors", "-b", "base.safetensors")
+    union = ("--on-mismatch", "union", "-m", "task_arithmetic", "-o", "n.safetensors")
+    ran = call(*arguments, *union, cwd=path)
+    assert ran.code == 2
+    assert "bad.safetensors: tensor 'extra.weight' has 1 entries of 4" in ran.err
+    assert_done(call(*arguments, *union, "--allow-nonfinite", cwd=path))
+    found = read(path / "n.safetensors")["extra.weight"]
+    assert np.isnan(found).tolist() == [[True, False], [False, False]]
+    assert found[1].tolist() == [3.5, 4]
+
+
+def test_weights_that_leave_nobody(place: Any) -> None:
+    """A tensor that only models of weight zero have is found while planning."""
+    path, _ = place
+    arguments = ("plan", "ft2.safetensors:0", "ft1.safetensors:1", "-m", "linear")
+    ran = call(*arguments, "--on-mismatch", "skip", cwd=path)
+    assert_refused(ran, "mean: the weights sum to zero")
+
+
+def test_statistics_take_no_part_either(tmp_path: Path) -> None:
+    """A model without a running variance does not count in its mean, in any space."""
+    base = {"bn.weight": np.ones(3, F32), "bn.running_var": np.full(3, 8, F32)}
+    have = {"bn.weight": np.full(3, 2, F32), "bn.running_var": np.full(3, 2, F32)}
+    write(tmp_path / "base.safetensors", base)
+    write(tmp_path / "have.safetensors", have)
+    write(tmp_path / "lack.safetensors", {"bn.weight": np.full(3, 3, F32)})
+    arguments = ("merge", "have.safetensors", "lack.safetensors", "-b", "base.safetensors")
+    skip = ("--on-mismatch", "skip", "-o", "out.safetensors", "--force")
+    for method in ("task_arithmetic", "linear"):
+        assert_done(call(*arguments, "-m", method, *skip, cwd=tmp_path))
+        found = read(tmp_path / "out.safetensors")
+        assert found["bn.running_var"].tolist() == [2, 2, 2]
 
 
 def test_recipes_keep_the_policies(place: Any) -> None:

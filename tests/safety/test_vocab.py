@@ -27,6 +27,9 @@ from mergebench.checkpoints.rows import MeanRows, Rows
 from mergebench.checkpoints.tokenizers import read_vocabulary
 from mergebench.core.errors import FormatError
 from mergebench.core.tensor import ArrayTensor
+from mergebench.merge.plan import make_plan
+from mergebench.merge.resume import resume_key
+from mergebench.recipe import ModelRef, Recipe
 from tests.helpers.files import BF16, F32, F64, Array, listing, read
 from tests.helpers.models import save_folder
 from tests.helpers.running import assert_done, assert_refused, call
@@ -67,7 +70,11 @@ def save(
          "single_word": False, "lstrip": True, "rstrip": False, "normalized": False}
         for place, token in enumerate(added)
     ]  # fmt: skip
-    data = {"version": "1.0", "added_tokens": more, "model": {"type": "WordLevel", "vocab": vocab}}
+    data = {
+        "version": "1.0",
+        "added_tokens": more,
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": tokens[0]},
+    }
     (folder / "tokenizer.json").write_text(json.dumps(data))
 
 
@@ -148,7 +155,7 @@ def test_pad(place: Any) -> None:
     path, models = place
     out = merged(path, "pad", "one", "two")
     found, base, one, two = read(out / "model.safetensors"), *models.values()
-    # `two` has y at row 4, which is <x>'s; z keeps none of its rows either.
+    # `two` has y at row 4, which is <x>'s; tokens are numbered as they are added.
     assert ids(out) == {"a": 0, "b": 1, "c": 2, "d": 3, "<x>": 4, "y": 5, "z": 6}
     for name in (EMBED, HEAD, "lm_head.bias"):
         b, o, t = (each[name].astype(F64) for each in (base, one, two))
@@ -210,6 +217,118 @@ def test_filters_leave_vocabularies_alone(place: Any) -> None:
     assert_done(call("merge", "one", "-b", "base", *chosen, cwd=path))
     found = read(path / "out" / "model.safetensors")
     assert found[EMBED].tobytes() == models["base"][EMBED].tobytes()
+
+
+def loaded(folder: Path) -> dict[str, int]:
+    """Tokens as the library that reads ``tokenizer.json`` numbers them."""
+    return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+
+
+def test_added_tokens_are_loaded_at_their_rows(tmp_path: Path) -> None:
+    """A padded base, and a model whose own tokenizer puts a token elsewhere."""
+    words = [f"x{n}" for n in range(40)]
+    save(tmp_path / "base", model(0, 48), [*words[:39], "z"])
+    save(tmp_path / "ft", model(1, 48), words, ["n0", "n1"])
+    out = merged(tmp_path, "pad", "ft")
+    assert loaded(out) == ids(out)
+    assert {t: r for t, r in ids(out).items() if r > 39} == {"x39": 40, "n0": 41, "n1": 42}
+    found = read(out / "model.safetensors")[EMBED]
+    assert_rows(found[40:43], model(1, 48)[EMBED][[39, 40, 41]])
+
+
+def test_tokenizers_that_would_be_loaded_otherwise_are_refused(tmp_path: Path) -> None:
+    """Ids with gaps, twice the same, or beyond the last row."""
+    save(tmp_path / "ft", model(1, 6), "abcde")
+    for name, tokens in (("gap", {"a": 0, "b": 2}), ("twice", {"a": 0, "b": 0, "c": 1}),
+                         ("beyond", {"b": 0, "a": 1, "c": 3_000_000})):  # fmt: skip
+        save(tmp_path / name, model(0, 4), "ab")
+        text = json.dumps({"model": {"type": "WordLevel", "vocab": tokens}})
+        (tmp_path / name / "tokenizer.json").write_text(text)
+        arguments = ("merge", "ft", "-b", name, "-m", "ties", "--vocab", "pad", "-o", "x")
+        ran = call(*arguments, cwd=tmp_path)
+        assert_refused(ran, f"{name}: the ids of its tokenizer are not 0 to", "--vocab intersect")
+
+
+def test_models_that_name_a_row_differently(tmp_path: Path) -> None:
+    """In rows that the base does not name two models may still contradict each other."""
+    base, one, two = (model(seed, 6) for seed in range(3))
+    save(tmp_path / "base", base, "abcd")
+    save(tmp_path / "one", one, "abcd", ["<tool>"])
+    save(tmp_path / "two", two, "abcd", ["<image>"])
+    arguments = ("merge", "one", "two", "-b", "base", "-m", "task_arithmetic", "-o", "x")
+    ran = call(*arguments, cwd=tmp_path)
+    assert_refused(ran, "row 4 means", "'<tool>' in one", "'<image>' in two", "--vocab pad")
+    found = read(merged(tmp_path, "pad", "one", "two") / "model.safetensors")[EMBED]
+    assert_rows(found[4:], [one[EMBED][4], two[EMBED][4]])
+    assert ids(tmp_path / "out")["<image>"] == 5
+    found = read(merged(tmp_path, "intersect", "one", "two") / "model.safetensors")[EMBED]
+    assert_rows(found[4:5], base[EMBED][4:5])
+
+
+def test_filters_that_split_the_matrices(tmp_path: Path) -> None:
+    """What is left out has the base's bytes, and no matrix grows alone."""
+    base, ft, large = model(0, 4), model(1, 4), model(2, 6)
+    save(tmp_path / "base", base, "abcd")
+    save(tmp_path / "ft", ft, "dcba")
+    save(tmp_path / "large", large, "abcdef")
+    common = ("-b", "base", "-m", "task_arithmetic", "--vocab")
+    for left, moved in ((EMBED, HEAD), (HEAD, EMBED)):
+        filters = ("--exclude", left.split(".")[-2], "-o", "out", "--force")
+        for name, own in (("ft", ft), ("large", large)):
+            assert_done(call("merge", name, *common, "intersect", *filters, cwd=tmp_path))
+            found = read(tmp_path / "out" / "model.safetensors")
+            assert found[left].tobytes() == base[left].tobytes()
+            assert_rows(found[moved], own[moved][::-1] if name == "ft" else own[moved][:4])
+        ran = call("merge", "large", *common, "pad", *filters, cwd=tmp_path)
+        assert_refused(ran, f"{left}: gets rows for new tokens", "--vocab intersect")
+
+
+def test_task_vectors_cannot_grow(place: Any) -> None:
+    """A difference to the base has the base's rows."""
+    path, _ = place
+    arguments = ("merge", "one", "-b", "base", "-m", "ties", "--as", "delta", "-o", "x")
+    assert_refused(call(*arguments, "--vocab", "pad", cwd=path), "no task vector on base")
+
+
+def test_many_new_tokens(tmp_path: Path) -> None:
+    """Two foreign vocabularies of 40,000 tokens are joined without looking at all pairs."""
+    count = 40_000
+    for name, letter in (("base", "b"), ("ft", "f")):
+        arrays = {EMBED: np.ones((count, 1), F32)}
+        save(tmp_path / name, arrays, [f"{letter}{n}" for n in range(count)])
+    out = merged(tmp_path, "pad", "ft")
+    assert read(out / "model.safetensors")[EMBED].shape == (2 * count, 1)
+
+
+def test_nonfinite_rows_of_a_single_model(place: Any) -> None:
+    """A NaN in a row that the base lacks is named, or passed through where that is asked for."""
+    path, models = place
+    bad = {**models["one"], EMBED: models["one"][EMBED].copy()}
+    bad[EMBED][4, 1] = np.nan
+    save(path / "bad", bad, "abcd", ["<x>", "y"])
+    arguments = ("merge", "bad", "-b", "base", "-m", "task_arithmetic", "--vocab", "pad")
+    ran = call(*arguments, "-o", "x", cwd=path)
+    assert ran.code == 2
+    assert f"error: bad: tensor {EMBED!r} has 1 NaN" in ran.err
+    assert_done(call(*arguments, "--allow-nonfinite", "-o", "x", cwd=path))
+    found = read(path / "x" / "model.safetensors")[EMBED]
+    assert np.argwhere(np.isnan(found)).tolist() == [[4, 1]]
+
+
+def test_a_changed_tokenizer_is_another_merge(place: Any) -> None:
+    """What an interrupted run has done does not count once rows mean other tokens."""
+    path, _ = place
+    recipe = Recipe((ModelRef(str(path / "one")),), base=str(path / "base"), vocab="intersect",
+                    method="task_arithmetic", out=str(path / "out"))  # fmt: skip
+
+    def key() -> str:
+        plan = make_plan(recipe)
+        return resume_key(plan, plan.variants[0])
+
+    before = key()
+    assert key() == before
+    save(path / "one", model(1, 6), "abdc", ["<x>", "y"])
+    assert key() != before
 
 
 def test_averages_without_a_base(tmp_path: Path) -> None:

@@ -13,6 +13,12 @@ from mergebench.core.site import Site
 from mergebench.core.unet import INPUTS, Net, unet_block
 from mergebench.merge.op import At, Stack, op
 
+_DIFFUSION = re.compile(
+    r"^(model\.diffusion_model|model_ema|cond_stage_model|conditioner|first_stage_model|embedder)\."
+    r"|^(unet|text_encoder(_\d)?|vae)[./]|^(down_blocks|mid_block|up_blocks|conv_in|conv_out"
+    r"|conv_norm_out|time_embedding|add_embedding|class_embedding|text_model|encoder|decoder"
+    r"|quant_conv|post_quant_conv|text_projection|logit_scale)\b"
+)
 #: A preset gives the factor at a block, from its distances to both ends and their sum.
 _Shape = Callable[[int, int], float]
 
@@ -97,7 +103,16 @@ def _factor(site: Site, weights: str, base: float, net: Net) -> float:
     return outside if block is None else blocks[block]
 
 
-@op(linear=True, check=_factor)
+def _check(site: Site, weights: str, base: float, net: Net) -> None:
+    _factor(site, weights, base, net)
+    if site.name and not _DIFFUSION.search(site.name):
+        raise MismatchError(
+            f"{site.name}: is no tensor of a Stable Diffusion model, so block weights mean nothing",
+            fix="use -p lam=0..1 or --where block=0-3:lam=0.5 for other models",
+        )
+
+
+@op(linear=True, check=_check)
 def block_weights(
     stack: Stack,
     at: At,
