@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,28 +14,57 @@ if TYPE_CHECKING:
 
 
 _WIDE = 10_000
+# A name in a file is anybody's text. These make a terminal move its cursor, change its colours or
+# title, or turn text around; halves of surrogate pairs cannot be printed at all.
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """A text in which all that a terminal would act on, but for line ends, is spelt out.
+
+    An escape character becomes ``\\x1b``, one that turns text around ``\\u202e``.
+    """
+    return _UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else _spelt(found[0]), text)
+
+
+def cell(value: Any) -> str:
+    """A value on one line, line ends spelt out too."""
+    return _UNSAFE.sub(lambda found: _spelt(found[0]), str(value))
+
+
+def _spelt(letter: str) -> str:
+    return f"\\x{ord(letter):02x}" if ord(letter) < 256 else f"\\u{ord(letter):04x}"
+
+
+def _console(**options: Any) -> Console:
+    from rich.console import Console
+    from rich.text import Text
+
+    class Safe(Console):
+        # Every str that rich draws, cells of tables included, becomes a Text here.
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(printable(text), **options)
+
+        def on_broken_pipe(self) -> None:
+            if self.stderr:
+                super().on_broken_pipe()
+            raise BrokenPipeError  # rich would exit with 1: findings
+
+    return Safe(highlight=False, emoji=False, markup=False, **options)
 
 
 def out() -> Console:
     """The console for results."""
-    from rich.console import Console
-
     # Off a terminal nothing is cut to its width: a name that is searched for must be whole.
     terminal = sys.stdout.isatty()
-    width = None if terminal else _WIDE
-
-    class Results(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # rich would exit with 1: findings
-
-    return Results(highlight=False, emoji=False, markup=False, soft_wrap=not terminal, width=width)
+    return _console(soft_wrap=not terminal, width=None if terminal else _WIDE)
 
 
 def err() -> Console:
     """The console for progress, notes and errors."""
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False, emoji=False, markup=False, soft_wrap=True)
+    return _console(stderr=True, soft_wrap=True)
 
 
 def say(text: str) -> None:
@@ -44,19 +74,24 @@ def say(text: str) -> None:
 
 def note(text: str) -> None:
     """Print a note beside the result."""
-    err().print(f"note: {text}", style="dim", markup=False)
+    err().print(f"note: {cell(text)}", style="dim", markup=False)
 
 
 def fail(text: str) -> None:
     """Print an error: one line."""
     console = err()
     console.print("error:", style="bold red", end=" ")
-    console.print(" ".join(text.splitlines()), markup=False)
+    console.print(cell(text.replace("\n", " ")), markup=False)
 
 
 def say_json(data: Any) -> None:
     """Print JSON for programs."""
-    sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(data, indent=1, ensure_ascii=False)
+    # Inside of texts JSON has an escape for every character; outside there are line ends only.
+    safe = _UNSAFE.sub(
+        lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text
+    )
+    sys.stdout.write(safe + "\n")
 
 
 def size(count: float) -> str:

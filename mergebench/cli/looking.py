@@ -59,17 +59,17 @@ def inspect(
     made = data.pop("made_by", None)
     for key, value in {**data, **update}.items():
         if value not in ([], {}, None, ""):
-            table.add_row(key.replace("_", " "), _words(key, value))
-    if made and made["recipe"]:
+            table.add_row(key.replace("_", " "), console.cell(_words(key, value)))
+    if made and isinstance(made["recipe"], dict):
         how = made["recipe"].get("method") or "a chain of ops"
-        table.add_row("made by", f"mergebench {made['mergebench']}, {how}")
+        table.add_row("made by", console.cell(f"mergebench {made['mergebench']}, {how}"))
     console.out().print(table)
     if listed:
         rows = Table(box=None, pad_edge=False)
         for heading in listed[0]:
             rows.add_column(heading, overflow="fold")
         for each in listed:
-            rows.add_row(*(str(value) for value in each.values()))
+            rows.add_row(*(console.cell(value) for value in each.values()))
         console.out().print(rows)
 
 
@@ -156,7 +156,7 @@ def _show_rows(odd: list[Any], count: int, top: int) -> None:
         status = f"{row.status}: {row.detail}" if row.detail else row.status
         if row.status != "differs":
             numbers = ["", "", ""]
-        table.add_row(row.name, status, *numbers)
+        table.add_row(console.cell(row.name), status, *numbers)
     console.out().print(table)
     more = f", {len(odd) - top} more not shown (--top)" if len(odd) > top else ""
     console.say(f"{len(odd)} of {count} tensors differ{more}")

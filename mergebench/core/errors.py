@@ -11,6 +11,9 @@ EXIT_USER = 2
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
 
+# Names and values come from files, which may make them of any length.
+_LONGEST = 2000
+
 
 class MergebenchError(Exception):
     """Something the user can fix.
@@ -26,14 +29,23 @@ class MergebenchError(Exception):
     """
 
     def __init__(self, what: str, *, got: str = "", expected: str = "", fix: str = "") -> None:
-        self.what, self.got, self.expected, self.fix = what, got, expected, fix
-        parts = [what]
+        self.what, self.got = shortened(what), shortened(got)
+        self.expected, self.fix = shortened(expected), shortened(fix)
+        parts = [self.what]
         if expected:
-            parts.append(f"expected {expected}")
+            parts.append(f"expected {self.expected}")
         if got:
-            parts.append(f"got {got}")
+            parts.append(f"got {self.got}")
         text = ", ".join(parts)
-        super().__init__(f"{text}; {fix}" if fix else text)
+        super().__init__(f"{text}; {self.fix}" if fix else text)
+
+
+def shortened(text: str, longest: int = _LONGEST) -> str:
+    """A text without its middle where it is longer than ``longest`` characters."""
+    if len(text) <= longest:
+        return text
+    half = longest // 2
+    return f"{text[:half]} … ({len(text) - 2 * half} characters left out) … {text[-half:]}"
 
 
 class ParameterError(MergebenchError):

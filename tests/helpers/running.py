@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from unittest.mock import patch
 
 from mergebench.cli.main import main
 
+#: What a terminal would act on.
+UNSAFE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\u2066\ud800-\udfff]")
 #: The installed command.
 COMMAND = Path(sys.executable).with_name("mergebench")
 
@@ -103,3 +106,9 @@ def assert_refused(ran: Ran, *words: str, code: int = 2) -> None:
     for word in words:
         assert word in lines[0], (word, lines[0])
     assert ran.out == ""
+
+
+def assert_safe(ran: Ran) -> None:
+    """Neither stream holds a character that a terminal would act on."""
+    assert not UNSAFE.search(ran.out), ran.out
+    assert not UNSAFE.search(ran.err), ran.err
