@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from mergebench.checkpoints.descriptors import cannot
+from mergebench.checkpoints.documents import read_bounded
 from mergebench.core.errors import FormatError, ParameterError, did_you_mean
+from mergebench.core.plain import parse_yaml
 from mergebench.core.rules import add_rules, parse_weight
 from mergebench.core.schedule import Cases, parse_schedule, to_plain
 
 #: Version of the recipe format, written as the key ``mergebench``.
 VERSION = 1
+#: Largest recipe file, in bytes, and most outputs of one recipe.
+LARGEST, MOST = 1 << 17, 1000
 DTYPES = ("keep", "bf16", "f16", "f32", "f64")
 FORMS = ("auto", "model", "lora", "delta")
 ON_MISMATCH = ("error", "base", "skip", "union")
@@ -148,14 +153,32 @@ class Recipe:
         return str(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
 
     def variants(self) -> Iterator[tuple[str, Recipe]]:
-        """``(label, recipe)`` of every output: one per combination of listed values."""
+        """``(label, recipe)`` of every output: one per combination of listed values.
+
+        Raises
+        ------
+        ParameterError
+            For none, or more than :data:`MOST`.
+        """
         swept = [key for key, value in self.params.items() if isinstance(value, (list, tuple))]
+        _check_count(self.params)
         for values in itertools.product(*(self.params[key] for key in swept)):
             label = ",".join(
                 f"{key}={_named(value)}" for key, value in zip(swept, values, strict=True)
             )
             chosen = {**self.params, **dict(zip(swept, values, strict=True))}
             yield label, replace(self, params=chosen)
+
+
+def _check_count(params: Mapping[str, Any]) -> None:
+    count = prod(len(each) for each in params.values() if isinstance(each, (list, tuple)))
+    if not 0 < count <= MOST:
+        raise ParameterError(
+            "one output is asked for per combination of listed values",
+            expected=f"1 to {MOST}",
+            got=str(count),
+            fix="list other values",
+        )
 
 
 def _named(value: Any) -> Any:
@@ -173,7 +196,9 @@ def _op_in(data: Any, where: str) -> OpRef:
         return parse_op(data)
     if isinstance(data, Mapping) and len(data) == 1:
         name, params = next(iter(data.items()))
-        if isinstance(name, str) and (params is None or isinstance(params, Mapping)):
+        # What follows a colon would be parameters once the name stands alone.
+        named = isinstance(name, str) and ":" not in name
+        if named and (params is None or isinstance(params, Mapping)):
             return OpRef(name, {str(k): v for k, v in (params or {}).items()})
     raise FormatError(f"{where}: an op is a name or `name: {{parameter: value}}`", got=repr(data))
 
@@ -254,6 +279,7 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
         out=_text(data, "out", where),
     )
     with _named_file(where):
+        _check_count(values)
         return with_rules(recipe, _texts(data, "where", where))
 
 
@@ -271,7 +297,8 @@ def _ops(data: Mapping[str, Any], key: str, where: str) -> tuple[OpRef, ...]:
         value = [value]
     if not isinstance(value, list):
         raise FormatError(f"{where}: `{key}` must be a list of ops", got=repr(value))
-    return tuple(_op_in(each, f"{where}: `{key}`") for each in value)
+    with _named_file(f"{where}: `{key}`"):
+        return tuple(_op_in(each, f"{where}: `{key}`") for each in value)
 
 
 def _texts(data: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
@@ -368,17 +395,15 @@ def read_recipe(path: Path) -> Recipe:
     FormatError
         If the file is not a recipe.
     """
-    import yaml
-
     try:
-        text = path.read_text(encoding="utf-8")
-        try:
-            # YAML 1.1 takes JSON's 1e-05 for text, and halves of its escaped pairs for characters.
-            data = json.loads(text)
-        except ValueError:
-            data = yaml.safe_load(text)
+        raw = read_bounded(path, LARGEST)
     except FileNotFoundError:
         raise FormatError(f"{path}: no such recipe") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path}: not YAML or JSON ({str(error).splitlines()[0]})") from None
+    except OSError as error:
+        raise cannot("read", path, error) from error
+    try:
+        data = parse_yaml(raw.decode("utf-8"))
+    except ValueError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FormatError(f"{path}: not YAML or JSON ({reason})") from None
     return recipe_from_dict(data, str(path))

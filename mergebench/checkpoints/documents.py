@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import stat
 from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoints.descriptors import cannot
 from mergebench.checkpoints.header import MAX_HEADER, parse_strict
 from mergebench.core.errors import FormatError
+from mergebench.core.plain import parse_json
 
 
 def is_file(path: Path) -> bool:
@@ -17,6 +18,29 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:
         return False
+
+
+def read_bounded(path: Path, limit: int = MAX_HEADER) -> bytes:
+    """The bytes of a regular file.
+
+    Raises
+    ------
+    FormatError
+        If it holds more than ``limit`` bytes, or is no regular file: a pipe would never end.
+    OSError
+        If the system cannot read it.
+    """
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise FormatError(f"{path}: is not a regular file", fix="pass a file")
+    # A file may grow between the two calls.
+    with path.open("rb") as file:
+        raw = file.read(min(about.st_size, limit) + 1)
+    if len(raw) > limit:
+        raise FormatError(
+            f"{path}: is too large", expected=f"at most {limit} bytes", got=f"{about.st_size}"
+        )
+    return raw
 
 
 def read_object(path: Path, *, strict: bool = False) -> dict[str, Any]:
@@ -37,12 +61,7 @@ def read_object(path: Path, *, strict: bool = False) -> dict[str, Any]:
         If the system cannot read it.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_HEADER:
-            raise FormatError(
-                f"{path}: is too large", expected=f"at most {MAX_HEADER} bytes", got=f"{size}"
-            )
-        raw = path.read_bytes()
+        raw = read_bounded(path)
     except OSError as error:
         raise cannot("read", path, error) from error
     if raw.startswith(b"version https://git-lfs"):
@@ -51,8 +70,8 @@ def read_object(path: Path, *, strict: bool = False) -> dict[str, Any]:
         )
     try:
         text = raw.decode("utf-8")
-        parsed = parse_strict(text) if strict else json.loads(text)
-    except (ValueError, RecursionError) as error:
+        parsed = parse_strict(text) if strict else parse_json(text)
+    except ValueError as error:
         raise FormatError(
             f"{path}: is not sound JSON", got=str(error), fix="download it again or correct it"
         ) from None

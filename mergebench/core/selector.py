@@ -10,7 +10,7 @@ from mergebench.core.errors import ParameterError, did_you_mean
 from mergebench.core.site import CLASSES, Site
 
 _KEYED = re.compile(r"(?P<key>[a-z]+)=(?P<value>.*)", re.DOTALL)
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_RANGE = re.compile(r"(\d{1,18})(?:-(\d{1,18}))?")
 
 
 @dataclass(frozen=True)

@@ -153,9 +153,9 @@ def test_what_is_no_recipe(text: str, message: str, tmp_path: Path) -> None:
     "text", ["models: [a]\nthen: [2020-01-01]", "models: [a]\nops: [!!set {b}]"]
 )
 def test_types_of_yaml_alone_are_refused(text: str, tmp_path: Path) -> None:
-    """Dates and sets, which JSON does not have, are no ops."""
+    """Dates and sets, which JSON does not have."""
     (tmp_path / "r.yaml").write_text(text)
-    with pytest.raises(FormatError, match="an op is a name or"):
+    with pytest.raises(FormatError, match="which is no plain value"):
         read_recipe(tmp_path / "r.yaml")
 
 
