@@ -9,7 +9,14 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from mergebench.checkpoints.torch_files import AGAIN, pickle_globals, refused
+from mergebench.checkpoints.pickle_scan import HostileError, check_pickle
+from mergebench.checkpoints.torch_files import (
+    AGAIN,
+    hostile,
+    out_of_memory,
+    pickle_globals,
+    refused,
+)
 from mergebench.core.errors import FormatError
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -59,7 +66,10 @@ def parse_metadata(path: Path, content: bytes) -> Any:
         If the file names anything else (all of it is listed), or is damaged.
     """
     try:
+        check_pickle(BytesIO(content))
         names = set(pickle_globals(BytesIO(content)))
+    except HostileError as error:
+        raise hostile(str(path), error) from None
     except Exception as error:
         raise damaged(path, error) from error
     if unknown := {f"{module}.{name}" for module, name in names if _known(module, name) is None}:
@@ -69,7 +79,7 @@ def parse_metadata(path: Path, content: bytes) -> Any:
     except _NotAllowed as error:
         raise refused(str(path), [str(error)]) from None
     except MemoryError:
-        raise
+        raise out_of_memory(str(path)) from None
     # Whatever a hostile or cut file makes pickle stumble over, it is the file's fault.
     except Exception as error:
         raise damaged(path, error) from error

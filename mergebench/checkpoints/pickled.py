@@ -8,20 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
 from mergebench.checkpoints.containers import Container, Head, foreign, read_head
 from mergebench.checkpoints.descriptors import cannot
+from mergebench.checkpoints.header import MAX_HEADER
 from mergebench.checkpoints.state_dict import as_array, find_aliases, find_state_dict
-from mergebench.checkpoints.torch_files import AGAIN, load_weights, refused, unsafe_globals
+from mergebench.checkpoints.torch_files import (
+    AGAIN,
+    load_weights,
+    opened,
+    refused,
+    unsafe_globals,
+)
 from mergebench.core.errors import FormatError
 from mergebench.core.tensor import Array, Tensor
 
 _ZIP = b"PK\x03\x04"
 _EXPECTED = "a PyTorch file"
+# Numbers of a model hardly shrink; zip bombs grow a thousandfold, and by records that overlap more.
+_RATIO, _SMALL = 16, 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,12 +164,26 @@ def open_torch_file(path: Path) -> Container:
 
 def _no_torch_file(path: Path, head: Head) -> FormatError:
     # Pickles of the first protocol start with no mark, and may call things too.
-    with path.open("rb") as stream:
+    with opened(path) as stream:
         names, complete = unsafe_globals(stream)
     # A text may look like the start of one.
     if names and complete:
         return refused(str(path), names)
     return foreign(path, head.start, _EXPECTED)
+
+
+def _check_sizes(path: Path, records: Sequence[zipfile.ZipInfo]) -> None:
+    """Refuse archives that unpack to far more than they are."""
+    size = path.stat().st_size
+    unpacked = sum(record.file_size for record in records)
+    pickles = [each.file_size for each in records if each.filename.endswith("/data.pkl")]
+    if unpacked > max(_RATIO * size, _SMALL) or max(pickles) > MAX_HEADER:
+        raise FormatError(
+            f"{path}: would unpack to far more than a model of its size",
+            expected=f"at most {_RATIO} times its {size} bytes, {MAX_HEADER} of them in data.pkl",
+            got=f"{unpacked} bytes, {max(pickles)} in data.pkl",
+            fix="do not use it, or convert it to safetensors where it can do no harm",
+        )
 
 
 def _hash(path: Path) -> str:
@@ -193,6 +216,7 @@ def _read_directory(path: Path) -> tuple[str, bool]:
             got=", ".join(names[:4]) or "no records",
             fix="pass the weights file itself",
         )
+    _check_sizes(path, records)
     digest = hashlib.blake2b(digest_size=16)
     for record in records:
         digest.update(f"{record.filename}\0{record.file_size}\0{record.CRC}\0".encode())

@@ -84,21 +84,23 @@ def _tensors(value: Any) -> dict[Any, Any]:
 
 
 def _described(key: Any, value: Any) -> str:
-    count = _count(value, set())
+    count = _count(value)
     return f"{key} ({count} tensor{'s' * (count > 1)})" if count else str(key)
 
 
-def _count(value: Any, seen: set[int]) -> int:
+def _count(value: Any) -> int:
     import torch
 
-    # A pickle may hold a list that holds itself.
-    if isinstance(value, torch.Tensor):
-        return 1
-    if id(value) in seen or not isinstance(value, Mapping | list | tuple):
-        return 0
-    seen.add(id(value))
-    parts = value.values() if isinstance(value, Mapping) else value
-    return sum(_count(part, seen) for part in parts)
+    count, seen, left = 0, set(), [value]
+    # A pickle may hold a list that holds itself, or one that lies deeper than calls can go.
+    while left:
+        each = left.pop()
+        if isinstance(each, torch.Tensor):
+            count += 1
+        elif isinstance(each, Mapping | list | tuple) and id(each) not in seen:
+            seen.add(id(each))
+            left.extend(each.values() if isinstance(each, Mapping) else each)
+    return count
 
 
 def find_aliases(state: Mapping[str, Any]) -> dict[str, str]:

@@ -7,6 +7,8 @@ refused here rather than trusted.
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
 import pickletools
 import re
@@ -14,11 +16,13 @@ import threading
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-from mergebench.core.errors import FormatError, MergebenchError
+from mergebench.checkpoints.pickle_scan import HostileError, check_pickle
+from mergebench.core.errors import FormatError, MergebenchError, ResourceError
 
 #: torch dtype -> ours, for every dtype that safetensors can hold and mergebench can read.
 DTYPES: Mapping[str, str] = {
@@ -42,6 +46,7 @@ DTYPES: Mapping[str, str] = {
 AGAIN = "download or copy it again"
 _TRUSTED = (2, 10)
 _QUOTED = 160
+_NAME = re.compile(r"[\w.()]+", re.ASCII)
 # A file of torch before 1.6 is five pickles and then the numbers.
 _LEGACY_PICKLES = 5
 # Warning filters belong to the process, not to the thread.
@@ -104,6 +109,7 @@ def load_weights(source: Path | BinaryIO, where: str, *, mmap: bool, location: s
             got=torch.__version__,
             fix="upgrade torch, or convert the file to safetensors where you trust it",
         )
+    _check(source, where)
     try:
         with _FILTERS, warnings.catch_warnings():
             # They are about how torch reads the file; what it gives is checked afterwards.
@@ -111,11 +117,60 @@ def load_weights(source: Path | BinaryIO, where: str, *, mmap: bool, location: s
             return torch.load(source, map_location=location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise _refusal(source, where, str(error)) from None
-    except (MemoryError, OSError):
+    except MemoryError:
+        raise out_of_memory(where) from None
+    except OSError:
         raise
     # Whatever a hostile or cut file makes the reader stumble over, it is the file's fault.
     except Exception as error:
         raise _damaged(where, f"{type(error).__name__}: {error}") from error
+
+
+def _check(source: Path | BinaryIO, where: str) -> None:
+    """Refuse pickles that would cost too much before they are obeyed."""
+    with ExitStack() as stack:
+        stream = stack.enter_context(opened(source)) if isinstance(source, Path) else source
+        try:
+            for part in _pickles(stream):
+                check_pickle(part)
+        except HostileError as error:
+            raise hostile(where, error) from None
+        except OSError:
+            raise
+        except Exception as error:
+            raise _refusal(source, where, f"{type(error).__name__}: {error}") from None
+        stream.seek(0)
+
+
+class _Bounded(io.BufferedReader):
+    """Asked for more than there is, Python makes room for all of it first."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            return super().read()
+        return super().read(min(size, os.fstat(self.fileno()).st_size - self.tell()))
+
+
+def opened(path: Path) -> BinaryIO:
+    """A file open for reading, which takes no more memory than it has bytes."""
+    return cast("BinaryIO", _Bounded(io.FileIO(path)))
+
+
+def hostile(where: str, error: HostileError) -> FormatError:
+    """The error for a pickle that would cost more than it could be worth."""
+    return FormatError(
+        f"{where}: is made to take any amount of time or memory",
+        got=str(error),
+        fix="do not use it, or convert it to safetensors where it can do no harm",
+    )
+
+
+def out_of_memory(where: str) -> ResourceError:
+    """The error for a file that cannot be held in memory."""
+    return ResourceError(
+        f"{where}: needs more memory than there is to be opened",
+        fix="convert it to safetensors on a larger machine, or download it again",
+    )
 
 
 def refused(where: str, names: Iterable[str]) -> FormatError:
@@ -196,18 +251,22 @@ def _not_allowed(names: Iterable[tuple[str, str]]) -> list[str]:
     """Torch says which, given a file that does nothing but name them."""
     from torch.serialization import get_unsafe_globals_in_checkpoint
 
-    named = [f"c{module}\n{name}\n".encode() for module, name in sorted(names)]
+    every = set(names)
+    # A computed name may be any text; one that is not written so cannot be allowed.
+    plain = {each for each in every if all(_NAME.fullmatch(part) for part in each)}
+    odd = [".".join(each) for each in every - plain]
+    named = [f"c{module}\n{name}\n".encode() for module, name in sorted(plain)]
     file = BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02" + b"".join(named) + b".")
         archive.writestr("archive/version", b"3\n")
     file.seek(0)
-    return sorted(get_unsafe_globals_in_checkpoint(file))
+    return sorted([*get_unsafe_globals_in_checkpoint(file), *odd])
 
 
 def _refusal(source: Path | BinaryIO, where: str, message: str) -> FormatError:
     if isinstance(source, Path):
-        with source.open("rb") as stream:
+        with opened(source) as stream:
             names, complete = unsafe_globals(stream)
     else:
         source.seek(0)
