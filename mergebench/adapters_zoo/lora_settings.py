@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mergebench.adapters_zoo.adapter import AdapterSource, parse_object
+from mergebench.adapters_zoo.patterns import PATTERNS, ends_with, is_plain
 from mergebench.core.errors import FormatError, MismatchError, ParameterError
 
 #: Metadata entry in which diffusers writes the config, keys prefixed by the component.
 DIFFUSERS_KEY = "lora_adapter_metadata"
+_LARGEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,8 @@ def scale_of(
             f"{label}: the file states no α for {key} (rank {rank}), so its scale is unknown",
             fix=f"pass --lora-alpha; --lora-alpha {rank} gives scale 1",
         )
+    if rank < 1:
+        raise FormatError(f"{label}: rank of {key}", expected="at least 1", got=str(rank))
     return chosen / (math.sqrt(rank) if settings.use_rslora else rank)
 
 
@@ -204,7 +209,7 @@ def _lookup(
 ) -> float | None:
     for pattern, value in patterns.items():
         try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            if ends_with(pattern, module):
                 return value
         except re.error as error:
             raise FormatError(
@@ -225,12 +230,12 @@ def _scoped(entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _from_text(label: str, entry: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise FormatError(
-            f"{label}: metadata entry {entry!r}", expected="a number", got=repr(text)
-        ) from None
+    with suppress(ValueError):
+        if abs(number := float(text)) < _LARGEST:
+            return number
+    raise FormatError(
+        f"{label}: metadata entry {entry!r}", expected="a number that is finite", got=repr(text)
+    )
 
 
 def _settings(label: str, one: Stated) -> Settings:
@@ -244,7 +249,7 @@ def _settings(label: str, one: Stated) -> Settings:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise fail(entry, "a number", value)
-        if not abs(value) < 1e30:
+        if not abs(value) < _LARGEST:
             raise fail(entry, "a finite number", value)
         return float(value)
 
@@ -253,6 +258,8 @@ def _settings(label: str, one: Stated) -> Settings:
         if not isinstance(patterns, Mapping):
             raise fail(entry, "an object", patterns)
         read = {str(key): number(f"{entry}[{key!r}]", value) for key, value in patterns.items()}
+        if (count := sum(not is_plain(key) for key in read)) > PATTERNS:
+            raise fail(entry, f"at most {PATTERNS} patterns that are no names", f"{count} patterns")
         return {key: value for key, value in read.items() if value is not None}
 
     def flag(entry: str) -> bool:
