@@ -19,6 +19,9 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 DCP = ".metadata"
 _GGUF = ".gguf"
 _SNIFF = 512
+# Longest name of a tensor, and most dots in one. Names are taken apart at their dots, so without
+# a limit a small file could ask for any amount of memory.
+_LETTERS, _DOTS = 1024, 128
 # What trainers save beside the weights.
 _BESIDE = (
     "adapter_model*",
@@ -105,9 +108,24 @@ def open_weights(path: Path) -> SafetensorsFile | Container:
 
     Raises
     ------
+    FormatError
+        If a tensor's name has more than 1024 characters or 128 dots.
     MergebenchError
         As the opener of that format raises it.
     """
+    opened = _open(path)
+    for name in opened.tensors:
+        if len(name) > _LETTERS or name.count(".") > _DOTS:
+            raise FormatError(
+                f"{path}: the name of a tensor is too long",
+                expected=f"at most {_LETTERS} characters and {_DOTS} dots",
+                got=f"{len(name)} characters and {name.count('.')} dots, {name[:80]!r}",
+                fix="do not use this file unless you trust it and can rename the tensor",
+            )
+    return opened
+
+
+def _open(path: Path) -> SafetensorsFile | Container:
     suffix = path.suffix.lower()
     if path.name == DCP:
         from mergebench.checkpoints.distributed import open_dcp

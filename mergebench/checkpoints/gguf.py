@@ -36,6 +36,8 @@ _PLAIN: Mapping[str, str] = {
 }
 # Blocks decoded at a time, so that what decoding needs besides its result stays small.
 _PIECE = 1 << 12
+# Entries, of at most 8 bytes, that an array may have.
+_MOST = 2**60
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,6 +230,13 @@ def _tensor(path: Path, entry: Entry, head: Head, package: Any) -> FileTensor | 
             f"{path}: the file is truncated: tensor {name!r} ends after it",
             expected=f"at least {stop} bytes",
             got=str(head.size),
+            fix=_AGAIN,
+        )
+    # Counted without the zeros: numpy multiplies the other extents of an empty array.
+    if prod(max(extent, 1) for extent in shape) >= _MOST:
+        raise FormatError(
+            f"{path}: tensor {name!r} is larger than any array can be",
+            got=f"shape {shape}",
             fix=_AGAIN,
         )
     if kind.name in _PLAIN:

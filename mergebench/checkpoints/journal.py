@@ -80,7 +80,8 @@ def read_journal(path: Path) -> Past | None:
 
 
 def _no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
+    # A pipe would wait for a writer that never comes.
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 
 def _read(file: BinaryIO) -> Past | None:
