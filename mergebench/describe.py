@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mergebench.checkpoints.documents import is_file, read_object
 from mergebench.core.delta import LowRank
+from mergebench.core.errors import MergebenchError
 from mergebench.core.site import make_sites
 from mergebench.core.tensor import Tensor, nbytes, size_of
 from mergebench.manifest import MANIFEST, from_metadata
@@ -28,10 +29,10 @@ def describe(source: Source) -> dict[str, Any]:
     if source.checkpoint is not None:
         data |= _of_tensors(source.checkpoint.tensors)
         config = source.checkpoint.config or {}
-        if architectures := config.get("architectures"):
-            data["architecture"] = ", ".join(map(str, architectures))
-        elif "model_type" in config:
-            data["architecture"] = str(config["model_type"])
+        named = config.get("architectures") or config.get("model_type")
+        if named:
+            listed = named if isinstance(named, list) else [named]
+            data["architecture"] = ", ".join(map(str, listed))
         data["tied"] = dict(source.checkpoint.aliases)
         data["side_files"] = sorted(source.checkpoint.sides())
         data["notes"] = list(source.checkpoint.notes)
@@ -61,13 +62,12 @@ def _made_by(source: Source) -> dict[str, Any] | None:
     folder = source.checkpoint.folder if source.checkpoint is not None else Path(source.label)
     if found is not None and "recipe" in found:
         return found
-    if folder is None or not (path := folder / MANIFEST).is_file():
+    if folder is None or not is_file(path := folder / MANIFEST):
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path)
+    except MergebenchError:
         return None
-    return found if isinstance(found, dict) else None
 
 
 def _of_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import xxhash
 
 from mergebench.checkpoints.placement import Layout
+from mergebench.core.plain import parse_json
 
 #: File names inside an output folder.
 MANIFEST, RECIPE, CARD = "mergebench_manifest.json", "mergebench_recipe.yaml", "README.md"
@@ -156,7 +157,7 @@ def digests_of(metadata: Mapping[str, str], names: Sequence[str]) -> dict[str, s
 def from_metadata(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """The manifest in a file's metadata, if there is one."""
     try:
-        data = json.loads(metadata[KEY])
+        data = parse_json(metadata[KEY])
     except (KeyError, ValueError):
         return None
     return data if isinstance(data, dict) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from mergebench.adapters_zoo.adapter import (
     read_adapter,
 )
 from mergebench.checkpoints.containers import DCP, open_weights
+from mergebench.checkpoints.documents import read_object
 from mergebench.checkpoints.layout import Checkpoint, open_checkpoint
 from mergebench.core.delta import Delta, Difference, Replacement, reads, tile
 from mergebench.core.errors import FormatError, MergebenchError, ParameterError
@@ -154,7 +154,7 @@ def open_source(reference: str, options: ReadOptions) -> Source:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:
+    except (OSError, ValueError):
         # A name that no file system can hold.
         return False
 
@@ -235,12 +235,10 @@ def _adapter_at(
 
 
 def _config_of(described: Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads(described.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{described}: cannot be read as JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise FormatError(f"{described}: not a JSON object", got=type(config).__name__)
+    config = read_object(described)
+    name = config.get("base_model_name_or_path")
+    if name is not None and not isinstance(name, str):
+        raise FormatError(f"{described}: base_model_name_or_path", expected="text", got=repr(name))
     return config
 
 

@@ -11,6 +11,7 @@ from mergebench.adapters_zoo.dialects import WHOLE, kohya, peft
 from mergebench.adapters_zoo.refusals import family_of, refuse_keys, refuse_type
 from mergebench.core.delta import Delta
 from mergebench.core.errors import FormatError
+from mergebench.core.plain import parse_json
 from mergebench.core.registry import Registry
 from mergebench.core.task_vector import TaskVector
 from mergebench.core.tensor import Tensor
@@ -142,8 +143,8 @@ def is_adapter(
 def is_saved_delta(metadata: Mapping[str, str]) -> bool:
     """Whether the metadata are those of a task vector saved by mergebench."""
     try:
-        about = json.loads(metadata.get(FILE_KEY, "null"))
-    except json.JSONDecodeError:
+        about = parse_json(metadata.get(FILE_KEY, "null"))
+    except ValueError:
         return False
     return isinstance(about, dict) and about.get("kind") == "delta"
 
@@ -185,6 +186,12 @@ def read_adapter(source: AdapterSource, options: ReadOptions | None = None) -> T
 def _kind_of(source: AdapterSource) -> Kind:
     candidates = [KINDS[name] for name in KINDS]
     peft_type = (source.config or {}).get("peft_type")
+    if peft_type is not None and not isinstance(peft_type, str):
+        raise FormatError(
+            f"{source.label}: peft_type in adapter_config.json",
+            expected="a name",
+            got=repr(peft_type),
+        )
     if peft_type is not None:
         known = {accepted for kind in candidates for accepted in kind.peft_types}
         candidates = [kind for kind in candidates if peft_type in kind.peft_types]
@@ -219,8 +226,8 @@ def parse_object(label: str, entry: str, text: str) -> dict[str, Any]:
         If the entry is not JSON, or not an object.
     """
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise FormatError(f"{label}: metadata entry {entry!r} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise FormatError(

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoints.descriptors import cannot
-from mergebench.checkpoints.documents import is_file, read_object
-from mergebench.checkpoints.header import MAX_HEADER
+from mergebench.checkpoints.documents import is_file, read_bounded, read_object
 from mergebench.core.errors import FormatError
 
 FAST = "tokenizer.json"
@@ -108,9 +107,7 @@ def _checked(path: Path, table: Mapping[Any, Any]) -> dict[str, int]:
 
 def _lines(path: Path) -> dict[str, int]:
     try:
-        if path.stat().st_size > MAX_HEADER:
-            raise FormatError(f"{path}: is too large", expected=f"at most {MAX_HEADER} bytes")
-        text = path.read_bytes().decode("utf-8", errors="surrogateescape")
+        text = read_bounded(path).decode("utf-8", errors="surrogateescape")
     except OSError as error:
         raise cannot("read", path, error) from error
     # As WordPiece tokenizers read it: a line without its end is a token.

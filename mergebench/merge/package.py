@@ -253,12 +253,12 @@ def _inputs(
 
 def _origins(models: Sequence[Source], base: Source | None) -> list[str | None]:
     """Where the inputs' own configs say they come from; paths here are nobody else's business."""
-    found: list[str | None] = []
+    found: list[Any] = []
     for source in [*([base] if base else []), *models]:
         found.append(source.config.get("base_model_name_or_path"))
         if source.checkpoint is not None and source.checkpoint.config is not None:
             found.append(source.checkpoint.config.get("_name_or_path"))
-    return found
+    return [name if isinstance(name, str) else None for name in found]
 
 
 def _library(form: str, reference: Source | None) -> str | None:

@@ -52,9 +52,11 @@ def _scale(source: AdapterSource, module: Adapted, options: ReadOptions) -> floa
             f"{source.label}: the scale of {module.name} is α / init_r, and no config states both",
             fix="keep adapter_config.json beside the file",
         )
-    if not all(isinstance(each, int | float) and np.isfinite(each) for each in (alpha, rank)):
+    numbers = all(isinstance(each, int | float) and abs(each) < 1e30 for each in (alpha, rank))
+    if not numbers or rank <= 0:
         raise FormatError(
-            f"{source.label}: lora_alpha and init_r must be numbers", got=f"{alpha!r}, {rank!r}"
+            f"{source.label}: lora_alpha and init_r must be numbers, init_r above 0",
+            got=f"{alpha!r}, {rank!r}",
         )
     return float((alpha if alpha > 0 else rank) / (rank + 1e-5))
 

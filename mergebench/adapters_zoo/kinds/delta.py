@@ -56,7 +56,14 @@ def _read(source: AdapterSource, options: ReadOptions) -> dict[str, Delta]:
             expected=str(VERSION),
             fix="open it with the mergebench that wrote it, or a newer one",
         )
-    replaced = frozenset(about.get("replaced", ()))
+    listed = about.get("replaced", [])
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise FormatError(
+            f"{source.label}: `replaced` in its metadata",
+            expected="a list of names",
+            got=repr(listed),
+        )
+    replaced = frozenset(listed)
     if missing := sorted(replaced - set(source.tensors)):
         raise FormatError(f"{source.label}: {missing[0]} is listed as replaced but is not stored")
     deltas: dict[str, Delta] = {}
