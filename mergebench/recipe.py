@@ -246,12 +246,14 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
         raise FormatError(
             f"{where}: recipe version", got=str(data["mergebench"]), expected=str(VERSION)
         )
+    if "ops" in data and not data["ops"]:
+        raise FormatError(f"{where}: `ops` is empty", fix="name an op, or a method instead")
     if "ops" in data and ("method" in data or "params" in data):
         raise FormatError(f"{where}: has both `method` and `ops`", fix="keep one of them")
     models = data.get("models")
     if not isinstance(models, Sequence) or isinstance(models, str) or not models:
         raise FormatError(f"{where}: `models` must be a list of references", got=repr(models))
-    params = data.get("params") or {}
+    params = {} if data.get("params") is None else data["params"]
     if not isinstance(params, Mapping):
         raise FormatError(f"{where}: `params` must be a mapping", got=repr(params))
     refs = tuple(_model_in(each, where) for each in models)
@@ -292,7 +294,7 @@ def _value_in(value: Any, name: str) -> Any:
 
 
 def _ops(data: Mapping[str, Any], key: str, where: str) -> tuple[OpRef, ...]:
-    value = data.get(key) or []
+    value = [] if data.get(key) is None else data[key]
     if isinstance(value, (str, Mapping)):
         value = [value]
     if not isinstance(value, list):
@@ -302,7 +304,7 @@ def _ops(data: Mapping[str, Any], key: str, where: str) -> tuple[OpRef, ...]:
 
 
 def _texts(data: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
-    value = data.get(key) or []
+    value = [] if data.get(key) is None else data[key]
     listed = [value] if isinstance(value, str) else value
     if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
         raise FormatError(f"{where}: `{key}` must be a text or a list of texts", got=repr(value))

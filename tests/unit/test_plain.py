@@ -115,6 +115,11 @@ def test_json_as_configs_hold_it() -> None:
     ("text", "words"),
     [
         ("ops: 1", "must be a list of ops"),
+        ("ops: 0", "`ops` is empty"),
+        ("ops:", "`ops` is empty"),
+        ("then: 0", "must be a list of ops"),
+        ("params: []", "`params` must be a mapping"),
+        ("include: 0", "must be a text or a list of texts"),
         ("then: 'trim:density'", "name=value"),
         ("then: [{'a:b': null}]", "an op is a name"),
         ("params: {a: []}", f"1 to {MOST}, got 0"),
