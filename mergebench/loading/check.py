@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mergebench.adapters_zoo.adapter import CONFIG_KEY, is_adapter, is_saved_delta
+from mergebench.adapters_zoo.adapter import CONFIG_KEY, is_adapter, is_saved_delta, parse_object
 from mergebench.checkpoints.containers import open_weights
 from mergebench.checkpoints.documents import read_object
 from mergebench.core.errors import MergebenchError
@@ -104,7 +104,7 @@ def _as_folder(file: Path, base: Path | None) -> Iterator[Path]:
     if is_adapter(opened.tensors, None, opened.metadata):
         name, describing = "adapter_model.safetensors", "adapter_config.json"
         if (text := opened.metadata.get(CONFIG_KEY)) is not None:
-            settings = json.loads(text)
+            settings = parse_object(str(file), CONFIG_KEY, text)
         fix = "write the adapter into a folder: -o DIR"
     else:
         name, describing = "model.safetensors", "config.json"

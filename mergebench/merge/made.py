@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any
 import xxhash
 
 from mergebench.checkpoints.descriptors import cannot
+from mergebench.checkpoints.documents import is_file, read_bounded
 from mergebench.checkpoints.reader import FileTensor, SafetensorsFile, open_safetensors
 from mergebench.core.errors import FormatError, MergebenchError
+from mergebench.core.plain import parse_json
 from mergebench.manifest import (
     DIGESTS,
     KEY,
@@ -127,7 +128,7 @@ def read_made(path: Path) -> Made:
             f"{path}: no such file or folder", fix="check the spelling of the path"
         )
     if not path.is_dir() and (path.parent / MANIFEST).is_file():
-        beside = _parse((path.parent / MANIFEST).read_bytes())
+        beside = _parse(_read(path.parent / MANIFEST))
         if beside is not None and path.name in (beside.get("files") or {}):
             path = path.parent
     return _folder(path) if path.is_dir() else _single(path)
@@ -141,10 +142,19 @@ def _unknown(path: Path) -> MergebenchError:
     )
 
 
+def _read(place: Path) -> bytes:
+    try:
+        return read_bounded(place)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise cannot("read", place, error) from error
+
+
 def _parse(text: bytes) -> dict[str, Any] | None:
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
+        data = parse_json(text.decode("utf-8"))
+    except ValueError:
         return None
     return data if isinstance(data, dict) and _is_sound(data) else None
 
@@ -174,11 +184,9 @@ def _maps(value: Any, kind: type) -> bool:
 def _folder(path: Path) -> Made:
     place = path / MANIFEST
     try:
-        text = place.read_bytes()
+        text = _read(place)
     except FileNotFoundError:
         raise _unknown(path) from None
-    except OSError as error:
-        raise cannot("read", place, error) from error
     data = _parse(text)
     if data is None:
         what = "the manifest is damaged, so nothing else can be compared with it"
@@ -219,7 +227,7 @@ def _open_files(
     findings: list[Finding] = []
     for name, about in described.items():
         path = folder / name
-        if Path(name).name != name or not path.is_file():
+        if Path(name).name != name or not is_file(path):
             findings.append(Finding("file", "the file is missing", name))
             continue
         try:

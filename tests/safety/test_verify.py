@@ -329,3 +329,20 @@ def test_any_number_of_threads(inputs: Path, workers: int) -> None:
     assert steps[-1] == ("verifying", verdict.bytes, verdict.bytes)
     edit(place / "config.json", {"new": 1})
     assert checked(place, workers=workers).findings[-1].file == "config.json"
+
+
+@pytest.mark.parametrize("name", ["a" * 3000, "", "..", "a\0b", "\ud800"])
+def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    """In a manifest they are files that are missing, or the manifest is damaged."""
+    data = {"recipe": {}, "inputs": [], "outputs": {}, "files": {name: {}}}
+    (tmp_path / MANIFEST).write_text(json.dumps(data))
+
+    assert any(each.kind in ("file", "manifest") for each in verify(tmp_path).findings)
+
+
+def test_manifests_nested_without_end(tmp_path: Path) -> None:
+    """Damaged, as any other that is none."""
+    (tmp_path / MANIFEST).write_text('{"recipe":' + "[" * 500 + "]" * 500 + "}")
+
+    (found,) = verify(tmp_path).findings
+    assert "damaged" in found.what
