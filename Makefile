@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: help demo test lint parity bench clean
+.PHONY: help demo test lint parity bench fuzz clean
 
 help:
 	@echo "make demo    the digits example, from training to the table and the picture"
@@ -11,6 +11,7 @@ help:
 	@echo "make lint    formatting, lint, types, import layers"
 	@echo "make parity  record mergekit's and FusionBench's outputs again, in environments of their own"
 	@echo "make bench   cost of every method over the floor of the machine"
+	@echo "make fuzz    fuzz one reader: make fuzz ARGS='--target header --seconds 300'"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -39,5 +40,16 @@ parity: $(BIN)/python
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
+# In an environment of its own: atheris is no dependency, and not made for every system.
+FUZZ = .fuzz-venv
+$(FUZZ)/.atheris: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(FUZZ)
+	$(FUZZ)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt \
+		-e ".[gguf]" atheris==3.0.0
+	@touch $@
+
+fuzz: $(FUZZ)/.atheris
+	$(FUZZ)/bin/python -W ignore benchmarks/fuzz/run.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) .ci-venv .parity-venv .parity-venv-fusionbench .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FUZZ) .ci-venv .parity-venv .parity-venv-fusionbench .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,24 @@
+"""Recipes, YAML and JSON: what is read is written and read again to the same."""
+
+from __future__ import annotations
+
+import yaml
+from hypothesis import given
+
+from .support import CHECKED, assert_holds, broken_bytes, broken_json, files
+
+DOCUMENTS = [yaml.safe_load(data) for data in files("recipe")]
+
+
+@CHECKED
+@given(data=broken_json(DOCUMENTS))
+def test_recipes_broken_field_by_field(data: bytes) -> None:
+    """As JSON, and whatever YAML makes of what is no JSON any more."""
+    assert_holds("recipe", data)
+
+
+@CHECKED
+@given(data=broken_bytes(files("recipe")))
+def test_recipes_with_other_bytes(data: bytes) -> None:
+    """Mostly YAML."""
+    assert_holds("recipe", data)
