@@ -63,6 +63,9 @@ class Recipe:
     include, exclude : tuple of str
         Selectors (see :mod:`mergebench.core.selector`) of the tensors to merge: those that any of
         ``include`` matches, all if it is empty, and none of ``exclude``.
+    block_pattern : str or None
+        Finds numbered blocks in tensor names, for gradients over depth, ``block=`` selectors and
+        ops that look at depth; see :func:`~mergebench.core.site.parse_pattern`.
     base : str or None
     compat : str or None
         Preset that supplies defaults for ``params``.
@@ -94,6 +97,7 @@ class Recipe:
     then: tuple[OpRef, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    block_pattern: str | None = None
     base: str | None = None
     compat: str | None = None
     dtype: str = "keep"
@@ -129,6 +133,7 @@ class Recipe:
                 data[key] = list(value)
         plain = Recipe(())
         for key in (
+            "block_pattern",
             "base",
             "compat",
             "dtype",
@@ -237,7 +242,7 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
     known = {
         "mergebench", "method", "params", "ops", "models", "then", "where", "include", "exclude",
         "base", "compat", "dtype", "as", "shard_size", "lora_alpha", "ignore_saved_base",
-        "on_mismatch", "vocab", "allow_base_mismatch", "allow_nonfinite", "out",
+        "on_mismatch", "vocab", "allow_base_mismatch", "allow_nonfinite", "out", "block_pattern",
     }  # fmt: skip
     for key in data:
         if key not in known:
@@ -267,6 +272,7 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
         then=_ops(data, "then", where),
         include=_texts(data, "include", where),
         exclude=_texts(data, "exclude", where),
+        block_pattern=_text(data, "block_pattern", where),
         base=_text(data, "base", where),
         compat=_text(data, "compat", where),
         dtype=_choice(data, "dtype", DTYPES, where),

@@ -30,6 +30,7 @@ def merge(
     where: o.Where = None,
     include: o.Include = None,
     exclude: o.Exclude = None,
+    block_pattern: o.BlockPattern = None,
     compat: o.Compat = None,
     dtype: o.Dtype = "keep",
     form: o.Form = "auto",
@@ -63,7 +64,7 @@ def merge(
     recipe = _recipe(
         models, base, method, param, then, compat, dtype, form, shard_size, lora_alpha, out,
         ignore_saved_base, where, include, exclude, on_mismatch, vocab,
-        allow_base_mismatch, allow_nonfinite,
+        allow_base_mismatch, allow_nonfinite, block_pattern,
     )  # fmt: skip
     _do(recipe, force, memory, workers, dry_run, as_json, quiet, check)
 
@@ -77,6 +78,7 @@ def plan(
     where: o.Where = None,
     include: o.Include = None,
     exclude: o.Exclude = None,
+    block_pattern: o.BlockPattern = None,
     compat: o.Compat = None,
     dtype: o.Dtype = "keep",
     form: o.Form = "auto",
@@ -103,7 +105,7 @@ def plan(
     recipe = _recipe(
         models, base, method, param, then, compat, dtype, form, shard_size, lora_alpha, out,
         ignore_saved_base, where, include, exclude, on_mismatch, vocab,
-        allow_base_mismatch, allow_nonfinite,
+        allow_base_mismatch, allow_nonfinite, block_pattern,
     )  # fmt: skip
     _do(recipe, True, memory, workers, True, as_json, False)
 
@@ -159,6 +161,7 @@ def _recipe(
     vocab: str,
     allow_base_mismatch: bool,
     allow_nonfinite: bool,
+    block_pattern: str | None,
 ) -> Recipe:
     from mergebench.core.errors import ParameterError, did_you_mean
     from mergebench.recipe import (
@@ -198,6 +201,7 @@ def _recipe(
         then=tuple(parse_op(each) for each in then or []),
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
+        block_pattern=block_pattern,
         base=base,
         compat=compat,
         dtype=dtype,

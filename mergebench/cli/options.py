@@ -63,6 +63,15 @@ Exclude = Annotated[
     list[str] | None,
     typer.Option("--exclude", metavar="SELECTOR", help="Leave these tensors as in the base."),
 ]
+BlockPattern = Annotated[
+    str | None,
+    typer.Option(
+        "--block-pattern",
+        metavar="REGEX",
+        help="Finds numbered blocks in tensor names, with the groups stack and index, where the "
+        "usual names do not fit.",
+    ),
+]
 Compat = Annotated[
     str | None,
     typer.Option("--compat", help="Defaults of another implementation; explicit values win."),

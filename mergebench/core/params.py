@@ -13,9 +13,13 @@ from math import isfinite
 from operator import index
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+from annotated_types import Interval
+
 from mergebench.core.errors import ParameterError, did_you_mean
 from mergebench.core.schedule import Cases, each_leaf, parse_schedule
 
+#: The seed of everything that is random.
+Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
 #: Spellings that users may write instead of a parameter's name in the signature.
 ALIASES: Mapping[str, str] = {"lambda": "lam"}
 
@@ -72,12 +76,13 @@ class Param:
         noun = "an integer" if self.kind is int else "a number"
         if self.low is None and self.high is None:
             return noun
+        form = "d" if self.kind is int else "g"
         if self.high is None:
-            return f"{noun} {'>' if self.open_low else '>='} {self.low:g}"
+            return f"{noun} {'>' if self.open_low else '>='} {self.low:{form}}"
         if self.low is None:
-            return f"{noun} {'<' if self.open_high else '<='} {self.high:g}"
+            return f"{noun} {'<' if self.open_high else '<='} {self.high:{form}}"
         left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
-        return f"{noun} in {left}{self.low:g}, {self.high:g}{right}"
+        return f"{noun} in {left}{self.low:{form}}, {self.high:{form}}{right}"
 
     def check(self, value: Any, owner: str) -> Any:
         """The value, converted to ``kind``.

@@ -8,10 +8,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from mergebench.core.errors import ParameterError
+
 #: Finds the stack and the index of a numbered block in a tensor name. Overridable per merge.
 BLOCK_PATTERN = re.compile(
     r"^(?P<stack>(?:.*?\.)??(?:\w+_)?(?:layers?|blocks?|resblocks|stages|h))\.(?P<index>\d+)\."
 )
+#: Groups that a pattern for blocks must have.
+_GROUPS = {"stack", "index"}
 #: What a tensor can be; see :attr:`Site.kind`.
 CLASSES = ("embedding", "head", "norm", "bias", "linear", "conv", "buffer")
 #: The first that matches wins: norms stand inside embeddings, and GPT-NeoX's head is ``embed_out``.
@@ -119,6 +123,37 @@ def conv1d_names(names: Iterable[str], model_type: str | None) -> list[str]:
     return [name for name in names if _CONV1D.search(name)]
 
 
+def parse_pattern(text: str | None) -> re.Pattern[str]:
+    r"""A pattern for numbered blocks as users write it; the usual one for ``None``.
+
+    Parameters
+    ----------
+    text : str or None
+        A regular expression with the groups ``stack`` (what is numbered, ``model.layers``) and
+        ``index`` (digits), searched for in tensor names, such as
+        ``(?P<stack>transformer)\.(?P<index>\d+)\.``.
+
+    Raises
+    ------
+    ParameterError
+        If it is no regular expression, or lacks one of the groups.
+    """
+    if text is None:
+        return BLOCK_PATTERN
+    wanted = r"a regular expression such as (?P<stack>blocks)\.(?P<index>\d+)\."
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise ParameterError(
+            f"block pattern: no regular expression ({error})", got=text, expected=wanted
+        ) from None
+    if missing := _GROUPS - set(pattern.groupindex):
+        raise ParameterError(
+            f"block pattern: has no group {min(missing)!r}", got=text, expected=wanted
+        )
+    return pattern
+
+
 def make_sites(
     shapes: Mapping[str, tuple[int, ...]],
     *,
@@ -132,15 +167,20 @@ def make_sites(
     shapes : mapping of name to shape
         Every tensor that takes part.
     pattern : compiled regular expression
-        Must have the groups ``stack`` and ``index``.
+        Searched for in names; must have the groups ``stack`` and ``index``.
     transposed : names
         Weights stored input × output.
+
+    Raises
+    ------
+    ParameterError
+        If the pattern finds something that is no number.
     """
     found: dict[str, tuple[str, int]] = {}
     length: dict[str, int] = {}
     for name in shapes:
-        if match := pattern.match(name):
-            stack, index = match["stack"], int(match["index"])
+        if match := pattern.search(name):
+            stack, index = match["stack"] or "", _number(match["index"], name)
             found[name] = stack, index
             length[stack] = max(length.get(stack, 0), index + 1)
     flipped = frozenset(transposed)
@@ -160,3 +200,14 @@ def make_sites(
             transposed=name in flipped,
         )
     return sites
+
+
+def _number(text: str | None, name: str) -> int:
+    try:
+        return int(text or "")
+    except ValueError:
+        raise ParameterError(
+            f"block pattern: finds {text!r} in {name!r} for the index",
+            expected="digits",
+            fix=r"let the group be (?P<index>\d+)",
+        ) from None

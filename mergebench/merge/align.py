@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -9,9 +11,11 @@ import numpy as np
 
 from mergebench.checkpoints.layout import Checkpoint
 from mergebench.checkpoints.ties import is_tied, same_content
+from mergebench.compute.random import stream_of
 from mergebench.core.delta import Delta, Dense, Difference, LowRank, Replacement, reads
 from mergebench.core.errors import MismatchError
 from mergebench.core.site import (
+    BLOCK_PATTERN,
     conv1d_names,
     is_constant,
     is_counter,
@@ -77,6 +81,7 @@ def align(
     space: str,
     form: str,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    pattern: re.Pattern[str] = BLOCK_PATTERN,
 ) -> Aligned:
     """Decide for every tensor whether it is merged or copied, and from what.
 
@@ -91,6 +96,8 @@ def align(
         What is written.
     shapes : mapping of tensor name to shape, optional
         Of all inputs, also of tensors that filters have taken out: depth counts them.
+    pattern : compiled regular expression
+        Finds numbered blocks in names.
 
     Raises
     ------
@@ -129,7 +136,7 @@ def align(
                 twins[source] = (*twins.get(source, ()), alias)
     _check_added(table, reference)
     _keep_replacements(table, names)
-    items = _items(table, reference, space, form, shapes or {})
+    items = _items(table, reference, space, form, shapes or {}, pattern)
     present = [n for n in names if n in items or n in table.copies]
     return Aligned(tuple(present), items, table.copies, twins, table.reasons, tuple(notes))
 
@@ -382,12 +389,31 @@ def _weighted(
     return [(label, plain[label], tensor) for label, tensor in given]
 
 
+def draw_keys(models: Sequence[Source]) -> tuple[int, ...]:
+    """64 bits that name each model to counter-based randomness, wherever it stands.
+
+    They are derived from its fingerprint and the number of models before it that have the same
+    one, so that a model given twice is drawn for twice.
+
+    Parameters
+    ----------
+    models : sequence of Source, in canonical order
+    """
+    seen: Counter[str] = Counter()
+    keys = []
+    for model in models:
+        keys.append(stream_of(int(model.fingerprint, 16), seen[model.fingerprint]))
+        seen[model.fingerprint] += 1
+    return tuple(keys)
+
+
 def _items(
     table: _Table,
     reference: Checkpoint | None,
     space: str,
     form: str,
     every: Mapping[str, tuple[int, ...]],
+    pattern: re.Pattern[str],
 ) -> dict[str, Item]:
     shapes = {
         name: next(delta.shape for delta in row if delta is not None)
@@ -396,7 +422,9 @@ def _items(
     # Depth counts the blocks of the whole model, also those that no input touches.
     own = {} if reference is None else {n: t.shape for n, t in reference.tensors.items()}
     known = {**every, **own}
-    sites = make_sites(known | shapes, transposed=_transposed(table, reference))
+    flipped = _transposed(table, reference)
+    sites = make_sites(known | shapes, pattern=pattern, transposed=flipped)
+    keys = draw_keys(table.models)
     labels = tuple(model.label for model in table.models)
     items: dict[str, Item] = {}
     wide = False
@@ -410,7 +438,9 @@ def _items(
             continue
         stored = [tensor for delta in row if delta is not None for tensor in reads(delta)]
         wide |= any(tensor.dtype == "F64" for tensor in (*stored, *([origin] if origin else ())))
-        items[name] = Item(sites[name], tuple(row), table.weights, labels, origin, origin=under)
+        items[name] = Item(
+            sites[name], tuple(row), table.weights, labels, origin, origin=under, keys=keys
+        )
     # One arithmetic for the whole model, so that magnitudes of different tensors compare.
     dtype = np.dtype(np.float64 if wide else np.float32)
     return {name: replace(item, dtype=dtype) for name, item in items.items()}

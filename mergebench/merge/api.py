@@ -40,6 +40,7 @@ def merge_models(
     where: Sequence[str] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    block_pattern: str | None = None,
     compat: str | None = None,
     dtype: str = "keep",
     form: str = "auto",
@@ -78,7 +79,8 @@ def merge_models(
     include, exclude : sequence of str
         Selectors of the tensors to merge, such as ``"class=norm"`` or a regular expression; the
         others come from the base.
-    compat, dtype, form, shard_size, lora_alpha, ignore_saved_base, on_mismatch, vocab
+    block_pattern, compat, dtype, form, shard_size, lora_alpha, ignore_saved_base, on_mismatch,
+    vocab,
     allow_base_mismatch, allow_nonfinite
         As in :class:`~mergebench.recipe.Recipe`.
     memory : int or str, bytes or such as "256MiB", default 512 MiB
@@ -113,6 +115,7 @@ def merge_models(
         base=None if base is None else _label(base, "base"),
         include=tuple(include),
         exclude=tuple(exclude),
+        block_pattern=block_pattern,
         compat=compat,
         dtype=dtype,
         form=form,

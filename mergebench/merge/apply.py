@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ import numpy as np
 
 from mergebench.compute.namespace import namespace
 from mergebench.core.errors import MismatchError
-from mergebench.core.site import Site, make_sites
+from mergebench.core.site import make_sites, parse_pattern
 from mergebench.core.tensor import FLOATING, dtype_name
 from mergebench.merge.op import At, Chain, Op, Stack, check_models, needs_base
 
@@ -22,6 +23,9 @@ def apply(
     models: Sequence[Any] | Sequence[Mapping[str, Any]],
     weights: Sequence[float] | None = None,
     base: Any | Mapping[str, Any] | None = None,
+    *,
+    keys: Sequence[int] | None = None,
+    block_pattern: str | None = None,
 ) -> Any:
     """Run ops on task vectors held in memory.
 
@@ -36,6 +40,11 @@ def apply(
         One per model; 1 by default.
     base : array, or mapping of tensor name to array, optional
         For ops that look at the base's entries; it is not added to the result.
+    keys : sequence of int, optional
+        One per model, naming it to ops that draw random numbers; their positions by default.
+        (Merges of files and of state dicts derive them from what the models hold.)
+    block_pattern : str, optional
+        Finds numbered blocks in tensor names; see :func:`~mergebench.core.site.parse_pattern`.
 
     Returns
     -------
@@ -59,18 +68,19 @@ def apply(
     if len(shares) != len(tables):
         raise MismatchError("one weight per model", got=str(len(shares)), expected=str(len(tables)))
     check_models(steps, shares)
-    pieces = _stacks(tables)
+    names = tuple(keys) if keys is not None else tuple(range(len(tables)))
+    if len(names) != len(tables):
+        raise MismatchError("one key per model", got=str(len(names)), expected=str(len(tables)))
+    pieces = _stacks(tables, shares, names, parse_pattern(block_pattern))
     if needs_base(steps):
         if base is None:
             raise MismatchError("the ops look at the base, and none is given", fix="give base=")
         pieces = _on(pieces, base if named else {"tensor": base})
     for step in steps:
-        pieces = _step(step, pieces, shares)
-        if step.spec.reduces:
-            shares = (1.0,)
+        pieces = _step(step, pieces)
     results = [
-        {piece.site.name: _shaped(piece.stack[row, :], piece.site.shape) for piece in pieces}
-        for row in range(len(shares))
+        {piece.at.site.name: _shaped(piece.stack[row, :], piece.at.site.shape) for piece in pieces}
+        for row in range(int(pieces[0].stack.shape[0]) if pieces else len(tables))
     ]
     outs = results if named else [table["tensor"] for table in results]
     return outs[0] if any(step.spec.reduces for step in steps) else outs
@@ -78,23 +88,29 @@ def apply(
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    site: Site
+    """A tensor of all models: where it stands, and what ops have made of it."""
+
+    at: At
     stack: Stack
-    models: Stack
-    base: Any = None
 
 
 def _shaped(flat: Stack, shape: tuple[int, ...]) -> Stack:
     return namespace(flat).reshape(flat, shape)
 
 
-def _stacks(tables: Sequence[Mapping[str, Any]]) -> list[_Piece]:
+def _stacks(
+    tables: Sequence[Mapping[str, Any]],
+    weights: tuple[float, ...],
+    keys: tuple[int, ...],
+    pattern: re.Pattern[str],
+) -> list[_Piece]:
     first = tables[0]
     for position, table in enumerate(tables):
         if set(table) != set(first):
             odd = min(set(table) ^ set(first))
             raise MismatchError(f"model {position}: tensor {odd!r} is not in every model")
-    sites = make_sites({name: tuple(array.shape) for name, array in first.items()})
+    shapes = {name: tuple(array.shape) for name, array in first.items()}
+    sites = make_sites(shapes, pattern=pattern)
     pieces = []
     for name in sorted(first, key=str.encode):
         arrays = [table[name] for table in tables]
@@ -108,23 +124,24 @@ def _stacks(tables: Sequence[Mapping[str, Any]]) -> list[_Piece]:
                 )
         _check_floating(name, arrays)
         stack = xp.stack([xp.reshape(array, (-1,)) for array in arrays])
-        pieces.append(_Piece(sites[name], stack, stack))
+        at = At(sites[name], 0, sites[name].size, weights, keys=keys, models=stack)
+        pieces.append(_Piece(at, stack))
     return pieces
 
 
 def _on(pieces: Sequence[_Piece], base: Mapping[str, Any]) -> list[_Piece]:
     found = []
     for piece in pieces:
-        array = base.get(piece.site.name)
-        if array is None or tuple(array.shape) != piece.site.shape:
+        array = base.get(piece.at.site.name)
+        if array is None or tuple(array.shape) != piece.at.site.shape:
             raise MismatchError(
-                f"{piece.site.name}: the base has "
+                f"{piece.at.site.name}: the base has "
                 + ("no such tensor" if array is None else "another shape"),
-                expected=str(piece.site.shape),
+                expected=str(piece.at.site.shape),
             )
         xp = namespace(array)
         flat = xp.astype(xp.reshape(array, (-1,)), piece.stack.dtype, copy=False)
-        found.append(replace(piece, base=flat))
+        found.append(_Piece(replace(piece.at, base=flat), piece.stack))
     return found
 
 
@@ -142,18 +159,18 @@ def _check_floating(name: str, arrays: Sequence[Any]) -> None:
             )
 
 
-def _step(step: Op, pieces: list[_Piece], weights: tuple[float, ...]) -> list[_Piece]:
+def _step(step: Op, pieces: list[_Piece]) -> list[_Piece]:
     statistic = step.statistic
     value = None
     if statistic is not None and statistic.scope == "model":
-        value = statistic.measure(_Arrays(pieces, weights))
+        value = statistic.measure(_Arrays(pieces))
     done = []
     for piece in pieces:
         if statistic is not None and statistic.scope == "tensor":
-            value = statistic.measure(_Arrays([piece], weights))
-        models = piece.models if step.spec.needs_models else None
-        at = At(piece.site, 0, piece.site.size, weights, value, piece.base, models=models)
-        done.append(replace(piece, stack=step.apply(piece.stack, at)))
+            value = statistic.measure(_Arrays([piece]))
+        models = piece.at.models if step.spec.needs_models else None
+        stack = step.apply(piece.stack, replace(piece.at, value=value, models=models))
+        done.append(_Piece(piece.at.alone() if step.spec.reduces else piece.at, stack))
     return done
 
 
@@ -162,7 +179,6 @@ class _Arrays:
     """A sweep over stacks that are already there."""
 
     pieces: Sequence[_Piece]
-    weights: tuple[float, ...]
 
     @property
     def models(self) -> int:
@@ -170,12 +186,11 @@ class _Arrays:
 
     @property
     def size(self) -> int:
-        return sum(piece.site.size for piece in self.pieces)
+        return sum(piece.at.site.size for piece in self.pieces)
 
     def __call__(self, visit: Callable[[Stack, At], R]) -> Iterator[tuple[At, R]]:
         for piece in self.pieces:
-            at = At(piece.site, 0, piece.site.size, self.weights, base=piece.base)
-            yield at, visit(piece.stack, at)
+            yield piece.at, visit(piece.stack, piece.at)
 
     def sample(self, count: int) -> Stack:
         step = max(self.size // count, 1)

@@ -24,7 +24,7 @@ from mergebench.manifest import MANIFEST, sealed, with_outputs
 from mergebench.merge.averaged import Mean
 from mergebench.merge.core_space import fits, merged_item
 from mergebench.merge.factors import write_factors
-from mergebench.merge.op import At, Chain, Stack, needs_base
+from mergebench.merge.op import Chain, Stack, needs_base
 from mergebench.merge.plan import Plan
 from mergebench.merge.resume import Ledger, resume_key
 from mergebench.merge.stream import (
@@ -364,7 +364,7 @@ def merged_tile(
     """
     if all(ready):
         stack, base, holes = np.empty((0, 0)), None, None
-        at = At(item.site, start, stop, item.weights)
+        at = item.at(start, stop)
     else:
         stack, base, holes = load_with_holes(item, start, stop)
         wanted = any(needs_base(variant.at(item.site.name)) for variant in variants)

@@ -46,10 +46,14 @@ class At:
         The base's entries at the same places, shape (m,), for ops that declare to need them.
     models : array or None
         The task vectors as they came, before any op, shape (models, m), for ops that declare to
-        need them.
+        need them and for what they measure.
     core : (int, int) or None
         Where the stack holds matrices in bases of the column and row spaces of low-rank inputs,
         the shape of those matrices in the orientation of the stored tensor.
+    keys : tuple of int
+        64 bits per model that name it to counter-based randomness, whatever its place: derived
+        from its fingerprint and from how many equal models stand before it. ``(0,)`` once models
+        are combined.
     """
 
     site: Site
@@ -60,6 +64,11 @@ class At:
     base: Any = None
     models: Any = field(default=None, kw_only=True)
     core: tuple[int, int] | None = field(default=None, kw_only=True)
+    keys: tuple[int, ...] = field(default=(), kw_only=True)
+
+    def alone(self) -> At:
+        """The same place after an op that combines models."""
+        return replace(self, weights=(1.0,), keys=(0,))
 
 
 class Sweep(Protocol):
@@ -113,7 +122,7 @@ class OpSpec:
     granularity: Callable[..., Granularity]
     statistic: Callable[..., Statistic | None]
     reduces: bool
-    linear: bool
+    linear: Callable[..., bool]
     check: Callable[..., object] = lambda site, **params: None
     needs_base: bool = False
     most: int | None = None
@@ -165,6 +174,11 @@ class Op:
         """What must be measured before the op can run."""
         return self.spec.statistic(**dict(self.params))
 
+    @property
+    def linear(self) -> bool:
+        """Whether it combines models with coefficients that depend on the site alone."""
+        return self.spec.linear(**dict(self.params))
+
     def check(self, site: Site) -> None:
         """Refuse a tensor that the op cannot work on.
 
@@ -177,7 +191,7 @@ class Op:
     @property
     def sides(self) -> Sides:
         """Where the op commutes with changes of basis; linear ops do on both sides."""
-        return "both" if self.spec.linear else self.spec.equivariant(**dict(self.params))
+        return "both" if self.linear else self.spec.equivariant(**dict(self.params))
 
     def apply(self, stack: Stack, at: At) -> Stack:
         """Run the reference implementation; ``stack`` is not modified."""
@@ -195,7 +209,7 @@ def op(
     granularity: Granularity | Callable[..., Granularity] = "entry",
     statistic: Callable[..., Statistic | None] | None = None,
     reduces: bool = False,
-    linear: bool = False,
+    linear: bool | Callable[..., bool] = False,
     check: Callable[..., object] | None = None,
     needs_base: bool = False,
     most: int | None = None,
@@ -216,7 +230,7 @@ def op(
         Returns the :class:`Statistic` to measure first, or ``None``.
     reduces : bool
         Whether n models become one.
-    linear : bool
+    linear : bool or callable of the parameters
         Whether every output entry is a combination of the same entry of the models, with
         coefficients that depend on the site alone. Chains of such ops keep low-rank factors.
     check : callable ``(site, **params)``, optional
@@ -253,7 +267,7 @@ def op(
             granularity if callable(granularity) else lambda **_: granularity,
             statistic or (lambda **_: None),
             reduces,
-            linear,
+            linear if callable(linear) else lambda **_: linear,
             check or (lambda site, **params: None),
             needs_base,
             most,
@@ -314,7 +328,7 @@ def needs_base(ops: Iterable[Op]) -> bool:
 
 def is_linear(ops: Chain) -> bool:
     """Whether the whole chain is a weighted sum with weights that depend on the site alone."""
-    return all(each.spec.linear for each in ops)
+    return all(each.linear for each in ops)
 
 
 def sides_of(ops: Chain) -> Sides:

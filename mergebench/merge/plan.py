@@ -17,6 +17,7 @@ from mergebench.core.delta import LowRank, Replacement, reads
 from mergebench.core.errors import MismatchError, ParameterError
 from mergebench.core.rules import parse_weight
 from mergebench.core.schedule import is_schedule, to_plain
+from mergebench.core.site import parse_pattern
 from mergebench.core.tensor import nbytes
 from mergebench.merge.align import Aligned, align
 from mergebench.merge.buffers import settle
@@ -227,7 +228,8 @@ def make_plan(
         lenient=recipe.allow_nonfinite,
     )
     models, base, first = evened.models, spoken.base, spoken.first
-    aligned = align(models, weights, base, space, form, chosen.shapes)
+    pattern = parse_pattern(recipe.block_pattern)
+    aligned = align(models, weights, base, space, form, chosen.shapes, pattern)
     if not aligned.items and not aligned.copies:
         raise MismatchError("the inputs have no floating-point tensor to merge")
     aligned, variants = place(aligned, variants, weights, chosen.apart, evened)

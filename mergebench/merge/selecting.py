@@ -10,7 +10,7 @@ from mergebench.checkpoints.layout import Checkpoint
 from mergebench.core.errors import MismatchError, ParameterError
 from mergebench.core.schedule import is_schedule, selectors, value_at
 from mergebench.core.selector import Selector
-from mergebench.core.site import Site, make_sites
+from mergebench.core.site import Site, make_sites, parse_pattern
 from mergebench.core.task_vector import TaskVector
 from mergebench.core.tensor import Tensor
 from mergebench.merge.align import Aligned
@@ -53,16 +53,23 @@ def select(recipe: Recipe, models: Sequence[Source], base: Source | None) -> Sel
     Raises
     ------
     ParameterError
-        If a selector is none or matches no tensor, or if nothing is left to merge.
+        If a selector is none or matches no tensor, if nothing is left to merge, or if the block
+        pattern is none or is found nowhere.
     MismatchError
         If full checkpoints are to be merged without a base to take the other tensors from.
     """
     include = [Selector(text) for text in recipe.include]
     exclude = [Selector(text) for text in recipe.exclude]
-    shapes = _shapes(models, base)
+    shapes, pattern = _shapes(models, base), parse_pattern(recipe.block_pattern)
+    if recipe.block_pattern is not None and not any(map(pattern.search, shapes)):
+        raise ParameterError(
+            "block pattern: is found in no tensor name",
+            got=recipe.block_pattern,
+            fix="`mergebench inspect --tensors` lists the names",
+        )
     if not include and not exclude:
         return Selected(tuple(models), shapes)
-    sites = make_sites(shapes)
+    sites = make_sites(shapes, pattern=pattern)
     for option, each in [*(("include", s) for s in include), *(("exclude", s) for s in exclude)]:
         _check_matches(f"{option}: {each}", each, sites.values())
     wanted = {name for name, site in sites.items() if any(s.matches(site) for s in include)}

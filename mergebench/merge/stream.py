@@ -48,6 +48,8 @@ class Item:
     origin : Tensor or None
         The base's tensor where there is a base, whether it is added or not; for ops that look
         at its entries.
+    keys : tuple of int
+        Per model, for counter-based randomness.
     """
 
     site: Site
@@ -58,6 +60,11 @@ class Item:
     dtype: np.dtype[Any] = field(default=np.dtype(np.float32))
     lenient: bool = False
     origin: Tensor | None = None
+    keys: tuple[int, ...] = ()
+
+    def at(self, start: int, stop: int) -> At:
+        """Entries ``start:stop`` of all models, before any op."""
+        return At(self.site, start, stop, self.weights, keys=self.keys)
 
 
 def opened(item: Item) -> Item:
@@ -146,7 +153,7 @@ def located(item: Item, start: int, stop: int, base: Array | None, wanted: bool)
         If there is no base to read them from.
     """
     if not wanted:
-        return At(item.site, start, stop, item.weights)
+        return item.at(start, stop)
     if base is None:
         if item.origin is None:
             raise MismatchError(
@@ -158,7 +165,7 @@ def located(item: Item, start: int, stop: int, base: Array | None, wanted: bool)
             base[bad] = 0
         elif not item.lenient:
             _check_finite(base, replace(item, base=item.origin))
-    return At(item.site, start, stop, item.weights, base=base)
+    return replace(item.at(start, stop), base=base)
 
 
 def _check_finite(row: Array, item: Item) -> None:
@@ -304,7 +311,6 @@ class Evaluator:
             if memo is not None and ops[:end] in memo:
                 stack, begin = memo[ops[:end]], end
                 break
-        weights = at.weights
         for end, each in enumerate(ops, start=1):
             if end > begin:
                 value = None
@@ -313,12 +319,11 @@ class Evaluator:
                     value = self.known[ops[:end], name]
                 models = origin if each.spec.needs_models else None
                 base = at.base if each.spec.needs_base else None
-                here = replace(at, weights=weights, value=value, base=base, models=models)
-                stack = each.apply(stack, here)
+                stack = each.apply(stack, replace(at, value=value, base=base, models=models))
                 if memo is not None:
                     memo[ops[:end]] = stack
             if each.spec.reduces:
-                weights = (1.0,)
+                at = at.alone()
         return stack
 
     def pieces(self, ops: Iterable[Chain], item: Item) -> tuple[int, list[tuple[int, int]]]:
@@ -388,9 +393,10 @@ class _Sweep:
                 def job(
                     item: Item = ready, start: int = start, stop: int = stop, unit: int = unit
                 ) -> list[tuple[At, R]]:
-                    return [
-                        (at, visit(stack, at)) for at, stack in self._tiles(item, start, stop, unit)
-                    ]
+                    # What overflows is found, and refused, where it is rounded.
+                    with np.errstate(over="ignore", invalid="ignore"):
+                        tiles = self._tiles(item, start, stop, unit)
+                        return [(at, visit(stack, at)) for at, stack in tiles]
 
                 yield job
 
@@ -398,7 +404,9 @@ class _Sweep:
         for begin, end in self.owner.tiling.tiles(start, stop, unit):
             raw, base = load(item, begin, end)
             at = located(item, begin, end, base, needs_base(self.asking))
-            yield at, self.owner.run(self.ops, item, at, raw)
+            stack = self.owner.run(self.ops, item, at, raw)
+            reduced = any(each.spec.reduces for each in self.ops)
+            yield replace(at.alone() if reduced else at, models=raw), stack
 
     def sample(self, count: int) -> Stack:
         """Runs of entries, evenly spread over the scope."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 #: Every contract, with the promise that it checks.
 CONTRACTS: Mapping[str, str] = {
@@ -28,7 +29,7 @@ CONTRACTS: Mapping[str, str] = {
 }
 
 #: A value with which a parameter changes nothing, in every method that has it.
-NEUTRAL: Mapping[str, float] = {
+NEUTRAL: Mapping[str, Any] = {
     "lam": 1.0,
     "density": 1.0,
     "gamma": 0.0,
@@ -46,7 +47,23 @@ NEUTRAL: Mapping[str, float] = {
     "common": 1.0,
     "steps": 1,
     "rate": 1e-5,
+    "seed": 0,
+    "k": 0,
+    "mask_lam": 0.4,
+    "beta": 0.0,
+    "ratio": 1.0,
+    "clip": 0.0,
 }
+#: The same for parameters whose name means something else in another method.
+NEUTRAL_OF: Mapping[str, Mapping[str, Any]] = {
+    "lines": {"alpha": "1.0"},
+}
+
+
+def neutral(method: str) -> dict[str, Any]:
+    """Values with which the parameters of a method change nothing."""
+    return {**NEUTRAL, **NEUTRAL_OF.get(method, {})}
+
 
 _NO_SCALE = "it has no global scale to set to zero, `--then scale` has"
 _ONE_MODEL = "it takes a single model, which has no order"

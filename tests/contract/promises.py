@@ -16,6 +16,7 @@ from mergebench import apply, merge_models
 from mergebench.compute.tiles import Tiling
 from mergebench.core.errors import MergebenchError, MismatchError
 from mergebench.core.tensor import ArrayTensor
+from mergebench.merge.align import draw_keys
 from mergebench.merge.engine import execute_in_memory
 from mergebench.merge.method import METHODS
 from mergebench.merge.plan import Plan, make_plan
@@ -159,7 +160,8 @@ def assert_rounded_once(method: str, case: Case, params: Params) -> None:
     if METHODS[method].space == "weight":
         exact = apply(chain, wide.models, wide.weights)
     else:
-        exact = apply(chain, wide.task_vectors, wide.weights, base=wide.base)
+        keys = draw_keys(plan.models)
+        exact = apply(chain, wide.task_vectors, wide.weights, base=wide.base, keys=keys)
         exact = {name: np.asarray(exact[name] + array) for name, array in wide.base.items()}
     rounded = {name: array.astype(dtype) for name, array in exact.items()}
     assert_same_values(execute_in_memory(plan)[0], rounded)
@@ -184,8 +186,8 @@ def assert_apply_is_merge(method: str, case: Case, params: Params) -> None:
     raised = replace(case, base={name: np.zeros_like(a) for name, a in case.base.items()})
     plan = planned(method, raised, params)
     ordered = as_planned(plan, raised)
-    chain = METHODS[method](**params)
-    expected = apply(chain, ordered.models, ordered.weights, base=ordered.base)
+    chain, keys = METHODS[method](**params), draw_keys(plan.models)
+    expected = apply(chain, ordered.models, ordered.weights, base=ordered.base, keys=keys)
     assert_same_values(execute_in_memory(plan)[0], expected)
 
 

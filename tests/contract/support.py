@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil, floor
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -199,9 +203,40 @@ def parameters(declared: Mapping[str, Param], **fixed: Any) -> st.SearchStrategy
     )
 
 
+def accepted(make: Callable[..., Any], params: Mapping[str, Any]) -> bool:
+    """Whether a method or an op takes values that its declaration allows one by one."""
+    try:
+        make(**params)
+    except ParameterError:
+        return False
+    return True
+
+
 def drawn(data: st.DataObject, method: str, **fixed: Any) -> dict[str, Any]:
-    """Parameters of a method."""
-    return data.draw(parameters(METHODS[method].params, **fixed), label="parameters")
+    """Parameters of a method that go together."""
+    wanted = parameters(METHODS[method].params, **fixed)
+    return data.draw(wanted.filter(partial(accepted, METHODS[method])), label="parameters")
+
+
+def drawn_for_op(data: st.DataObject, name: str, **fixed: Any) -> dict[str, Any]:
+    """Parameters of an op that go together."""
+    wanted = parameters(OPS[name].params, **fixed)
+    return data.draw(wanted.filter(partial(accepted, OPS[name])), label="parameters")
+
+
+@contextmanager
+def drawn_by_label() -> Iterator[None]:
+    """Key random numbers to the number in a model's label in place of its content.
+
+    Then two forms of one model, which are stored differently, lose the same entries.
+    """
+
+    def keys(models: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(int(re.findall(r"\d+", Path(m.label).name)[-1]) for m in models)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mergebench.merge.align.draw_keys", keys)
+        yield
 
 
 def merged(method: str, case: Case, params: Mapping[str, Any], **options: Any) -> Any:

@@ -16,6 +16,7 @@ from mergebench.merge.op import tolerance_of
 
 from .array_promises import assert_gradients, assert_homogeneous, assert_torch_agrees
 from .assertions import assert_same_values
+from .exemptions import NEUTRAL_OF, neutral
 from .promises import assert_refuses_nonfinite
 from .support import (
     BF16,
@@ -106,9 +107,7 @@ def test_large_numbers_are_merged_or_refused(method: str, size: float) -> None:
     """Numbers whose squares overflow are merged without a warning; no infinity comes out."""
     base = {"w": np.zeros(3, F32)}
     model = {"w": np.array([size, -size, 0], F32)}
-    params = {
-        k: v for k, v in {"density": 1.0, "gamma": 0.0}.items() if k in METHODS[method].params
-    }
+    params = {k: v for k, v in neutral(method).items() if k in METHODS[method].params}
     out = merge_models([model], base=base, method=method, **params)
     assert np.isfinite(out["w"]).all()
     assert np.any(out["w"] != 0)
@@ -187,7 +186,9 @@ def test_half_precision_keeps_what_single_keeps(
 ) -> None:
     """A single task vector of 16 bits keeps the entries that it keeps in float32, or is refused."""
     case = data.draw(cases(dtype, most=1, limits=taken(method)))
-    chain = METHODS[method](**drawn(data, method, lam=1.0, scale=1.0))
+    # What is multiplied would be rounded to 16 bits.
+    plain = {"lam": 1.0, "scale": 1.0, "rescale": "none", "beta": 0.0}
+    chain = METHODS[method](**drawn(data, method, **{**plain, **NEUTRAL_OF.get(method, {})}))
     wide = [{n: t.astype(F32) for n, t in case.task_vectors[0].items()}]
     base = {n: t.astype(F32) for n, t in case.base.items()}
     expected = apply(chain, wide, base=base)

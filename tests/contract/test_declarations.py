@@ -55,7 +55,7 @@ SPECTRAL = {
     "svc",
     "truncate",
 }
-TURNED = [name for name in OPS if OPS[name].linear or name in SPECTRAL]
+TURNED = [name for name in OPS if OPS[name].linear() or name in SPECTRAL]
 
 
 def test_the_ops_that_may_be_turned_are_these() -> None:
@@ -71,7 +71,7 @@ def test_the_ops_that_may_be_turned_are_these() -> None:
         if OPS[name](**plain.get(name, {})).sides != "none"
     }
     assert declared <= set(TURNED)
-    assert {name for name in TURNED if not OPS[name].linear} <= declared
+    assert {name for name in TURNED if not OPS[name].linear()} <= declared
 
 
 @pytest.mark.parametrize("name", TURNED)
@@ -159,7 +159,7 @@ def test_models_are_kept_from_other_ops(register: Callable[..., list[Any]]) -> N
 def test_decompositions_declare_tolerance_and_memory() -> None:
     """Every op with a tolerance works on whole tensors and says what it holds, more for larger."""
     lapack = [name for name in OPS if OPS[name].tolerance]
-    assert set(lapack) == {name for name in TURNED if not OPS[name].linear}
+    assert set(lapack) == {name for name in TURNED if not OPS[name].linear()}
     for name in lapack:
         op = OPS[name](**({"rank": 2} if name == "truncate" else {}))
         assert op.granularity == "tensor"

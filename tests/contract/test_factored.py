@@ -20,7 +20,7 @@ from mergebench.merge.op import is_linear, needs_base, tolerance_of
 
 from .assertions import assert_same_bits
 from .promises import assert_factored_is_dense
-from .support import F32, F64, GENERIC, Arrays, drawn, every_method, taken
+from .support import F32, F64, GENERIC, Arrays, drawn, drawn_by_label, every_method, taken
 
 #: Weights of the base and the modules that adapters may change.
 SHAPES = {"model.layers.0.q.weight": (7, 5), "model.layers.1.q.weight": (7, 5), "norm.weight": (5,)}
@@ -28,6 +28,7 @@ MODULES = ("model.layers.0.q", "model.layers.1.q")
 #: Values with which something of every task vector is left.
 SOMETHING: Mapping[str, Any] = {
     "gamma": 0.25, "t": 0.5, "scale": 1.5, "epsilon": 1e-5, "iqr": 0.5, "clamp": False,
+    "k": 0, "ratio": 1.0,
 }  # fmt: skip
 Factors = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -119,8 +120,9 @@ def test_lora_task_vectors_merge_as_dense_ones(
     params = drawn(data, method, density=data.draw(st.sampled_from([0.25, 0.5, 1.0])), lam=1.5)
     params |= {name: value for name, value in SOMETHING.items() if name in params}
     how = {"form": "delta", **looked_at(method, scene.base)}
-    got = scene.merged(scene.factored, method, params, **how)
-    assert_factored_is_dense(got, scene.merged(scene.dense, method, params, **how))
+    with drawn_by_label():
+        got = scene.merged(scene.factored, method, params, **how)
+        assert_factored_is_dense(got, scene.merged(scene.dense, method, params, **how))
 
 
 @every_method("factored")
@@ -133,8 +135,9 @@ def test_lora_merges_into_the_base_as_dense(
     scene = scene_of(data, tmp_path_factory, method)
     params = drawn(data, method)
     params |= {name: value for name, value in SOMETHING.items() if name in params}
-    got = scene.merged(scene.factored, method, params, base=scene.base)
-    expected = scene.merged(scene.dense, method, params, base=scene.base)
+    with drawn_by_label():
+        got = scene.merged(scene.factored, method, params, base=scene.base)
+        expected = scene.merged(scene.dense, method, params, base=scene.base)
     assert_factored_is_dense(got, expected)
     assert_same_bits({"norm": got["norm.weight"]}, {"norm": expected["norm.weight"]})
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +18,11 @@ from mergebench.compute.tiles import Tiling
 from mergebench.core.site import make_sites
 from mergebench.core.tensor import ArrayTensor
 from mergebench.merge.engine import execute_in_memory
-from mergebench.merge.op import OPS, Op, coefficients
+from mergebench.merge.op import OPS, Op, Statistic, coefficients
 from mergebench.merge.plan import make_plan
 from mergebench.recipe import ModelRef, OpRef, Recipe
 from mergebench.sources import source_of_arrays
+from tests.unit.sweeps import Tables
 
 from .array_promises import in_torch
 from .assertions import assert_close, assert_same_bits, assert_same_values, assert_within_ulps
@@ -37,8 +39,8 @@ from .support import (
     Arrays,
     Case,
     cases,
+    drawn_for_op,
     every_op,
-    parameters,
     taken_by_op,
 )
 
@@ -49,14 +51,30 @@ UNMEASURED: Mapping[str, Any] = {
 }  # fmt: skip
 
 
+#: Ops whose measurement reads numbers, wherever they are; what they then do with them is tested.
+ON_HOST = {"compete"}
+
+
+@contextmanager
+def measured_elsewhere(op: Op, count: int) -> Iterator[None]:
+    """Let an op have measured other data than those that it is given next."""
+    statistic = op.statistic
+    assert statistic is not None
+    random = np.random.default_rng(0).normal(size=(count, 12)).astype(F32)
+    value = statistic.measure(Tables({"w": random}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(op), "statistic", Statistic("model", lambda sweep: value))
+        yield
+
+
 def op_of(data: st.DataObject, name: str, **fixed: Any) -> Op:
     """An op with drawn parameters."""
-    return OPS[name](**data.draw(parameters(OPS[name].params, **fixed), label="parameters"))
+    return OPS[name](**drawn_for_op(data, name, **fixed))
 
 
-def results(op: Op, case: Case) -> list[Arrays]:
+def results(op: Op, case: Case, keys: Sequence[int] | None = None) -> list[Arrays]:
     """One dictionary of arrays per model that the op leaves."""
-    out = apply(op, case.task_vectors, case.weights, base=case.base)
+    out = apply(op, case.task_vectors, case.weights, base=case.base, keys=keys)
     return [out] if isinstance(out, Mapping) else out
 
 
@@ -142,7 +160,8 @@ def test_ops_stay_on_the_device_of_their_input(name: str, data: st.DataObject) -
     op = op_of(data, name, **fixed)
     count = OPS[name].most or 3
     tables = [{"w": torch.empty((3, 4), device="meta")}] * count
-    out = apply(op, tables, [1.0, 0.5, 2.0][:count], base=tables[0])
+    with measured_elsewhere(op, count) if name in ON_HOST else nullcontext():
+        out = apply(op, tables, [1.0, 0.5, 2.0][:count], base=tables[0])
     for each in [out] if isinstance(out, Mapping) else out:
         assert each["w"].device.type == "meta"
         assert each["w"].shape == (3, 4)
@@ -173,7 +192,7 @@ def test_ops_treat_models_alike(name: str, data: st.DataObject) -> None:
     shuffled = Case(
         case.base, tuple(case.models[i] for i in order), tuple(case.weights[i] for i in order)
     )
-    before, after = results(op, case), results(op, shuffled)
+    before, after = results(op, case), results(op, shuffled, order)
     if op.spec.reduces:
         # Sums of values times weights may round differently in another order.
         assert_close(after[0], before[0], 1e-5, least=1.0)
@@ -212,7 +231,7 @@ def test_gradients_pass_through_ops(name: str, data: st.DataObject) -> None:
     assert bool(flat.any()) == any(bool(tensor.any()) for tensor in merged.values())
 
 
-LINEAR = [name for name in OPS if OPS[name].linear]
+LINEAR = [name for name in OPS if OPS[name].linear()]
 
 
 @pytest.mark.parametrize("name", LINEAR)

@@ -19,7 +19,16 @@ from mergebench.merge.method import METHODS
 from mergebench.merge.op import OPS
 
 from .promises import planned
-from .support import FEW, Case, drawn, every_method, every_op, parameters, values_of
+from .support import (
+    FEW,
+    Case,
+    accepted,
+    drawn,
+    drawn_for_op,
+    every_method,
+    every_op,
+    values_of,
+)
 
 MODEL = {"w": np.ones((2, 3), np.float32)}
 
@@ -194,10 +203,12 @@ def test_ops_refuse_what_they_do_not_declare(name: str) -> None:
 @FEW
 def test_ops_print_what_they_hold(name: str, data: st.DataObject) -> None:
     """An op prints as its name and every parameter with its value."""
-    params = data.draw(parameters(OPS[name].params))
+    params = drawn_for_op(data, name)
     inside = ", ".join(f"{key}={params[key]}" for key in OPS[name].params)
     assert str(OPS[name](**params)) == f"{name}({inside})"
     for key, param in OPS[name].params.items():
-        value = data.draw(values_of(param))
+        value = data.draw(
+            values_of(param).filter(lambda v, k=key: accepted(OPS[name], {**params, k: v}))
+        )
         one, other = OPS[name](**params), OPS[name](**{**params, key: value})
         assert (one == other) == (params[key] == value)
