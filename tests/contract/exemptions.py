@@ -82,6 +82,7 @@ METHODS_EXEMPT: Mapping[tuple[str, str], str] = {
     ("base at zero", "add_difference"): _NO_SCALE,
     ("order", "nearswap"): _ONE_MODEL,
     ("order", "passthrough"): _ONE_MODEL,
+    ("order", "graft"): _ONE_MODEL,
     ("order", "arcee_fusion"): _ONE_MODEL,
     ("homogeneous", "nearswap"): _ABSOLUTE,
     ("homogeneous", "ram"): _ABSOLUTE,
