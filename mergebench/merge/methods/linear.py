@@ -12,7 +12,11 @@ from mergebench.merge.ops.weigh import weigh
 @merge_method(
     paper="arXiv:2203.05482",
     space="weight",
-    compat={"mergekit-0.1.5": {"normalize": True}},
+    compat={
+        "mergekit-0.1.5": {"normalize": True},
+        "fedex-lora": {"normalize": True},
+        "ffa-lora": {"normalize": True},
+    },
 )
 def linear(normalize: bool = True) -> Chain:
     """Average the weights of several fine-tunes: uniform and weighted soups, WiSE-FT.
@@ -28,6 +32,13 @@ def linear(normalize: bool = True) -> Chain:
     -----
     *Uniform soup* (section 3 of the paper): all weights equal. *WiSE-FT* (arXiv:2109.01903):
     the base and one fine-tune with weights 1 - α and α, ``merge base:0.5 tuned:0.5``.
+
+    *Federated LoRA*: given adapters, the mean is that of their updates B A, without loss, weighted
+    by clients' shares. That is what FedEx-LoRA (arXiv:2410.09432) reaches by adding the residual
+    mean(BA) - mean(B) mean(A) to the base, and FFA-LoRA (arXiv:2403.12313) by freezing A (presets
+    ``fedex-lora``, ``ffa-lora``). The mean of factors alone (FedAvg on A and B, MHR's averaging)
+    has cross terms B_i A_j and is not offered. *MOS-style* averaging of a new adapter with n
+    earlier ones: weights 0.9 and 0.1 / n.
 
     Deviations
     ----------
