@@ -31,6 +31,7 @@ from tests.parity.cases import MERGEKIT_VERSION, RECORDED, TORCH_VERSION, Case, 
 from tests.parity.models import DTYPES, NAMES, build, digest, tensors
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+SEED = ("--random-seed", "7")
 OPTIONS = ("--quiet", "--no-copy-tokenizer", "--no-write-model-card")
 
 
@@ -70,7 +71,8 @@ def run(executable: Path, case: Case, models: Path) -> dict[str, np.ndarray]:
     config = models / f"{Path(case.name).name}.yml"
     config.write_text(case.text)
     # The configurations name the models by relative path, and nothing may be looked up online.
-    command = [str(executable), config.name, str(output.relative_to(models)), *OPTIONS]
+    options = OPTIONS + (SEED if case.name.startswith("random/") else ())
+    command = [str(executable), config.name, str(output.relative_to(models)), *options]
     done = subprocess.run(
         command,
         cwd=models,
