@@ -16,7 +16,8 @@ implementation. `mergebench methods NAME` has the formula, every parameter and t
 Every method is held against an independent float64 oracle (`tests/oracle`) and hand-worked numbers
 (`tests/golden`). `mergekit-0.1.5` presets are compared with recorded outputs of mergekit entry by
 entry (`tests/parity`): what differs is rounding (at most one unit in the last place of the stored
-dtype, or 8 float32 roundings) or a tie, and nothing is unexplained.
+dtype, or 8 float32 roundings) or a tie, and nothing is unexplained. Methods that drop entries at
+random are compared by how what stays is rescaled and by their moments.
 
 """
 
