@@ -177,7 +177,9 @@ class Recipe:
 
 def _check_count(params: Mapping[str, Any]) -> None:
     count = prod(len(each) for each in params.values() if isinstance(each, (list, tuple)))
-    if not 0 < count <= MOST:
+    if empty := [key for key, each in params.items() if each in ((), [])]:
+        raise ParameterError(f"parameter {empty[0]!r} has an empty list of values")
+    if count > MOST:
         raise ParameterError(
             "one output is asked for per combination of listed values",
             expected=f"1 to {MOST}",

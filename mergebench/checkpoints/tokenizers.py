@@ -85,7 +85,7 @@ def _fast(path: Path) -> Vocabulary | None:
     added: dict[str, Mapping[str, Any]] = {}
     listed_more = data.get("added_tokens") or []
     if not isinstance(listed_more, list):
-        raise FormatError(f"{path}: `added_tokens` must be a list", got=repr(listed_more)[:100])
+        raise FormatError(f"{path}: `added_tokens` is no list", got=repr(listed_more)[:100])
     for each in listed_more:
         if not isinstance(each, dict) or not isinstance(each.get("content"), str):
             raise FormatError(f"{path}: an added token has no content", got=repr(each)[:100])
