@@ -124,5 +124,5 @@ def test_added_tokens(tmp_path: Path) -> None:
     text = json.dumps({"model": {"vocab": {"a": 0}}, "added_tokens": 1})
     (tmp_path / "tokenizer.json").write_text(text)
 
-    with pytest.raises(FormatError, match=r"tokenizer\.json: `added_tokens` must be a list"):
+    with pytest.raises(FormatError, match=r"tokenizer\.json: `added_tokens` is no list"):
         read_vocabulary(tmp_path)

@@ -31,10 +31,7 @@ def _read(source: AdapterSource, options: ReadOptions) -> dict[str, Delta]:
     deltas: dict[str, Delta] = {}
     for module in modules.values():
         vectors = matrix(source, module, "hra_u")
-        lengths = np.linalg.norm(vectors, axis=0)
-        if not lengths.all():
-            raise FormatError(f"{source.label}: {module.key} has a direction of length zero")
-        units = _gram_schmidt(vectors) if orthogonal else vectors / lengths
+        units = _directions(source, module, vectors, orthogonal)
         flipped = for_module(settings, module.name).fan_in_fan_out
         change = partial(_reflected, source, module, units)
         name, delta = displaced(source, options, names, module, change, flipped=flipped)
@@ -42,13 +39,17 @@ def _read(source: AdapterSource, options: ReadOptions) -> dict[str, Delta]:
     return deltas
 
 
-def _gram_schmidt(vectors: Array) -> Array:
+def _directions(source: AdapterSource, module: Adapted, vectors: Array, orthogonal: bool) -> Array:
+    """The columns at length 1; each one freed of those before it where ``orthogonal``."""
     found: list[Array] = []
     for vector in vectors.T:
         rest = vector
-        for unit in found:
+        for unit in found if orthogonal else ():
             rest = rest - (unit @ rest) * unit
-        found.append(rest / np.linalg.norm(rest))
+        length = np.linalg.norm(rest)
+        if not length:
+            raise FormatError(f"{source.label}: {module.key} has a direction of length zero")
+        found.append(rest / length)
     return np.stack(found, axis=1)
 
 
