@@ -37,6 +37,12 @@ PARAMS: Mapping[str, Mapping[str, Any]] = {
     "ties": {"density": 0.4, "lam": 0.7},
     "breadcrumbs": {"density": 0.4, "gamma": 0.1, "lam": 0.7},
     "task_arithmetic": {"lam": 0.7},
+    # What is drawn depends on the contents of the models, so that nothing is drawn here.
+    "dare": {"density": 1.0},
+    "dare_linear": {"density": 1.0},
+    "dare_ties": {"density": 1.0},
+    "della": {"density": 1.0, "epsilon": 0.0},
+    "della_linear": {"density": 1.0, "epsilon": 0.0},
 }
 
 
