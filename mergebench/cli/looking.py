@@ -163,7 +163,7 @@ def _show_rows(odd: list[Any], count: int, top: int) -> None:
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One method or op, in full.")] = None,
     ops: Annotated[bool, typer.Option("--ops", help="The ops that methods are made of.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="All methods as a page.")] = False,
     as_json: o.Json = False,
@@ -175,6 +175,7 @@ def methods(
     \b
       mergebench methods
       mergebench methods ties
+      mergebench methods lines --ops
     """
     from mergebench.merge.catalogue import markdown as page
     from mergebench.merge.method import METHODS
@@ -184,7 +185,7 @@ def methods(
         console.say(page().rstrip())
         return
     if name is not None:
-        if name in OPS and name not in METHODS:
+        if name in OPS and (ops or name not in METHODS):
             _show_op(name, as_json)
         else:
             _show_method(name, as_json)
@@ -223,6 +224,7 @@ def _params(params: dict[str, Param]) -> list[dict[str, Any]]:
 
 def _show_method(name: str, as_json: bool) -> None:
     from mergebench.merge.method import METHODS
+    from mergebench.merge.op import OPS
 
     method = METHODS[name]
     data = {
@@ -240,6 +242,8 @@ def _show_method(name: str, as_json: bool) -> None:
     _show_params(data["params"])
     for preset, values in method.compat.items():
         console.say(f"--compat {preset}: " + ", ".join(f"{k}={v}" for k, v in values.items()))
+    if name in OPS:
+        console.say(f"After another method: --then {name}; see mergebench methods {name} --ops")
 
 
 def _show_op(name: str, as_json: bool) -> None:

@@ -232,8 +232,8 @@ def test_every_method_is_described(scene: Scene, name: str) -> None:
 @pytest.mark.parametrize("name", sorted(known_ops))
 def test_every_op_is_described(scene: Scene, name: str) -> None:
     """An op's page has its text and its parameters."""
-    data = assert_done(call("methods", name, "--json", cwd=scene.path)).json
-    words = assert_done(call("methods", name, cwd=scene.path)).out
+    data = assert_done(call("methods", name, "--ops", "--json", cwd=scene.path)).json
+    words = assert_done(call("methods", name, "--ops", cwd=scene.path)).out
 
     assert {each["name"] for each in data["params"]} == set(known_ops[name].params)
     assert data["doc"] in words
