@@ -163,7 +163,10 @@ def _show_rows(odd: list[Any], count: int, top: int) -> None:
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One method or op, in full.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="One method or op, in full (an op named like a method: --ops)."),
+    ] = None,
     ops: Annotated[bool, typer.Option("--ops", help="The ops that methods are made of.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="All methods as a page.")] = False,
     as_json: o.Json = False,
@@ -175,7 +178,6 @@ def methods(
     \b
       mergebench methods
       mergebench methods ties
-      mergebench methods lines --ops
     """
     from mergebench.merge.catalogue import markdown as page
     from mergebench.merge.method import METHODS
