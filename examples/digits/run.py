@@ -35,6 +35,11 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="the first seed, one LoRA rank and few epochs: shows that everything runs",
     )
+    parser.add_argument(
+        "--every",
+        action="store_true",
+        help="every data-free method, and what papers claim of them (some minutes more)",
+    )
     return parser.parse_args()
 
 
@@ -45,5 +50,5 @@ if __name__ == "__main__":
     from digits_demo.demo import run
     from digits_demo.settings import Settings, quick
 
-    settings = Settings(seeds=tuple(dict.fromkeys(options.seeds)))
+    settings = Settings(seeds=tuple(dict.fromkeys(options.seeds)), every=options.every)
     run(quick(settings) if options.quick else settings, options.work, options.out)

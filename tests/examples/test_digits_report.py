@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,15 @@ def test_rows_average_seeds_and_normalise_by_their_own_experts(rows):
     assert ties.curve["0.1"].mean == pytest.approx(55)
 
 
+def test_many_comparisons_are_told_together(rows):
+    more = [replace(rows[4], title=f"Soup {n}", name=f"linear+{n}-full") for n in range(12)]
+    found = findings([*rows, *more])
+    assert len(found) == 7
+    soups = "; ".join(f"Soup {n} -5.0" for n in range(12))
+    assert soups in found[6]
+    assert found[6].startswith("Against task arithmetic (LoRAs: of their rank, and that of full), ")
+
+
 def test_a_single_seed_has_no_spread():
     assert Measure((50.0,)).spread is None
     assert show(Measure((50.0,))) == "50.0"
@@ -65,7 +75,11 @@ def test_a_table_row_shows_lambda_domains_and_averages(rows):
     assert by_name["linear-full"][1] == by_name["single"][1] == ""
     written = markdown(rows).splitlines()
     assert written[0].startswith("| model | λ | rotated |")
-    assert sum(line.startswith("| ") for line in written) == 2 + len(rows)
+    assert sum(line.startswith("| ") for line in written[: 2 + len(rows)]) == 2 + len(rows)
+    assert written[2 + len(rows)] == ""
+    (claim,) = [line for line in written if "arxiv.org" in line]
+    assert claim.endswith("| TIES above Task arithmetic | -0.8 ± 5.9 | 1 of 2 seeds |")
+    assert "https://arxiv.org/abs/2306.01708" in claim
 
 
 def test_findings_name_what_does_not_help(rows):
@@ -75,12 +89,13 @@ def test_findings_name_what_does_not_help(rows):
     assert found[1] == "No better than the best single expert (42.0 ± 0.0 %): TA, LoRA r=1."
     assert found[2] == "Worse than the unmerged base on noisy: TIES -10.0."
     assert found[3].startswith("Upright digits change by +0.0 (Uniform soup) to -10.0 points")
-    assert found[4].endswith("-5.0 ± 7.1 points; does not help with any seed.")
-    assert found[5].endswith("points; helps with some seeds only.")
-    assert found[6] == (
+    assert found[4] == "At the end of the grid of λ with some seed: TIES (λ = 0.2)."
+    assert found[5].endswith("-5.0 ± 7.1 points; does not help with any seed.")
+    assert found[6].endswith("points; helps with some seeds only.")
+    assert found[7] == (
         "TA, LoRA r=1 against Task arithmetic: -10.0 ± 0.0 points; does not help with any seed."
     )
-    assert len(found) == 7
+    assert len(found) == 8
 
 
 def test_the_command_lines_are_the_documented_ones():

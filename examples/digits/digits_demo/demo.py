@@ -34,5 +34,6 @@ def run(settings: Settings, work: Path, out: Path) -> None:
     report.print_table(rows, console)
     for sentence in findings(rows):
         console.print(f"- {sentence}", highlight=False, soft_wrap=True)
+    report.print_claims(rows, console)
     seconds = perf_counter() - started
     console.print(f"wrote {out}, {seconds:.0f} s in all", highlight=False, soft_wrap=True)

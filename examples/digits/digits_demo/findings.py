@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from .data import DOMAINS
 from .summary import Measure, Row
 
+#: More comparisons than that are told together.
+_MANY = 12
+
 
 def findings(rows: Sequence[Row]) -> list[str]:
     """Say what merging gained, and name everything that did not help."""
@@ -18,7 +21,8 @@ def findings(rows: Sequence[Row]) -> list[str]:
         _against_single(single, merged),
         *_hurt_domains(base, merged),
         _upright(base, merged),
-        *(_compare(by_name[name], by_name[other]) for name, other in _comparisons(merged)),
+        *edges(merged),
+        *_against_sums([(by_name[name], by_name[other]) for name, other in _comparisons(merged)]),
     ]
 
 
@@ -82,13 +86,39 @@ def _comparisons(merged: Sequence[Row]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _compare(row: Row, baseline: Row) -> str:
+def _against_sums(pairs: Sequence[tuple[Row, Row]]) -> list[str]:
+    """A sentence for every pair, or for many of them one for every verdict."""
+    judged = [(row, other, row.average.minus(other.average)) for row, other in pairs]
+    if len(judged) <= _MANY:
+        return [
+            f"{row.title} against {other.title}: {show(change, '+')} points; {_verdict(change)}."
+            for row, other, change in judged
+        ]
+    verdicts: dict[str, list[str]] = {}
+    for row, _, change in sorted(judged, key=lambda each: -each[2].mean):
+        verdicts.setdefault(_verdict(change), []).append(f"{row.title} {change.mean:+.1f}")
+    return [
+        f"Against task arithmetic (LoRAs: of their rank, and that of full), {verdict}: "
+        + "; ".join(titles)
+        + "."
+        for verdict, titles in verdicts.items()
+    ]
+
+
+def _verdict(difference: Measure) -> str:
     """Judge a paired difference: seeds share their split and base, so they are compared."""
-    difference = row.average.minus(baseline.average)
     if all(value > 0 for value in difference.values):
-        verdict = "helps with every seed"
-    elif all(value <= 0 for value in difference.values):
-        verdict = "does not help with any seed"
-    else:
-        verdict = "helps with some seeds only"
-    return f"{row.title} against {baseline.title}: {show(difference, '+')} points; {verdict}."
+        return "helps with every seed"
+    if all(value <= 0 for value in difference.values):
+        return "does not help with any seed"
+    return "helps with some seeds only"
+
+
+def edges(rows: Sequence[Row]) -> list[str]:
+    """Name the merges whose best λ may lie beyond the grid: with some seed it is the last."""
+    found = []
+    for row in rows:
+        grid = list(row.curve)
+        if len(grid) > 1 and grid[-1] in row.chosen:
+            found.append(f"{row.title} (λ = {grid[-1]})")
+    return [f"At the end of the grid of λ with some seed: {'; '.join(found)}."] if found else []

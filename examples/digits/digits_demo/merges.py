@@ -18,7 +18,8 @@ class Merge:
     """One method on one kind of expert.
 
     ``grid`` holds the values of λ as text; empty means that the method has none. ``rank`` None
-    merges the full fine-tunes, a number merges the LoRAs of that rank.
+    merges the full fine-tunes, a number merges the LoRAs of that rank. ``then`` names ops that
+    follow, and ``based`` is for methods without λ that need the base.
     """
 
     title: str
@@ -26,11 +27,15 @@ class Merge:
     grid: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     rank: int | None = None
+    then: tuple[str, ...] = ()
+    based: bool = False
 
     @property
     def name(self) -> str:
         """A short name, unique in the demonstration, used for folders and results."""
-        return f"{self.method}-{family(self.rank)}"
+        given = [option for option in self.options if not option.startswith("density=")]
+        ops = [op.partition(":")[0] for op in self.then]
+        return f"{'+'.join([self.method, *given, *ops])}-{family(self.rank)}"
 
 
 def merges(settings: Settings) -> list[Merge]:
@@ -52,6 +57,49 @@ def merges(settings: Settings) -> list[Merge]:
             Merge(f"TIES, LoRA r={rank}", "ties", settings.ties_grid, density, rank),
         )
     ]
+    more = every(settings) if settings.every else []
+    of_full = [merge for merge in more if merge.rank is None]
+    return [*full, *of_full, *adapters, *more[len(of_full) :]]
+
+
+def every(settings: Settings) -> list[Merge]:
+    """List every other data-free method for more than two models, and some chains."""
+    sums, means, ties = settings.sum_grid, settings.mean_grid, settings.ties_grid
+    density = ("density=0.2",)
+    full = [
+        Merge("Karcher mean", "karcher"),
+        Merge("Multi-SLERP", "multislerp"),
+        Merge("Model stock", "model_stock", based=True),
+        Merge("Magnitude pruning", "magnitude_prune", sums, density),
+        Merge("DARE", "dare", sums),
+        Merge("DARE linear", "dare_linear", sums),
+        Merge("DARE TIES", "dare_ties", ties),
+        Merge("DELLA", "della", ties),
+        Merge("DELLA linear", "della_linear", sums),
+        Merge("Consensus", "consensus_ta", sums),
+        Merge("PCB", "pcb", means),
+        Merge("SCE", "sce", means),
+        Merge("RAM", "ram", means),
+        Merge("RAM+", "ramplus_tl", means),
+        Merge("LiNeS", "lines", means),
+        Merge("TIES, LiNeS", "ties", means, density, then=("lines:beta=0.5",)),
+        Merge("Task arithmetic, SVC", "task_arithmetic", sums, then=("svc",)),
+        Merge("TIES, SVC", "ties", ties, density, then=("svc",)),
+        Merge("STAR", "star", means),
+        Merge("CART", "cart", means),
+        Merge("TSV-M", "tsv_merge", means),
+        Merge("Iso-C", "iso_c", means),
+        Merge("Iso-CTS", "iso_cts", means),
+        Merge("WUDI", "wudi", means),
+        Merge("WUDI, closed form", "wudi", means, ("solver=exact",)),
+    ]
+    rank = settings.ranks[-1]
+    adapters = [
+        Merge(f"KnOTS TIES, LoRA r={rank}", "knots_ties", ties, density, rank),
+        Merge(f"Core Space TIES, LoRA r={rank}", "core_ties", ties, density, rank),
+        Merge(f"TSV-M, LoRA r={rank}", "tsv_merge", means, (), rank),
+        Merge(f"Iso-C, LoRA r={rank}", "iso_c", means, (), rank),
+    ]
     return full + adapters
 
 
@@ -67,10 +115,12 @@ def find_command() -> str:
 def arguments(merge: Merge, experts: Sequence[Path], base: Path, out: Path) -> list[str]:
     """Return the command line of ``merge``, without the program's name."""
     line = ["merge", *map(str, experts), "--method", merge.method]
-    if merge.grid:
+    if merge.grid or merge.based:
         line += ["--base", str(base)]
-        for option in (*merge.options, f"lam={','.join(merge.grid)}"):
-            line += ["-p", option]
+    for option in (*merge.options, *([f"lam={','.join(merge.grid)}"] if merge.grid else [])):
+        line += ["-p", option]
+    for op in merge.then:
+        line += ["--then", op]
     if merge.rank is not None:
         line += ["--as", "model"]
     return [*line, "-o", str(out), "--quiet"]

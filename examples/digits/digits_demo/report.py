@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from . import claims
 from .data import DOMAINS
 from .evaluate import Score
 from .findings import findings, show
@@ -55,6 +56,16 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     Console(file=console.file, width=max(console.width, needed)).print(table)
 
 
+def print_claims(rows: Sequence[Row], console: Console) -> None:
+    """Draw what papers claim beside what was measured."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for title in ("arXiv", "claim", "difference here", "holds with"):
+        table.add_column(title)
+    for line in claims.table(rows):
+        table.add_row(*line)
+    console.print(table)
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """Write the table, its caption and the findings as Markdown."""
     lines = [
@@ -65,8 +76,10 @@ def markdown(rows: Sequence[Row]) -> str:
         CAPTION.format(seeds=len(rows[0].average.values)),
         "",
         *(f"- {sentence}" for sentence in findings(rows)),
+        "",
+        claims.markdown(rows),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def results(
@@ -78,6 +91,7 @@ def results(
         "scores": {str(seed): [asdict(score) for score in each] for seed, each in scores.items()},
         "summary": [_plain(row) for row in rows],
         "findings": findings(rows),
+        "claims": claims.table(rows),
     }
 
 

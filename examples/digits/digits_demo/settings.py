@@ -44,6 +44,9 @@ class Settings:
     lora: TrainSettings = TrainSettings(epochs=5, lr=7e-3)
     sum_grid: tuple[str, ...] = tuple(f"{step / 10:g}" for step in range(1, 11))
     ties_grid: tuple[str, ...] = tuple(f"{step / 5:g}" for step in range(1, 9))
+    # For methods that average, or whose λ the papers choose above one.
+    mean_grid: tuple[str, ...] = ("0.5", "0.75", "1", "1.5", "2", "2.5", "3", "4")
+    every: bool = False
 
 
 def quick(settings: Settings) -> Settings:
@@ -57,6 +60,7 @@ def quick(settings: Settings) -> Settings:
         lora=replace(settings.lora, epochs=2),
         sum_grid=("0.2", "0.4"),
         ties_grid=("0.4", "0.8"),
+        mean_grid=("1", "2"),
     )
 
 
