@@ -120,27 +120,23 @@ def check_saved(models: Sequence[Source], base: Source | None, *, allow: bool) -
     return notes
 
 
-def named_bases(models: Sequence[Source], base: Source | None) -> list[str]:
-    """Notes on the bases that adapters name, where they differ or are not the one given."""
+def named_bases(models: Sequence[Source]) -> list[str]:
+    """A note if adapters name different bases."""
     named = {
-        model.label: name
+        name
         for model in models
         if isinstance(name := model.config.get("base_model_name_or_path"), str) and name
     }
-    notes = []
-    if len(set(named.values())) > 1:
-        notes.append("the adapters name different bases: " + ", ".join(sorted(set(named.values()))))
-    if base is not None and base.checkpoint is not None:
-        notes += [
-            f"{label} names the base {name}, and {base.label} is given"
-            for label, name in named.items()
-            if _another(name, base.label)
-        ]
-    return notes
+    if len(named) < 2:
+        return []
+    return ["the adapters name different bases: " + ", ".join(sorted(named))]
 
 
-def _another(name: str, given: str) -> bool:
-    """Whether a named base is surely not the given one: both are paths, or both Hub ids."""
+def names_another(name: str, given: str) -> bool:
+    """Whether a base that an adapter names is surely not the given one.
+
+    Told by their places, if both are paths or both are names on the Hub.
+    """
     path = Path(name).expanduser()
     if path.exists():
         one, two = path.resolve(), Path(given).expanduser().resolve()

@@ -22,6 +22,7 @@ from mergebench.core.tensor import nbytes
 from mergebench.merge.align import Aligned, align
 from mergebench.merge.buffers import settle
 from mergebench.merge.configs import check_configs
+from mergebench.merge.fit import check_fit
 from mergebench.merge.limits import DEFAULT_MEMORY, check_places, choose_tiling
 from mergebench.merge.method import Method
 from mergebench.merge.mismatch import Odd, even_out, extended
@@ -205,7 +206,7 @@ def make_plan(
     models, weights = _canonical(opened, weights_given)
     first = next((each for each in opened if each.checkpoint is not None), None)
     notes += [
-        *_provenance(opened, base, form),
+        *_provenance(opened, base, form, allow=recipe.allow_base_mismatch),
         *check_saved(models, base, allow=recipe.allow_base_mismatch),
         *check_configs(models, base, allow=recipe.allow_base_mismatch),
     ]
@@ -307,9 +308,11 @@ def _open_base(reference: str, options: ReadOptions) -> Source:
     return base
 
 
-def _provenance(models: Sequence[Source], base: Source | None, form: str) -> list[str]:
+def _provenance(
+    models: Sequence[Source], base: Source | None, form: str, *, allow: bool
+) -> list[str]:
     """What the inputs say of their origins, where that does not fit together."""
-    notes = named_bases(models, base)
+    notes = [*named_bases(models), *check_fit(models, base, allow=allow)]
     full = [model for model in models if model.checkpoint is not None]
     configs = [model.checkpoint.config for model in full if model.checkpoint is not None]
     if base is None and form == "model" and any(each != configs[0] for each in configs):

@@ -467,7 +467,17 @@ def test_bases_that_adapters_name(place: Path) -> None:
     ran = assert_done(call("merge", "a", "b", "-m", "ties", "-o", "one", cwd=place))
     assert "the adapters name different bases" in ran.err
     ran = assert_done(call("merge", "b", "-b", "base", "-m", "ties", "-o", "two", cwd=place))
-    assert f"b names the base {place / 'ft2'}, and base is given" in ran.err
+    far = np.concatenate(
+        [np.ravel(read(place / "base")[n] - read(place / "ft2")[n]) for n in LINEAR]
+    )
+    long = np.concatenate([np.ravel(read(place / "ft2")[n]) for n in LINEAR])
+    distance = np.linalg.norm(far) / np.linalg.norm(long)
+    words = " ".join(ran.err.split())
+    assert f"b names the base {place / 'ft2'}, and base is given; 2 of its 2 tensors fit" in words
+    assert (
+        f"the linear matrices of the bases have cosine 0.980 and relative distance {distance:.2g}"
+        in words
+    )
     quiet = (("a", "base"), ("a", "base/model.safetensors"), ("c", "base"))
     for number, (adapter, base) in enumerate(quiet):
         ran = assert_done(
@@ -478,6 +488,38 @@ def test_bases_that_adapters_name(place: Path) -> None:
     save_folder(hub, model(0))
     ran = assert_done(call("merge", "c", "-b", hub, "-m", "ties", "-o", "hub", cwd=place))
     assert "c names the base org/name, and" in ran.err
+
+
+def test_adapters_of_unrelated_bases(place: Path) -> None:
+    """An adapter whose own base is at hand and unrelated is refused, unless one insists."""
+    made = {
+        "model.layers.0.mlp.up_proj": (np.ones((WIDTH, 2), F32), np.ones((2, WIDTH), F32)),
+    }
+    save_folder(place / "other", model(77))
+    save_peft(place / "a", made, base_model_name_or_path=str(place / "other"))
+    line = ("merge", "a", "-b", "base", "-m", "task_arithmetic", "-o", "out")
+
+    assert_refused(call(*line, cwd=place), "1 of its 1 tensors fit", "--allow-base-mismatch")
+    ran = assert_done(call(*line, "--allow-base-mismatch", cwd=place))
+    assert "names the base" in ran.err
+    save_folder(place / "copy", read(place / "base"))
+    save_peft(place / "b", made, base_model_name_or_path=str(place / "copy"))
+    ran = assert_done(call("merge", "b", "-b", "base", "-m", "ties", "-o", "two", cwd=place))
+    assert "names the base" not in ran.err
+
+
+def test_bases_in_the_cache(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base on the Hub is found in the cache."""
+    snapshot = place / "hub" / "models--org--name" / "snapshots" / "abc"
+    save_folder(snapshot, model(77))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "hub"))
+    made = {"model.layers.0.mlp.up_proj": (np.ones((WIDTH, 2), F32), np.ones((2, WIDTH), F32))}
+    save_peft(place / "a", made, base_model_name_or_path="org/name")
+    line = ("merge", "a", "-b", "base", "-m", "task_arithmetic", "-o", "out")
+
+    assert_refused(call(*line, cwd=place), "a names the base org/name", "--allow-base-mismatch")
 
 
 def test_unequal_task_vectors_are_noted(place: Path) -> None:
