@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mergebench import apply, merge_models
 from mergebench.core.errors import MergebenchError
 from mergebench.merge.method import METHODS
+from mergebench.merge.op import tolerance_of
 
 from .array_promises import assert_homogeneous
 from .assertions import assert_close
@@ -89,19 +90,26 @@ def test_float64_is_not_narrowed(method: str, base_dtype: Any, data: st.DataObje
 @given(data=st.data())
 @FEW
 def test_both_precisions_in_one_model(method: str, data: st.DataObject) -> None:
-    """A model of float32 and float64 tensors merges as the same numbers in float64 do."""
-    case = data.draw(cases(most=2, kinds=EXACT, limits=taken(method))).unweighted
+    """A model of float32 and float64 tensors merges as the same numbers in float64 do.
+
+    Within the tolerance it declares where LAPACK is behind it, for singular values that differ.
+    """
     params = drawn(data, method)
+    tolerance = tolerance_of(METHODS[method](**params))
+    kinds = ("normal",) if tolerance else EXACT
+    case = data.draw(cases(most=2, kinds=kinds, limits=taken(method))).unweighted
     some = data.draw(st.sets(st.sampled_from(sorted(case.base)), min_size=1))
     mixed = case.mapped(np.copy)
     for each in (mixed.base, *mixed.models):
         each.update({name: each[name].astype(F64) for name in some})
     wide = case.astype(F64)
     with drawn_by_label():
-        assert_close(merged(method, mixed, params), merged(method, wide, params), 1e-6)
+        assert_close(
+            merged(method, mixed, params), merged(method, wide, params), max(tolerance, 1e-6)
+        )
     chain = METHODS[method](**params)
     got, expected = (apply(chain, each.task_vectors, base=each.base) for each in (mixed, wide))
-    assert_close(got, expected, 1e-6)
+    assert_close(got, expected, max(tolerance, 1e-6))
 
 
 @every_method("base at zero")
