@@ -89,7 +89,10 @@ def test_findings_name_what_does_not_help(rows):
     assert found[1] == "No better than the best single expert (42.0 ± 0.0 %): TA, LoRA r=1."
     assert found[2] == "Worse than the unmerged base on noisy: TIES -10.0."
     assert found[3].startswith("Upright digits change by +0.0 (Uniform soup) to -10.0 points")
-    assert found[4] == "At the end of the grid of λ with some seed: TIES (λ = 0.2)."
+    assert found[4] == (
+        "At an end of the grid of λ with some seed: Task arithmetic (0.1); TIES (0.2); "
+        "TA, LoRA r=1 (0.1)."
+    )
     assert found[5].endswith("-5.0 ± 7.1 points; does not help with any seed.")
     assert found[6].endswith("points; helps with some seeds only.")
     assert found[7] == (

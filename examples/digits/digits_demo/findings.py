@@ -115,10 +115,11 @@ def _verdict(difference: Measure) -> str:
 
 
 def edges(rows: Sequence[Row]) -> list[str]:
-    """Name the merges whose best λ may lie beyond the grid: with some seed it is the last."""
+    """Name the merges whose best λ may lie beyond the grid: with some seed it is at an end."""
     found = []
     for row in rows:
         grid = list(row.curve)
-        if len(grid) > 1 and grid[-1] in row.chosen:
-            found.append(f"{row.title} (λ = {grid[-1]})")
-    return [f"At the end of the grid of λ with some seed: {'; '.join(found)}."] if found else []
+        ends = [value for value in (*grid[:1], *grid[-1:]) if value in row.chosen]
+        if len(grid) > 1 and ends:
+            found.append(f"{row.title} ({' and '.join(ends)})")
+    return [f"At an end of the grid of λ with some seed: {'; '.join(found)}."] if found else []

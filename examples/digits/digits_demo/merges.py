@@ -17,9 +17,10 @@ from .settings import Settings
 class Merge:
     """One method on one kind of expert.
 
-    ``grid`` holds the values of λ as text; empty means that the method has none. ``rank`` None
-    merges the full fine-tunes, a number merges the LoRAs of that rank. ``then`` names ops that
-    follow, and ``based`` is for methods without λ that need the base.
+    ``grid`` holds the values of λ as text, or those of the parameter ``over``; empty means that
+    nothing is searched. ``rank`` None merges the full fine-tunes, a number merges the LoRAs of
+    that rank. ``then`` names ops that follow, and ``based`` is for methods without λ that need
+    the base.
     """
 
     title: str
@@ -29,6 +30,7 @@ class Merge:
     rank: int | None = None
     then: tuple[str, ...] = ()
     based: bool = False
+    over: str = "lam"
 
     @property
     def name(self) -> str:
@@ -81,7 +83,7 @@ def every(settings: Settings) -> list[Merge]:
         Merge("SCE", "sce", means),
         Merge("RAM", "ram", means),
         Merge("RAM+", "ramplus_tl", means),
-        Merge("LiNeS", "lines", means),
+        Merge("LiNeS", "lines", sums, over="beta"),
         Merge("TIES, LiNeS", "ties", means, density, then=("lines:beta=0.5",)),
         Merge("Task arithmetic, SVC", "task_arithmetic", sums, then=("svc",)),
         Merge("TIES, SVC", "ties", ties, density, then=("svc",)),
@@ -117,7 +119,10 @@ def arguments(merge: Merge, experts: Sequence[Path], base: Path, out: Path) -> l
     line = ["merge", *map(str, experts), "--method", merge.method]
     if merge.grid or merge.based:
         line += ["--base", str(base)]
-    for option in (*merge.options, *([f"lam={','.join(merge.grid)}"] if merge.grid else [])):
+    for option in (
+        *merge.options,
+        *([f"{merge.over}={','.join(merge.grid)}"] if merge.grid else []),
+    ):
         line += ["-p", option]
     for op in merge.then:
         line += ["--then", op]
@@ -129,7 +134,7 @@ def arguments(merge: Merge, experts: Sequence[Path], base: Path, out: Path) -> l
 def outputs(merge: Merge, out: Path) -> dict[str, Path]:
     """Map each λ of ``merge`` (or ``""``) to the folder that the command fills."""
     if len(merge.grid) > 1:
-        return {lam: out / f"lam={lam}" for lam in merge.grid}
+        return {value: out / f"{merge.over}={value}" for value in merge.grid}
     return {(merge.grid[0] if merge.grid else ""): out}
 
 

@@ -14,14 +14,17 @@ from .data import DOMAINS, UPRIGHT, in_domain, load_splits
 from .summary import Row
 
 _EXAMPLES = 4
+#: Inches of a bar, and how many curves can be told apart.
+_ROW, _CURVES = 0.24, 12
 _COLOURS = {"base": "#777777", "experts": "#4c78a8", "single": "#9ecae9", "merge": "#e45756"}
 
 
 def draw(rows: Sequence[Row], seed: int, path: Path) -> None:
     """Save the picture of ``rows`` as PNG; ``seed`` picks the digits that are shown."""
-    figure = Figure(figsize=(13, 9), layout="constrained")
+    tall = max(6.5, _ROW * len(rows))
+    figure = Figure(figsize=(13, 2.5 + tall), layout="constrained")
     FigureCanvasAgg(figure)
-    halves = np.asarray(figure.subfigures(2, 1, height_ratios=(1, 2.6)))
+    halves = np.asarray(figure.subfigures(2, 1, height_ratios=(2.5, tall)))
     top, bottom = halves[0], halves[1]
     _samples(list(top.subplots(1, 1 + len(DOMAINS))), seed)
     bars, curves = bottom.subplots(1, 2, width_ratios=(1.25, 1))
@@ -59,10 +62,10 @@ def _bars(ax: Axes, rows: Sequence[Row]) -> None:
 
 
 def _curves(ax: Axes, rows: Sequence[Row]) -> None:
-    """Draw the validation accuracy of each merge over its grid of λ."""
-    for row in rows:
-        if row.role != "merge" or len(row.curve) < 2:
-            continue
+    """Draw the validation accuracy of the best merges over their grids of λ."""
+    searched = [row for row in rows if row.role == "merge" and len(row.curve) > 1]
+    best = sorted(searched, key=lambda row: -max(each.mean for each in row.curve.values()))
+    for row in [row for row in searched if row in best[:_CURVES]]:
         lams = [float(lam) for lam in row.curve]
         means = np.array([each.mean for each in row.curve.values()])
         spreads = np.array([each.spread or 0.0 for each in row.curve.values()])

@@ -45,7 +45,7 @@ class Settings:
     sum_grid: tuple[str, ...] = tuple(f"{step / 10:g}" for step in range(1, 11))
     ties_grid: tuple[str, ...] = tuple(f"{step / 5:g}" for step in range(1, 9))
     # For methods that average, or whose λ the papers choose above one.
-    mean_grid: tuple[str, ...] = ("0.5", "0.75", "1", "1.5", "2", "2.5", "3", "4")
+    mean_grid: tuple[str, ...] = ("0.25", "0.5", "0.75", "1", "1.5", "2", "3")
     every: bool = False
 
 
