@@ -206,3 +206,14 @@ def test_leading_pairs() -> None:
     assert np.all(found.residuals[:4] <= 1e-10 * found.values[:4])
     rest = gram @ found.vectors - found.vectors * found.values
     np.testing.assert_allclose(np.linalg.norm(rest, axis=0), found.residuals, atol=1e-9)
+
+
+def test_a_partner_deep_in_the_bulk() -> None:
+    """A direction that leads nowhere near the top of the base may still be one of its vectors."""
+    random = np.random.default_rng(5)
+    base = trained(random, (160, 200)).astype(np.float32)
+    vectors = np.linalg.svd(base.astype(np.float64))[0]
+    u = 0.5 * vectors[:, :1] + np.sqrt(0.75) * vectors[:, 120:121]
+    right = np.linalg.qr(random.normal(size=(200, 1)))[0].T
+
+    assert assert_bounds(base, (200 * u, right), (0.6,)) == 0
