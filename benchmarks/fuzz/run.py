@@ -38,6 +38,8 @@ def main() -> None:
 
         for name in _MODULES:
             import_module(f"mergebench.{name}")
+        # It takes seconds, which must not count for the first input that needs it.
+        import_module("torch")
         from mergebench.adapters_zoo.adapter import KINDS
 
         list(KINDS)
