@@ -50,6 +50,7 @@ NEUTRAL: Mapping[str, Any] = {
     "seed": 0,
     "k": 0,
     "mask_lam": 0.4,
+    "calibration": 1.0,
     "beta": 0.0,
     "ratio": 1.0,
     "clip": 0.0,
@@ -57,6 +58,7 @@ NEUTRAL: Mapping[str, Any] = {
 #: The same for parameters whose name means something else in another method.
 NEUTRAL_OF: Mapping[str, Mapping[str, Any]] = {
     "lines": {"alpha": "1.0"},
+    "widen": {"ratio": 1.0},
     # The authors' code leaves out the entry of lowest score.
     "pcb": {"variant": "paper", "normalize": True},
 }
@@ -75,6 +77,7 @@ _ABSOLUTE = "it compares entries with a threshold in the units of the weights"
 METHODS_EXEMPT: Mapping[tuple[str, str], str] = {
     ("homogeneous", "pcb"): "the authors' code takes tanh of products of entries, in their unit",
     ("gradients", "pcb"): "bars and norms of its scores are found out of core, without derivatives",
+    ("homogeneous", "widen"): "it ranks changes of lengths and angles, which are not linear",
     ("base at zero", "linear"): "it averages weights: there is no global scale to set to zero",
     ("base at zero", "slerp"): _NO_SCALE,
     ("base at zero", "nuslerp"): _NO_SCALE,
@@ -109,6 +112,7 @@ METHODS_EXEMPT: Mapping[tuple[str, str], str] = {
 OPS_EXEMPT: Mapping[tuple[str, str], str] = {
     ("homogeneous", "clip"): _ABSOLUTE,
     ("gradients", "clip"): "what it has limited does not move with its input",
+    ("homogeneous", "disentangle"): "changes of lengths and angles are not linear",
     ("homogeneous", "drop_small"): _ABSOLUTE,
     ("homogeneous", "keep_important"): "importance is measured on the softmax of weights",
     ("gradients", "subspaces"): "orthonormal vectors have equal singular values: no derivative",
