@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mergebench.cli import checking, console, looking, merging, trying, zoo
+from mergebench.cli import checking, console, looking, merging, reports, trying, zoo
 from mergebench.core.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, MergebenchError
 
 _UNWRITABLE = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG)
@@ -50,6 +50,7 @@ app.command("plan")(merging.plan)
 app.command("run")(merging.run)
 app.command("inspect")(looking.inspect)
 app.command("diff")(looking.diff)
+app.command("crosstalk")(reports.crosstalk)
 app.command("verify")(checking.verify)
 app.command("check")(trying.check)
 app.command("doctor")(checking.doctor)

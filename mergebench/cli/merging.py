@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergebench.cli import console, trying
+from mergebench.cli import console, reports, trying
 from mergebench.cli import options as o
 from mergebench.core.errors import EXIT_FINDINGS
 
 if TYPE_CHECKING:
     from mergebench.merge.engine import Written
     from mergebench.merge.plan import Plan
+    from mergebench.merge.readings import Row
     from mergebench.merge.variants import Variant
     from mergebench.recipe import Recipe
 
@@ -47,6 +48,7 @@ def merge(
     workers: o.Workers = None,
     dry_run: o.DryRun = False,
     check: o.Check = False,
+    report: o.Report = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -66,7 +68,7 @@ def merge(
         ignore_saved_base, where, include, exclude, on_mismatch, vocab,
         allow_base_mismatch, allow_nonfinite, block_pattern,
     )  # fmt: skip
-    _do(recipe, force, memory, workers, dry_run, as_json, quiet, check)
+    _do(recipe, force, memory, workers, dry_run, as_json, quiet, check, report)
 
 
 def plan(
@@ -120,6 +122,7 @@ def run(
     workers: o.Workers = None,
     dry_run: o.DryRun = False,
     check: o.Check = False,
+    report: o.Report = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -137,7 +140,7 @@ def run(
     read = read_recipe(recipe / RECIPE if recipe.is_dir() else recipe)
     _do(
         _with_out(replace(read, out=out or read.out)),
-        force, memory, workers, dry_run, as_json, quiet, check,
+        force, memory, workers, dry_run, as_json, quiet, check, report,
     )  # fmt: skip
 
 
@@ -236,6 +239,7 @@ def _do(
     as_json: bool,
     quiet: bool,
     check: bool = False,
+    report: bool = False,
 ) -> None:
     from mergebench.merge.engine import check_outputs, execute
     from mergebench.merge.plan import make_plan
@@ -260,15 +264,24 @@ def _do(
     seconds = perf_counter() - started
     if not as_json and not quiet:
         _summary(made, written, seconds)
+    if report and not as_json:
+        for each in written:
+            reports.show_rows(_rows(made, each))
     checked = trying.check_outputs(made, workers, quiet, as_json) if check else []
     if as_json:
-        data = {"seconds": round(seconds, 3), "outputs": [_plain(w) for w in written]}
+        data = {"seconds": round(seconds, 3), "outputs": [_plain(made, w) for w in written]}
         console.say_json(data | ({"checks": checked} if check else {}))
     if any(each["findings"] for each in checked):
         raise typer.Exit(EXIT_FINDINGS)
 
 
-def _plain(written: Written) -> dict[str, Any]:
+def _rows(made: Plan, written: Written) -> list[Row]:
+    from mergebench.merge.readings import rows
+
+    return rows(written.readings, made)
+
+
+def _plain(made: Plan, written: Written) -> dict[str, Any]:
     return {
         "label": written.label,
         "path": str(written.path),
@@ -276,6 +289,7 @@ def _plain(written: Written) -> dict[str, Any]:
         "residuals": dict(written.residuals),
         "digests": dict(written.digests),
         "nonfinite": {name: dict(counts) for name, counts in written.nonfinite.items()},
+        "readings": [row.to_json() for row in _rows(made, written)],
     }
 
 
@@ -296,6 +310,8 @@ def _summary(made: Plan, written: list[Written], seconds: float) -> None:
                 f"  truncated to rank {_rank(made)}: relative residual {root:.3g} over "
                 f"{len(squares)} modules, worst {worst:.3g} ({name}); --as delta loses nothing"
             )
+        for text in reports.spans(_rows(made, each)):
+            console.say(f"  {text}")
     for name, counts in written[0].nonfinite.items():
         shown = ", ".join(f"{count} of {label}" for label, count in counts.items())
         console.say(f"  not finite in {name}, passed through as NaN: {shown}")

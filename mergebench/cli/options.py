@@ -163,6 +163,12 @@ Check = Annotated[
     bool,
     typer.Option("--check", help="Then try to load it, and show the drift: `mergebench check`."),
 ]
+Report = Annotated[
+    bool,
+    typer.Option(
+        "--report", help="List what the method reports, tensor by tensor; --json always does."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress, no summary.", envvar="MERGEBENCH_QUIET")

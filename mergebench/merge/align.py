@@ -407,6 +407,12 @@ def draw_keys(models: Sequence[Source]) -> tuple[int, ...]:
     return tuple(keys)
 
 
+def in_places(aligned: Aligned, places: tuple[int, ...]) -> Aligned:
+    """The same, every item knowing the order in which the user has named its models."""
+    items = {name: replace(item, places=places) for name, item in aligned.items.items()}
+    return replace(aligned, items=items)
+
+
 def _items(
     table: _Table,
     reference: Checkpoint | None,

@@ -25,6 +25,7 @@ def apply(
     base: Any | Mapping[str, Any] | None = None,
     *,
     keys: Sequence[int] | None = None,
+    places: Sequence[int] | None = None,
     block_pattern: str | None = None,
 ) -> Any:
     """Run ops on task vectors held in memory.
@@ -43,6 +44,8 @@ def apply(
     keys : sequence of int, optional
         One per model, naming it to ops that draw random numbers; their positions by default.
         (Merges of files and of state dicts derive them from what the models hold.)
+    places : sequence of int, optional
+        One per model, its place where an op asks for an order; the order given by default.
     block_pattern : str, optional
         Finds numbered blocks in tensor names; see :func:`~mergebench.core.site.parse_pattern`.
 
@@ -71,7 +74,12 @@ def apply(
     names = tuple(keys) if keys is not None else tuple(range(len(tables)))
     if len(names) != len(tables):
         raise MismatchError("one key per model", got=str(len(names)), expected=str(len(tables)))
-    pieces = _stacks(tables, shares, names, parse_pattern(block_pattern))
+    turns = tuple(places) if places is not None else ()
+    if places is not None and sorted(turns) != list(range(len(tables))):
+        raise MismatchError(
+            "places of models", got=str(list(turns)), expected=f"0 to {len(tables) - 1}, each once"
+        )
+    pieces = _stacks(tables, shares, names, turns, parse_pattern(block_pattern))
     if needs_base(steps):
         if base is None:
             raise MismatchError("the ops look at the base, and none is given", fix="give base=")
@@ -102,6 +110,7 @@ def _stacks(
     tables: Sequence[Mapping[str, Any]],
     weights: tuple[float, ...],
     keys: tuple[int, ...],
+    places: tuple[int, ...],
     pattern: re.Pattern[str],
 ) -> list[_Piece]:
     first = tables[0]
@@ -124,7 +133,7 @@ def _stacks(
                 )
         _check_floating(name, arrays)
         stack = xp.stack([xp.reshape(array, (-1,)) for array in arrays])
-        at = At(sites[name], 0, sites[name].size, weights, keys=keys, models=stack)
+        at = At(sites[name], 0, sites[name].size, weights, keys=keys, places=places, models=stack)
         pieces.append(_Piece(at, stack))
     return pieces
 

@@ -68,7 +68,7 @@ def merged_factors(
         return np.zeros((lefts[0].shape[0], 1)), np.zeros((1, rights[0].shape[0]))
     stack = np.stack([_inside(pair, left, right, lefts[0], rights[0]) for pair in pairs])
     shape = (stack.shape[1], stack.shape[2])
-    at = At(item.site, 0, shape[0] * shape[1], item.weights, core=shape)
+    at = replace(item.at(0, shape[0] * shape[1]), core=shape)
     merged = run(at, stack.reshape(len(pairs), -1)).reshape(shape)
     if not np.isfinite(merged).all():
         raise nonfinite(item)

@@ -24,7 +24,7 @@ from mergebench.manifest import MANIFEST, sealed, with_outputs
 from mergebench.merge.averaged import Mean
 from mergebench.merge.core_space import fits, merged_item
 from mergebench.merge.factors import write_factors
-from mergebench.merge.op import Chain, Stack, needs_base
+from mergebench.merge.op import Chain, Reading, Stack, needs_base
 from mergebench.merge.plan import Plan
 from mergebench.merge.resume import Ledger, resume_key
 from mergebench.merge.stream import (
@@ -70,6 +70,8 @@ class Written:
         xxh3-128 of the stored bytes.
     nonfinite : mapping of tensor name to {model: count}
         Entries of inputs that are NaN or infinite, and that were passed through.
+    readings : mapping of tensor name to tuple of Reading
+        What ops have reported; models by their place in ``plan.models``.
     """
 
     label: str
@@ -78,6 +80,23 @@ class Written:
     residuals: Mapping[str, float]
     digests: Mapping[str, str]
     nonfinite: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    readings: Mapping[str, tuple[Reading, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a run has found, beside the bytes.
+
+    Attributes
+    ----------
+    residuals, readings : list of mappings of tensor name to what :class:`Written` has
+        In the order of ``plan.variants``.
+    nonfinite : mapping of tensor name to {model: count}
+    """
+
+    residuals: list[dict[str, float]]
+    readings: list[dict[str, tuple[Reading, ...]]]
+    nonfinite: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 class Memory:
@@ -204,7 +223,7 @@ def execute(
             for sentence in ledger.notes():
                 note(sentence)
         sinks = [_Digests(output) for output in outputs]
-        residuals, passed = _run(plan, sinks, progress or (lambda what, done, total: None), ledger)
+        found = _run(plan, sinks, progress or (lambda what, done, total: None), ledger)
         for variant, output, sink in zip(plan.variants, outputs, sinks, strict=True):
             if plan.package.single_file:
                 output.fill(sealed(output.layout, sink.digests()))
@@ -213,8 +232,8 @@ def execute(
             text = with_outputs(about, sink.digests(), output.layout, output.beside)
             output.add_side(MANIFEST, text)
     return [
-        Written(variant.label, variant.out, plan.layout.total_bytes, residuals[index],
-                sinks[index].digests(), passed)
+        Written(variant.label, variant.out, plan.layout.total_bytes, found.residuals[index],
+                sinks[index].digests(), found.nonfinite, found.readings[index])
         for index, variant in enumerate(plan.variants)
     ]  # fmt: skip
 
@@ -239,22 +258,19 @@ def execute_in_memory(plan: Plan, progress: Progress | None = None) -> list[dict
     return [sink.arrays for sink in sinks]
 
 
-def execute_into(plan: Plan, sinks: Sequence[Sink], progress: Progress | None = None) -> None:
+def execute_into(plan: Plan, sinks: Sequence[Sink], progress: Progress | None = None) -> Found:
     """Run a plan into sinks, one for each of ``plan.variants``.
 
     Tensors are computed in the order of ``plan.aligned.order``, and none besides; what is measured
     over the whole model is measured over all of its items.
     """
-    _run(plan, sinks, progress or (lambda what, done, total: None), Ledger(plan))
+    return _run(plan, sinks, progress or (lambda what, done, total: None), Ledger(plan))
 
 
-def _run(
-    plan: Plan, sinks: Sequence[Sink], progress: Progress, ledger: Ledger
-) -> tuple[list[dict[str, float]], dict[str, dict[str, int]]]:
+def _run(plan: Plan, sinks: Sequence[Sink], progress: Progress, ledger: Ledger) -> Found:
     total = plan.entries * plan.passes
     done = ledger.swept
-    residuals: list[dict[str, float]] = [{} for _ in sinks]
-    passed: dict[str, dict[str, int]] = {}
+    found = Found([{} for _ in sinks], [{} for _ in sinks])
     with _workers(plan.tiling.workers) as pool:
 
         def swept(entries: int) -> None:
@@ -267,10 +283,12 @@ def _run(
             targets = targets_of(plan, name)
             item = plan.aligned.items.get(name)
             if ledger.is_finished(targets):
-                for index, found in enumerate(residuals):
+                for index in range(len(sinks)):
                     if (lost := ledger.lost(index, name)) is not None:
-                        found[name] = lost
-                passed |= ledger.passed(name)
+                        found.residuals[index][name] = lost
+                    if readings := ledger.reported(index, name):
+                        found.readings[index][name] = readings
+                found.nonfinite.update(ledger.passed(name))
                 done += 0 if item is None else item.site.size
                 continue
             if item is None:
@@ -278,7 +296,7 @@ def _run(
                     _copy(plan, name, target, sinks)
                 tensor = plan.aligned.copies[name]
                 if isinstance(tensor, Mean) and (counts := tensor.nonfinite()):
-                    passed[name] = counts
+                    found.nonfinite[name] = counts
                     ledger.pass_through(name, counts)
             else:
                 for variant in plan.variants:
@@ -287,7 +305,7 @@ def _run(
                 for index, (variant, sink) in enumerate(zip(plan.variants, sinks, strict=True)):
                     lost = write_factors(plan, evaluator, variant, item, sink)
                     if lost is not None:
-                        residuals[index][name] = lost
+                        found.residuals[index][name] = lost
                         ledger.lose(index, name, lost)
                 done += item.site.size
             elif item is not None:
@@ -300,13 +318,17 @@ def _run(
                     done += parts[0].size
                     progress("merging", min(done, total), total)
                 if holes:
-                    passed[name] = passed_through(item)
-                    ledger.pass_through(name, passed[name])
+                    found.nonfinite[name] = passed_through(item)
+                    ledger.pass_through(name, found.nonfinite[name])
+            for index, variant in enumerate(plan.variants):
+                if readings := evaluator.readings(variant.at(name), name):
+                    found.readings[index][name] = readings
+                    ledger.report(index, name, readings)
             for sink in sinks:
                 for target in targets:
                     sink.finish(target)
             progress("merging", min(done, total), total)
-    return residuals, passed
+    return found
 
 
 def targets_of(plan: Plan, name: str) -> list[str]:

@@ -54,6 +54,9 @@ class At:
         64 bits per model that name it to counter-based randomness, whatever its place: derived
         from its fingerprint and from how many equal models stand before it. ``(0,)`` once models
         are combined.
+    places : tuple of int
+        The place of each model in the order in which the user named them, for ops that depend on
+        it; empty where the stack itself is in that order.
     """
 
     site: Site
@@ -65,10 +68,16 @@ class At:
     models: Any = field(default=None, kw_only=True)
     core: tuple[int, int] | None = field(default=None, kw_only=True)
     keys: tuple[int, ...] = field(default=(), kw_only=True)
+    places: tuple[int, ...] = field(default=(), kw_only=True)
 
     def alone(self) -> At:
         """The same place after an op that combines models."""
-        return replace(self, weights=(1.0,), keys=(0,))
+        return replace(self, weights=(1.0,), keys=(0,), places=())
+
+    def in_order(self, count: int) -> list[int]:
+        """The rows of a stack of ``count`` models in the order of the user."""
+        places = self.places or range(count)
+        return sorted(range(count), key=places.__getitem__)
 
 
 class Sweep(Protocol):
@@ -113,6 +122,24 @@ class Statistic:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """A number that an op reports about one tensor, beside its result.
+
+    Attributes
+    ----------
+    what : str
+        In words, such as ``retained energy``.
+    models : tuple of int
+        The rows of the stack that it is about: one model, or a pair.
+    value : float
+    """
+
+    what: str
+    models: tuple[int, ...]
+    value: float
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """A registered op: its reference implementation and what it declares."""
 
@@ -132,6 +159,8 @@ class OpSpec:
     workspace: Callable[[int, int, int], int] | None = None
     tolerance: float = 0.0
     rank: Callable[..., int | None] = lambda **_: None
+    ordered: Callable[..., bool] = lambda **_: False
+    report: Callable[..., tuple[Reading, ...]] | None = None
 
     @property
     def summary(self) -> str:
@@ -179,6 +208,11 @@ class Op:
         """Whether it combines models with coefficients that depend on the site alone."""
         return self.spec.linear(**dict(self.params))
 
+    @property
+    def ordered(self) -> bool:
+        """Whether its result depends on the order in which the user names the models."""
+        return self.spec.ordered(**dict(self.params))
+
     def check(self, site: Site) -> None:
         """Refuse a tensor that the op cannot work on.
 
@@ -219,6 +253,8 @@ def op(
     workspace: Callable[[int, int, int], int] | None = None,
     tolerance: float = 0.0,
     rank: Callable[..., int | None] | None = None,
+    ordered: bool | Callable[..., bool] = False,
+    report: Callable[..., tuple[Reading, ...]] | None = None,
 ) -> Callable[[Callable[Concatenate[Stack, At, P], Stack]], Callable[P, Op]]:
     """Register a function ``(stack, at, **params) -> stack`` and return its factory.
 
@@ -256,6 +292,11 @@ def op(
         the relative error, of the largest entry, that another backend may show.
     rank : callable of the parameters, optional
         The largest rank that matrices can have after the op.
+    ordered : bool or callable of the parameters
+        Whether the result depends on the order in which the user names the models, which is
+        ``At.places``. The recipe of an output then keeps that order.
+    report : callable ``(before, after, at, **params) -> readings``, optional
+        What is to be said of one tensor, from the op's input and output; for ops of whole tensors.
     """
 
     def register(function: Callable[Concatenate[Stack, At, P], Stack]) -> Callable[P, Op]:
@@ -277,6 +318,8 @@ def op(
             workspace,
             tolerance,
             rank or (lambda **_: None),
+            ordered if callable(ordered) else lambda **_: ordered,
+            report,
         )
         return cast("Callable[P, Op]", OPS.add(name, spec))
 

@@ -19,7 +19,7 @@ from mergebench.core.rules import parse_weight
 from mergebench.core.schedule import is_schedule, to_plain
 from mergebench.core.site import parse_pattern
 from mergebench.core.tensor import nbytes
-from mergebench.merge.align import Aligned, align
+from mergebench.merge.align import Aligned, align, in_places
 from mergebench.merge.buffers import settle
 from mergebench.merge.configs import check_configs
 from mergebench.merge.fit import check_fit
@@ -203,7 +203,7 @@ def make_plan(
         options = with_base(options, base.checkpoint)
         opened = _open_models(recipe, sources, options)
         space = _space(method, form, base)
-    models, weights = _canonical(opened, weights_given)
+    models, weights, places = _canonical(opened, weights_given)
     first = next((each for each in opened if each.checkpoint is not None), None)
     notes += [
         *_provenance(opened, base, form, allow=recipe.allow_base_mismatch),
@@ -215,7 +215,7 @@ def make_plan(
         space = "delta"
     _check_base(recipe, models, base, form, space)
     _check_count(method, models, variants)
-    variants = recorded(variants, models, weights, base)
+    variants = recorded(variants, models, weights, base, places)
     chosen = select(recipe, models, base)
     spoken = reconcile(models, chosen.models, base, _same(first, chosen.models), form, recipe.vocab)
     evened = even_out(
@@ -234,7 +234,7 @@ def make_plan(
     if not aligned.items and not aligned.copies:
         raise MismatchError("the inputs have no floating-point tensor to merge")
     aligned, variants = place(aligned, variants, weights, chosen.apart, evened)
-    aligned = extended(aligned, evened)
+    aligned = in_places(extended(aligned, evened), places)
     aligned = settle(aligned, models, base, space, allow_nonfinite=recipe.allow_nonfinite)
     origin = measure(models, base, aligned, space, allow=recipe.allow_base_mismatch)
     built = package(recipe, form, aligned, models, weights, base, first, variants, spoken.sides)
@@ -322,12 +322,13 @@ def _provenance(
 
 def _canonical(
     opened: Sequence[Source], weights: Sequence[Any]
-) -> tuple[tuple[Source, ...], tuple[Any, ...]]:
+) -> tuple[tuple[Source, ...], tuple[Any, ...], tuple[int, ...]]:
+    """Models and weights in an order of their own, and the place where each of them was given."""
     marks = [source.fingerprint for source in opened]
     # A fingerprint samples; models that differ elsewhere only are told apart by all they hold.
     full = [content(s) if marks.count(s.fingerprint) > 1 else "" for s in opened]
     order = sorted(range(len(opened)), key=lambda i: (marks[i], full[i], _rank(weights[i]), i))
-    return tuple(opened[i] for i in order), tuple(weights[i] for i in order)
+    return tuple(opened[i] for i in order), tuple(weights[i] for i in order), tuple(order)
 
 
 def _left(apart: frozenset[str], order: Sequence[str], form: str) -> list[str]:

@@ -16,7 +16,7 @@ from mergebench.checkpoints.tokenizers import FILES as TOKENS
 from mergebench.checkpoints.writer import Output
 from mergebench.compute.select import Cut
 from mergebench.core.tensor import Tensor, size_of
-from mergebench.merge.op import Chain
+from mergebench.merge.op import Chain, Reading
 from mergebench.merge.plan import Plan
 from mergebench.merge.variants import Variant
 from mergebench.sources import Source
@@ -152,6 +152,10 @@ def _residual(name: str) -> str:
     return json.dumps(["residual", name])
 
 
+def _report(name: str) -> str:
+    return json.dumps(["report", name])
+
+
 def _passed(name: str) -> str:
     return json.dumps(["nonfinite", name])
 
@@ -225,6 +229,17 @@ class Ledger:
         """What an earlier run has noted; ``None`` where nothing was truncated."""
         data = self._outputs[index].settled.get(_residual(name))
         return None if data is None else float(decode(data))
+
+    def report(self, index: int, name: str, readings: Sequence[Reading]) -> None:
+        """Note what ops have said of a tensor of output ``index``; before it is finished."""
+        if self._outputs:
+            data = [(one.what, one.models, one.value) for one in readings]
+            self._outputs[index].settle(_report(name), encode(data))
+
+    def reported(self, index: int, name: str) -> tuple[Reading, ...]:
+        """What an earlier run has noted."""
+        data = self._outputs[index].settled.get(_report(name))
+        return () if data is None else tuple(Reading(*each) for each in decode(data))
 
     def pass_through(self, name: str, counts: Mapping[str, int]) -> None:
         """Note how many entries of a tensor are not finite, by model; before it is finished."""

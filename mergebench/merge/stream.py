@@ -18,7 +18,7 @@ from mergebench.core.delta import Delta, Dense, Difference, LowRank, reads, resi
 from mergebench.core.errors import MergebenchError, MismatchError
 from mergebench.core.site import Site
 from mergebench.core.tensor import Array, Tensor
-from mergebench.merge.op import At, Chain, Stack, granularity_of, needs_base
+from mergebench.merge.op import At, Chain, Reading, Stack, granularity_of, needs_base
 from mergebench.sources import Applied
 
 R = TypeVar("R")
@@ -50,6 +50,8 @@ class Item:
         at its entries.
     keys : tuple of int
         Per model, for counter-based randomness.
+    places : tuple of int
+        Per model, its place in the order of the user.
     """
 
     site: Site
@@ -61,10 +63,11 @@ class Item:
     lenient: bool = False
     origin: Tensor | None = None
     keys: tuple[int, ...] = ()
+    places: tuple[int, ...] = ()
 
     def at(self, start: int, stop: int) -> At:
         """Entries ``start:stop`` of all models, before any op."""
-        return At(self.site, start, stop, self.weights, keys=self.keys)
+        return At(self.site, start, stop, self.weights, keys=self.keys, places=self.places)
 
 
 def opened(item: Item) -> Item:
@@ -271,7 +274,7 @@ class Evaluator:
     """Runs chains over items, measuring what their ops need first.
 
     Measurements are kept by (the ops up to and including the one that asked, tensor name), so
-    that chains with a common beginning share them.
+    that chains with a common beginning share them; so is what ops report.
     """
 
     items: Mapping[str, Item]
@@ -279,6 +282,7 @@ class Evaluator:
     pool: Executor
     on_read: Callable[[int], None] = lambda entries: None
     known: dict[tuple[Chain, str], Any] = field(default_factory=dict)
+    reports: dict[tuple[Chain, str], tuple[Reading, ...]] = field(default_factory=dict)
 
     def prepare(self, ops: Chain, item: Item) -> None:
         """Measure everything that ``ops`` needs before it can run on ``item``."""
@@ -319,12 +323,21 @@ class Evaluator:
                     value = self.known[ops[:end], name]
                 models = origin if each.spec.needs_models else None
                 base = at.base if each.spec.needs_base else None
-                stack = each.apply(stack, replace(at, value=value, base=base, models=models))
+                here = replace(at, value=value, base=base, models=models)
+                before, stack = stack, each.apply(stack, here)
+                if each.spec.report is not None:
+                    found = each.spec.report(before, stack, here, **dict(each.params))
+                    self.reports[ops[:end], item.site.name] = found
                 if memo is not None:
                     memo[ops[:end]] = stack
             if each.spec.reduces:
                 at = at.alone()
         return stack
+
+    def readings(self, ops: Chain, name: str) -> tuple[Reading, ...]:
+        """Everything that the ops of a chain have reported about a tensor."""
+        ends = range(1, len(ops) + 1)
+        return tuple(one for end in ends for one in self.reports.get((ops[:end], name), ()))
 
     def pieces(self, ops: Iterable[Chain], item: Item) -> tuple[int, list[tuple[int, int]]]:
         """The unit that no tile may cut and the jobs of a tensor."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from mergebench.core.errors import ParameterError
 from mergebench.core.params import bind
-from mergebench.core.schedule import value_at
+from mergebench.core.schedule import is_schedule, leaves, value_at
 from mergebench.core.site import Site
 from mergebench.merge.method import METHODS, Method
 from mergebench.merge.op import OPS, Chain, Op, chain
@@ -37,6 +39,8 @@ class Variant:
     out : Path or None
     chains : mapping of tensor name to Chain
         Where schedules give a tensor a chain of its own; empty without schedules.
+    ordered : bool
+        Whether an op of some tensor depends on the order in which the user names the models.
     """
 
     label: str
@@ -44,6 +48,7 @@ class Variant:
     ops: Chain
     out: Path | None
     chains: Mapping[str, Chain] = field(default_factory=dict)
+    ordered: bool = False
 
     def at(self, name: str) -> Chain:
         """The chain of one tensor."""
@@ -88,13 +93,34 @@ def make_variants(recipe: Recipe) -> tuple[Method | None, tuple[Variant, ...]]:
             )
         out = _place(recipe.out, label)
         # The place is not part of what decides the bytes.
-        found.append(Variant(label, replace(expanded, out=None), whole, out))
+        ordered = any(one.ordered for ops in _choices(expanded) for one in ops)
+        found.append(Variant(label, replace(expanded, out=None), whole, out, ordered=ordered))
     if not found:
         empty = next(key for key, value in recipe.params.items() if value in ((), []))
         raise ParameterError(f"parameter {empty!r} has an empty list of values")
     if len({str(each.out) for each in found}) < len(found) and recipe.out:
         raise ParameterError("two outputs would have the same place", fix="list each value once")
     return method, tuple(found)
+
+
+def _choices(recipe: Recipe) -> Iterator[Chain]:
+    """The chains that words which differ between tensors can give; numbers do not matter."""
+    yield build(recipe, None)
+    for params in _worded(recipe.params):
+        with suppress(ParameterError):
+            yield build(replace(recipe, params=params), None)
+    for ref in (*recipe.ops, *recipe.then):
+        for params in _worded(ref.params):
+            with suppress(ParameterError):
+                yield build(Recipe((), "", ops=(OpRef(ref.name, params),)), None)
+
+
+def _worded(params: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The same parameters with each word that a scheduled one takes somewhere."""
+    for key, value in params.items():
+        for leaf in leaves(value) if is_schedule(value) else ():
+            if isinstance(leaf, str):
+                yield {**params, key: leaf}
 
 
 def _expanded(ref: OpRef) -> OpRef:
@@ -143,14 +169,26 @@ def recorded(
     models: Sequence[Source],
     weights: Sequence[Any],
     base: Source | None,
+    places: Sequence[int],
 ) -> tuple[Variant, ...]:
-    """Recipes as they are stored: models in canonical order, the base by its name."""
-    refs = tuple(
-        ModelRef(model.label, weight) for model, weight in zip(models, weights, strict=True)
-    )
+    """Recipes as they are stored: models in canonical order, the base by its name.
+
+    Where the order of the user decides something the models stay in it.
+
+    Parameters
+    ----------
+    places : sequence of int
+        The place of each model in that order.
+    """
+    refs = [ModelRef(model.label, weight) for model, weight in zip(models, weights, strict=True)]
+    given = tuple(ref for _, ref in sorted(zip(places, refs, strict=True), key=itemgetter(0)))
     place = None if base is None else base.label
     return tuple(
-        replace(each, recipe=replace(each.recipe, models=refs, base=place)) for each in variants
+        replace(
+            each,
+            recipe=replace(each.recipe, models=given if each.ordered else tuple(refs), base=place),
+        )
+        for each in variants
     )
 
 

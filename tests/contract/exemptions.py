@@ -9,7 +9,7 @@ from typing import Any
 CONTRACTS: Mapping[str, str] = {
     "identity": "one model, all parameters neutral: that model comes out",
     "base at zero": "a global scale of 0 gives the bits of the base",
-    "order": "the order of the models does not change a bit",
+    "order": "the order of the models does not change a bit, unless the chain declares to keep it",
     "tiling": "neither tiles, jobs, workers nor the memory budget change a bit",
     "files": "streamed from files is bit for bit the same as from memory",
     "untouched inputs": "no input array is written to",
@@ -54,6 +54,7 @@ NEUTRAL: Mapping[str, Any] = {
     "beta": 0.0,
     "ratio": 1.0,
     "clip": 0.0,
+    "energy": 1.0,
 }
 #: The same for parameters whose name means something else in another method.
 NEUTRAL_OF: Mapping[str, Mapping[str, Any]] = {
@@ -76,6 +77,7 @@ _ABSOLUTE = "it compares entries with a threshold in the units of the weights"
 #: (contract, method) that is left out, and why.
 METHODS_EXEMPT: Mapping[tuple[str, str], str] = {
     ("homogeneous", "pcb"): "the authors' code takes tanh of products of entries, in their unit",
+    ("gradients", "orthogonal"): "singular values of joined bases coincide: no derivative",
     ("gradients", "pcb"): "bars and norms of its scores are found out of core, without derivatives",
     ("homogeneous", "widen"): "it ranks changes of lengths and angles, which are not linear",
     ("base at zero", "linear"): "it averages weights: there is no global scale to set to zero",
@@ -115,6 +117,7 @@ OPS_EXEMPT: Mapping[tuple[str, str], str] = {
     ("homogeneous", "disentangle"): "changes of lengths and angles are not linear",
     ("homogeneous", "drop_small"): _ABSOLUTE,
     ("homogeneous", "keep_important"): "importance is measured on the softmax of weights",
+    ("gradients", "project_rows"): "singular values of joined bases coincide: no derivative",
     ("gradients", "subspaces"): "orthonormal vectors have equal singular values: no derivative",
     (
         "gradients",
@@ -128,4 +131,4 @@ OPS_EXEMPT: Mapping[tuple[str, str], str] = {
 }
 
 #: Ops whose arrays are shaped by a rank found in the data: arrays without data do not do for them.
-SHAPED_BY_DATA = frozenset({"core_space", "knots"})
+SHAPED_BY_DATA = frozenset({"core_space", "knots", "project_rows"})

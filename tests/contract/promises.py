@@ -75,9 +75,14 @@ def planned(method: str, case: Case, params: Params, **options: Any) -> Plan:
     return make_plan(recipe, sources=opened[:-1], base=opened[-1], workers=1, **options)
 
 
+def places_in(plan: Plan) -> list[int]:
+    """Where each model of a plan stood in its case."""
+    return [int(model.label.strip("models[]")) for model in plan.models]
+
+
 def as_planned(plan: Plan, case: Case) -> Case:
     """The models in the order in which a plan adds them up."""
-    places = [int(model.label.strip("models[]")) for model in plan.models]
+    places = places_in(plan)
     return replace(case, models=tuple(case.models[i] for i in places), weights=plan.weights)
 
 
@@ -160,8 +165,8 @@ def assert_rounded_once(method: str, case: Case, params: Params) -> None:
     if METHODS[method].space == "weight":
         exact = apply(chain, wide.models, wide.weights)
     else:
-        keys = draw_keys(plan.models)
-        exact = apply(chain, wide.task_vectors, wide.weights, base=wide.base, keys=keys)
+        how = {"keys": draw_keys(plan.models), "places": places_in(plan)}
+        exact = apply(chain, wide.task_vectors, wide.weights, base=wide.base, **how)
         exact = {name: np.asarray(exact[name] + array) for name, array in wide.base.items()}
     rounded = {name: array.astype(dtype) for name, array in exact.items()}
     assert_same_values(execute_in_memory(plan)[0], rounded)
@@ -187,7 +192,8 @@ def assert_apply_is_merge(method: str, case: Case, params: Params) -> None:
     plan = planned(method, raised, params)
     ordered = as_planned(plan, raised)
     chain, keys = METHODS[method](**params), draw_keys(plan.models)
-    expected = apply(chain, ordered.models, ordered.weights, base=ordered.base, keys=keys)
+    how = {"base": ordered.base, "keys": keys, "places": places_in(plan)}
+    expected = apply(chain, ordered.models, ordered.weights, **how)
     assert_same_values(execute_in_memory(plan)[0], expected)
 
 

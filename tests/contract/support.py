@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import Phase, assume, settings
 from hypothesis import strategies as st
 
 from mergebench import merge_models
@@ -216,6 +216,13 @@ def drawn(data: st.DataObject, method: str, **fixed: Any) -> dict[str, Any]:
     """Parameters of a method that go together."""
     wanted = parameters(METHODS[method].params, **fixed)
     return data.draw(wanted.filter(partial(accepted, METHODS[method])), label="parameters")
+
+
+def unordered(data: st.DataObject, method: str) -> dict[str, Any]:
+    """Parameters with which no op of a method asks for the order of the user."""
+    params = drawn(data, method)
+    assume(not any(op.ordered for op in METHODS[method](**params)))
+    return params
 
 
 def drawn_for_op(data: st.DataObject, name: str, **fixed: Any) -> dict[str, Any]:

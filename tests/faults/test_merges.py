@@ -14,6 +14,7 @@ import pytest
 from mergebench.core.errors import MergebenchError
 from mergebench.merge.engine import Written, execute
 from mergebench.merge.plan import make_plan
+from mergebench.recipe import ModelRef, Recipe
 from tests.faults.conftest import Expected
 from tests.faults.machine import KilledError, Machine
 from tests.faults.merges import (
@@ -123,13 +124,22 @@ def test_threads_and_memory_may_change(
     assert_same_state(place, expected(name))
 
 
-@pytest.mark.parametrize("name", ["lora", "sweep"])
+#: A merge whose op reports on every tensor.
+PROJECTED = Merge(
+    lambda inputs: Recipe(
+        (ModelRef(str(inputs / "lora1")), ModelRef(str(inputs / "lora2"))), method="orthogonal"
+    ),
+    "out",
+)
+
+
+@pytest.mark.parametrize("name", ["lora", "sweep", "projected"])
 @pytest.mark.parametrize("count", range(4))
 def test_the_report_is_that_of_an_undisturbed_run(
     name: str, count: int, inputs: Path, tmp_path: Path
 ) -> None:
-    """Residuals of truncated adapters and digests included."""
-    merge = MERGES[name]
+    """Residuals of truncated adapters, what ops report, and digests included."""
+    merge = PROJECTED if name == "projected" else MERGES[name]
     whole = written(merge, inputs, merge.prepare(tmp_path / "whole", inputs), workers=1)
     place = merge.prepare(tmp_path / "place", inputs)
     kill_after(count, "pwrite", merge, inputs, place)
@@ -138,11 +148,13 @@ def test_the_report_is_that_of_an_undisturbed_run(
 
     assert [facts(one) for one in again] == [facts(one) for one in whole]
     assert all(bool(one.residuals) == (name == "lora") for one in again)
+    assert all(len(one.readings) == 2 * (name == "projected") for one in again)
 
 
 def facts(one: Written) -> Any:
     """All but the place, in order."""
-    return one.label, one.bytes, list(one.residuals.items()), list(one.digests.items())
+    measured = list(one.residuals.items()), dict(one.readings)
+    return one.label, one.bytes, measured, list(one.digests.items())
 
 
 def test_a_resumed_run_says_how_much_was_done(inputs: Path, tmp_path: Path) -> None:
