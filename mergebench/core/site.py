@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from mergebench.core.errors import ParameterError
@@ -58,6 +58,11 @@ class Site:
         ``embedding``, ``head``, ``norm``, ``bias``, ``linear``, ``conv`` or ``buffer``.
     transposed : bool
         True where a 2-D weight is stored input × output (GPT-2's ``Conv1D``).
+    layers : int
+        L; 0 outside of numbered blocks.
+    beside : tuple of str
+        Names of all tensors of its block, itself included, in the order of their bytes; empty
+        outside of numbered blocks.
     """
 
     name: str
@@ -67,6 +72,8 @@ class Site:
     depth: float | None = None
     kind: str = "linear"
     transposed: bool = False
+    layers: int = field(default=0, compare=False, repr=False)
+    beside: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -81,7 +88,12 @@ class Site:
     @property
     def key(self) -> int:
         """64 bits derived from the name alone, for counter-based randomness."""
-        return int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=8).digest(), "big")
+        return key_of(self.name)
+
+
+def key_of(text: str) -> int:
+    """64 bits derived from a text, for counter-based randomness."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def is_statistic(name: str) -> bool:
@@ -183,6 +195,10 @@ def make_sites(
             stack, index = match["stack"] or "", _number(match["index"], name)
             found[name] = stack, index
             length[stack] = max(length.get(stack, 0), index + 1)
+    blocks: dict[tuple[str, int], list[str]] = {}
+    for name in sorted(found, key=str.encode):
+        blocks.setdefault(found[name], []).append(name)
+    beside = {place: tuple(names) for place, names in blocks.items()}
     flipped = frozenset(transposed)
     sites = {}
     for name, shape in shapes.items():
@@ -198,6 +214,8 @@ def make_sites(
             depth=depth,
             kind=kind_of(name, shape),
             transposed=name in flipped,
+            layers=length.get(here, 0) if block is not None else 0,
+            beside=beside[found[name]] if block is not None else (),
         )
     return sites
 

@@ -72,7 +72,8 @@ def _concatenate(item: Item, variant: Variant) -> tuple[Array, Array]:
     """``[c1 s1 B1 …]`` and ``[A1; …]``."""
     lefts, rights = [], []
     wide = np.dtype(np.float64)
-    shares = coefficients(variant.at(item.site.name), item.site, item.weights)
+    ops = variant.at(item.site.name)
+    shares = coefficients(ops, item.site, item.weights, item.places)
     for share, delta in zip(shares, item.deltas, strict=True):
         if isinstance(delta, LowRank):
             left, right = factors(delta, wide)

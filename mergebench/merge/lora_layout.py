@@ -114,7 +114,9 @@ def _exactly(dtype: str, item: Item, variants: Sequence[Variant]) -> bool:
         share * delta.scale
         for each in variants
         for share, delta in zip(
-            coefficients(each.at(item.site.name), item.site, item.weights), item.deltas, strict=True
+            coefficients(each.at(item.site.name), item.site, item.weights, item.places),
+            item.deltas,
+            strict=True,
         )
         if isinstance(delta, LowRank)
     }

@@ -412,11 +412,16 @@ def tolerance_of(ops: Chain) -> float:
     return max((each.spec.tolerance for each in ops), default=0.0)
 
 
-def coefficients(ops: Chain, site: Site, weights: Sequence[float]) -> tuple[float, ...]:
-    """The weight that a linear chain gives to each model at ``site``."""
+def coefficients(
+    ops: Chain, site: Site, weights: Sequence[float], places: tuple[int, ...] = ()
+) -> tuple[float, ...]:
+    """The weight that a linear chain gives to each model at ``site``.
+
+    ``places`` are those of :class:`At`.
+    """
     count = len(weights)
     stack: Stack = np.eye(count)
-    at = At(site, 0, count, tuple(weights))
+    at = At(site, 0, count, tuple(weights), places=places)
     for each in ops:
         stack = each.apply(stack, at)
     return tuple(float(x) for x in np.asarray(stack).reshape(-1))

@@ -55,6 +55,7 @@ NEUTRAL: Mapping[str, Any] = {
     "ratio": 1.0,
     "clip": 0.0,
     "energy": 1.0,
+    "m": 0.0,
 }
 #: The same for parameters whose name means something else in another method.
 NEUTRAL_OF: Mapping[str, Mapping[str, Any]] = {
@@ -93,6 +94,10 @@ METHODS_EXEMPT: Mapping[tuple[str, str], str] = {
     ("order", "passthrough"): _ONE_MODEL,
     ("order", "graft"): _ONE_MODEL,
     ("order", "arcee_fusion"): _ONE_MODEL,
+    ("order", "hft"): _ONE_MODEL,
+    ("order", "mos"): "the last model is the new task, the order is what it is told by",
+    ("identity", "hft"): "it resets half of the modules of a single model too",
+    ("double", "hft"): "the check takes a single model, half of whose modules it resets",
     ("homogeneous", "nearswap"): _ABSOLUTE,
     ("homogeneous", "ram"): _ABSOLUTE,
     ("homogeneous", "ramplus_tl"): _ABSOLUTE,
@@ -112,6 +117,7 @@ METHODS_EXEMPT: Mapping[tuple[str, str], str] = {
 
 #: (contract, op) that is left out, and why.
 OPS_EXEMPT: Mapping[tuple[str, str], str] = {
+    ("order", "blend_last"): "the last model is the new task, the order is what it is told by",
     ("homogeneous", "clip"): _ABSOLUTE,
     ("gradients", "clip"): "what it has limited does not move with its input",
     ("homogeneous", "disentangle"): "changes of lengths and angles are not linear",

@@ -75,3 +75,13 @@ def test_integers_are_buffers() -> None:
     assert kind_of("embeddings.position_ids", (1, 5), floating=False) == "buffer"
     assert kind_of("bn.num_batches_tracked", ()) == "buffer"
     assert kind_of("bn.running_var", (4,)) == "buffer"
+
+
+def test_neighbours() -> None:
+    """A tensor knows how many blocks its stack has, and the names in its own block."""
+    names = ["layers.2.b", "layers.0.a", "layers.2.a", "other.layers.0.a", "norm"]
+    sites = make_sites(dict.fromkeys(names, (2,)))
+    assert [sites[name].layers for name in names] == [3, 3, 3, 1, 0]
+    assert sites["layers.2.b"].beside == sites["layers.2.a"].beside == ("layers.2.a", "layers.2.b")
+    assert sites["other.layers.0.a"].beside == ("other.layers.0.a",)
+    assert sites["norm"].beside == ()

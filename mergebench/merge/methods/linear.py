@@ -16,6 +16,7 @@ from mergebench.merge.ops.weigh import weigh
         "mergekit-0.1.5": {"normalize": True},
         "fedex-lora": {"normalize": True},
         "ffa-lora": {"normalize": True},
+        "mhr-mu": {"normalize": True},
     },
 )
 def linear(normalize: bool = True) -> Chain:
@@ -36,9 +37,10 @@ def linear(normalize: bool = True) -> Chain:
     *Federated LoRA*: given adapters, the mean is that of their updates B A, without loss, weighted
     by clients' shares. That is what FedEx-LoRA (arXiv:2410.09432) reaches by adding the residual
     mean(BA) - mean(B) mean(A) to the base, and FFA-LoRA (arXiv:2403.12313) by freezing A (presets
-    ``fedex-lora``, ``ffa-lora``). The mean of factors alone (FedAvg on A and B, MHR's averaging)
-    has cross terms B_i A_j and is not offered. *MOS-style* averaging of a new adapter with n
-    earlier ones: weights 0.9 and 0.1 / n.
+    ``fedex-lora``, ``ffa-lora``). *MHR-μ* (arXiv:2211.03831) drops routing and goes on training
+    from the uniform mean of its adapters (preset ``mhr-mu``; of heads, which are slices of factors,
+    the mean is the same). The mean of factors alone, as FedAvg and MHR's code take it, has cross
+    terms B_i A_j and is not offered. A new adapter averaged with earlier ones: method ``mos``.
 
     Deviations
     ----------
