@@ -56,6 +56,7 @@ app.command("check")(trying.check)
 app.command("doctor")(checking.doctor)
 app.command("methods")(looking.methods)
 app.command("adapters")(zoo.adapters)
+app.command("make-basis")(zoo.make_basis)
 
 
 def _version(wanted: bool) -> None:

@@ -14,7 +14,7 @@ from tests.helpers.libraries import llama, save_tuned
 from tests.helpers.running import Ran, assert_done, call
 from tests.helpers.scene import Scene
 
-PAGES = {command.callback.__name__: getdoc(command.callback) for command in app.registered_commands}
+PAGES = {command.name: getdoc(command.callback) for command in app.registered_commands}
 EXAMPLE = re.compile(r"^ +(mergebench .*)$", re.MULTILINE)
 EXAMPLES = {page: EXAMPLE.findall(text) for page, text in PAGES.items()} | {
     "": EXAMPLE.findall(app.info.help)
