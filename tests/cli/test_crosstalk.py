@@ -96,26 +96,26 @@ def test_crosstalk_refuses(scene: Scene) -> None:
         assert_refused(call("crosstalk", *words, cwd=scene.path), expected)
 
 
-def test_adapters_are_projected_in_factors(scene: Scene) -> None:
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_adapters_are_projected_in_factors(order: tuple[int, int], scene: Scene) -> None:
     """Two LoRAs give a LoRA of the summed rank without a residual, and its report."""
-    ran = call(
-        *("merge", "lora1", "lora2", "-m", "orthogonal", "-o", "out", "--json"), cwd=scene.path
-    )
+    one, two = (f"lora{place + 1}" for place in order)
+    ran = call(*("merge", one, two, "-m", "orthogonal", "-o", "out", "--json"), cwd=scene.path)
 
     (output,) = assert_done(ran).json["outputs"]
     assert output["residuals"] == {}
     got = reported(output["readings"])
     merged = update_of(scene.path / "out")
     for name in scene.updates[0]:
-        pair = [torch.tensor(each[name]) for each in scene.updates]
+        pair = [torch.tensor(scene.updates[place][name]) for place in order]
         made = orthogonal.sequential(pair)
         assert np.abs(merged[name] - sum(made).numpy()).max() < 1e-6
-        assert got[name, "retained energy", "lora1"] == pytest.approx(1)
+        assert got[name, "retained energy", one] == pytest.approx(1)
         kept = float(made[1].square().sum() / pair[1].square().sum())
-        assert got[name, "retained energy", "lora2"] == pytest.approx(kept, abs=1e-6)
-        before = got[name, "crosstalk before", "lora1", "lora2"]
+        assert got[name, "retained energy", two] == pytest.approx(kept, abs=1e-6)
+        before = got[name, "crosstalk before", one, two]
         assert before == pytest.approx(orthogonal.crosstalk(*pair), abs=1e-6)
-        assert got[name, "crosstalk after", "lora1", "lora2"] < 1e-12
+        assert got[name, "crosstalk after", one, two] < 1e-12
 
 
 def test_the_summary_says_what_was_lost(scene: Scene) -> None:

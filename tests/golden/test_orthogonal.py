@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mergebench import apply, merge_models
-from mergebench.core.errors import ParameterError
+from mergebench.core.errors import MismatchError, ParameterError
+from mergebench.merge.method import METHODS
 from mergebench.merge.op import OPS
 
 from .support import assert_exactly, merged
@@ -47,6 +48,15 @@ def test_a_third_gives_way_to_both() -> None:
         # (1, 1, 2) whole, (1, 1, 0) - (1, 1, 2) / 3, and of (1, 0, 0) what is orthogonal to both.
         [[1 + 2 / 3 + 1 / 2, 1 + 2 / 3 - 1 / 2, 2 - 2 / 3]]
     )
+
+
+def test_roundings_claim_no_direction() -> None:
+    """What is negligible in a model as a whole is so too in what projection leaves of it."""
+    first = [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    second = [[1.0, 0.0, 0.0], [0.0, 1e-3, 0.0], [0.0, 0.0, 1e-8]]
+    third = [[0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    got = np.array(merged("orthogonal", first, second, third))
+    assert got == near([[1, 0, 1], [0, 1e-3, 0], [0, 0, 0]])
 
 
 def test_joint_projection_turns_both_alike() -> None:
@@ -111,6 +121,17 @@ def test_sizes_far_apart() -> None:
     assert other["w"].tolist() == [[0.0, 1e-12]]
 
 
+def test_places_say_who_comes_first() -> None:
+    """On arrays the order is that given, unless places say otherwise; these must be places."""
+    taus = [{"w": np.array(each)} for each in (E1, BOTH)]
+    chain = METHODS["orthogonal"]()
+    assert apply(chain, taus)["w"] == near([[1, 1], [0, 0]])
+    assert apply(chain, taus, places=(1, 0))["w"] == near([[1.5, 0.5], [0, 0]])
+    for places in ((0,), (0, 0), (1, 2)):
+        with pytest.raises(MismatchError, match="places of models, expected 0 to 1, each once"):
+            apply(chain, taus, places=places)
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("variant", "both"), ("energy", 0.0), ("energy", 1.5), ("kernels", "rows")]
 )
@@ -122,5 +143,5 @@ def test_bad_values_are_refused(name: str, value: Any) -> None:
 
 def test_a_full_model_needs_its_base() -> None:
     """Weights are not projected against each other."""
-    with pytest.raises(Exception, match="add --base"):
+    with pytest.raises(MismatchError, match="add --base"):
         merge_models([{"w": np.eye(2)}, {"w": np.eye(2)}], method="orthogonal")

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mergebench.compute.basis import basis_columns, drawn_columns, slot_columns
@@ -154,8 +156,6 @@ def test_bases_of_a_model_and_of_its_widths_are_the_same(place: Path) -> None:
 def test_metadata_say_what_it_is(place: Path) -> None:
     """Seed, rank and slot stand in the file, so that others can take another slot."""
     for name, wanted in (("start1/adapter_model", 1), ("start2/adapter_model", 2)):
-        from safetensors import safe_open
-
         with safe_open(place / f"{name}.safetensors", "np") as file:
             about = json.loads(file.metadata()["mergebench_basis"])
         assert about == {"version": 1, "rank": 4, "seed": 0, "slot": wanted, "draw": None}
@@ -202,10 +202,7 @@ def test_dtypes(dtype: str, near: float, tmp_path: Path) -> None:
     """Other precisions are roundings of the same numbers; half precision costs orthogonality."""
     words = ("--width", 64, "--rank", 8, "--slot", 0, "--dtype", dtype, "-o", "b.safetensors")
     assert_done(call("make-basis", *words, cwd=tmp_path))
-    with (tmp_path / "b.safetensors").open("rb"):
-        from safetensors.torch import load_file as load
-
-        rows = load(tmp_path / "b.safetensors")["basis.64"].double().numpy()
+    rows = load_torch(tmp_path / "b.safetensors")["basis.64"].double().numpy()
     assert np.abs(rows @ rows.T - np.eye(8)).max() < near
     assert np.abs(rows - basis_columns(64, 0, range(8)).T).max() < near
 
@@ -241,6 +238,16 @@ def test_what_cannot_be_is_refused(words: tuple[Any, ...], place: Path) -> None:
     before = tree(place)
     assert_refused(call("make-basis", *words, cwd=place), REFUSED[words])
     assert tree(place) == before
+
+
+def test_blocks_of_columns_are_one_basis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide bases are made a few columns at a time, which changes no bit."""
+    words = ("make-basis", "--width", 32, "--width", 7, "--rank", 5, "-o")
+    assert_done(call(*words, "whole.safetensors", cwd=tmp_path))
+    monkeypatch.setattr("mergebench.compute.basis._HELD", 100)
+    assert_done(call(*words, "blocks.safetensors", cwd=tmp_path))
+    whole, blocks = ((tmp_path / f"{name}.safetensors") for name in ("whole", "blocks"))
+    assert blocks.read_bytes() == whole.read_bytes()
 
 
 def test_force_replaces(tmp_path: Path) -> None:
