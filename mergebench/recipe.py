@@ -60,6 +60,9 @@ class Recipe:
         A chain written out, in place of a method.
     then : tuple of OpRef
         Ops applied after the method, in order.
+    tasks : tuple of str
+        Of a method that gives every model a result of its own, the models whose results are
+        wanted, by the names of the outputs; all if empty.
     include, exclude : tuple of str
         Selectors (see :mod:`mergebench.core.selector`) of the tensors to merge: those that any of
         ``include`` matches, all if it is empty, and none of ``exclude``.
@@ -95,6 +98,7 @@ class Recipe:
     params: Mapping[str, Any] = field(default_factory=dict)
     ops: tuple[OpRef, ...] = ()
     then: tuple[OpRef, ...] = ()
+    tasks: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     block_pattern: str | None = None
@@ -128,7 +132,7 @@ class Recipe:
         ]
         if self.then:
             data["then"] = [_op_out(each) for each in self.then]
-        for key in ("include", "exclude"):
+        for key in ("tasks", "include", "exclude"):
             if value := getattr(self, key):
                 data[key] = list(value)
         plain = Recipe(())
@@ -242,8 +246,8 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
     if not isinstance(data, Mapping):
         raise FormatError(f"{where}: a recipe is a mapping", got=type(data).__name__)
     known = {
-        "mergebench", "method", "params", "ops", "models", "then", "where", "include", "exclude",
-        "base", "compat", "dtype", "as", "shard_size", "lora_alpha", "ignore_saved_base",
+        "mergebench", "method", "params", "ops", "models", "then", "tasks", "where", "include",
+        "exclude", "base", "compat", "dtype", "as", "shard_size", "lora_alpha", "ignore_saved_base",
         "on_mismatch", "vocab", "allow_base_mismatch", "allow_nonfinite", "out", "block_pattern",
     }  # fmt: skip
     for key in data:
@@ -272,6 +276,7 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
         method="" if "ops" in data else _text(data, "method", where) or "linear",
         ops=_ops(data, "ops", where),
         then=_ops(data, "then", where),
+        tasks=_texts(data, "tasks", where),
         include=_texts(data, "include", where),
         exclude=_texts(data, "exclude", where),
         block_pattern=_text(data, "block_pattern", where),

@@ -244,7 +244,7 @@ def _show_method(name: str, as_json: bool) -> None:
     _show_params(data["params"])
     for preset, values in method.compat.items():
         console.say(f"--compat {preset}: " + ", ".join(f"{k}={v}" for k, v in values.items()))
-    if name in OPS:
+    if name in OPS and OPS[name].apart != "each":
         console.say(f"After another method: --then {name}; see mergebench methods {name} --ops")
 
 

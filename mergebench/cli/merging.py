@@ -29,6 +29,7 @@ def merge(
     param: o.Params = None,
     then: o.Then = None,
     where: o.Where = None,
+    task: o.Task = None,
     include: o.Include = None,
     exclude: o.Exclude = None,
     block_pattern: o.BlockPattern = None,
@@ -66,7 +67,7 @@ def merge(
     recipe = _recipe(
         models, base, method, param, then, compat, dtype, form, shard_size, lora_alpha, out,
         ignore_saved_base, where, include, exclude, on_mismatch, vocab,
-        allow_base_mismatch, allow_nonfinite, block_pattern,
+        allow_base_mismatch, allow_nonfinite, block_pattern, task,
     )  # fmt: skip
     _do(recipe, force, memory, workers, dry_run, as_json, quiet, check, report)
 
@@ -78,6 +79,7 @@ def plan(
     param: o.Params = None,
     then: o.Then = None,
     where: o.Where = None,
+    task: o.Task = None,
     include: o.Include = None,
     exclude: o.Exclude = None,
     block_pattern: o.BlockPattern = None,
@@ -107,7 +109,7 @@ def plan(
     recipe = _recipe(
         models, base, method, param, then, compat, dtype, form, shard_size, lora_alpha, out,
         ignore_saved_base, where, include, exclude, on_mismatch, vocab,
-        allow_base_mismatch, allow_nonfinite, block_pattern,
+        allow_base_mismatch, allow_nonfinite, block_pattern, task,
     )  # fmt: skip
     _do(recipe, True, memory, workers, True, as_json, False)
 
@@ -165,6 +167,7 @@ def _recipe(
     allow_base_mismatch: bool,
     allow_nonfinite: bool,
     block_pattern: str | None,
+    task: list[str] | None,
 ) -> Recipe:
     from mergebench.core.errors import ParameterError, did_you_mean
     from mergebench.recipe import (
@@ -202,6 +205,7 @@ def _recipe(
         method=method,
         params=params,
         then=tuple(parse_op(each) for each in then or []),
+        tasks=tuple(task or ()),
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         block_pattern=block_pattern,

@@ -50,6 +50,14 @@ Where = Annotated[
         "class=norm:lam=0, block=0-3:weight=1/0 or a regular expression.",
     ),
 ]
+Task = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task",
+        metavar="NAME",
+        help="Write only this model's result, repeatable, where every model has its own.",
+    ),
+]
 Include = Annotated[
     list[str] | None,
     typer.Option(

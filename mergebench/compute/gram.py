@@ -102,28 +102,52 @@ def block_sums(sweep: Any, measure: Measure) -> Any:
     MergebenchError
         If the sum is not finite.
     """
-    total: Any = None
+    found = grouped_sums(sweep, measure, lambda site: "")
+    return found[""] if found else measure(np.zeros((sweep.models, 1, 0)))[0]
+
+
+def grouped_sums(sweep: Any, measure: Measure, group: Callable[[Any], str]) -> dict[str, Any]:
+    """As :func:`block_sums`, over groups of tensors.
+
+    Parameters
+    ----------
+    sweep : Sweep
+        Over any number of tensors.
+    measure : callable
+    group : callable
+        ``(site) -> str``: the group that a tensor belongs to.
+
+    Returns
+    -------
+    dict of group to float64 array
+        Without groups that have no entries.
+    """
+    totals: dict[str, Any] = {}
     held: list[Any] = []
-    name = ""
+
+    def add(key: str, block: Any) -> None:
+        totals[key] = totals[key] + block if key in totals else block
+
     for at, parts in sweep(partial(_look, measure)):
-        name = at.site.name
+        key = group(at.site)
         for found, ends in parts:
             if ends is None:
                 for block in found:
-                    total = block if total is None else total + block
+                    add(key, block)
                 continue
             # What tiles have cut is put together again before it is summed.
             held.append(found)
             if ends:
                 with np.errstate(over="ignore", invalid="ignore"):
                     (block,) = measure(np.concatenate(held, axis=1)[:, None, :])
-                total = block if total is None else total + block
+                add(key, block)
                 held = []
-    if total is None:
-        return measure(np.zeros((sweep.models, 1, 0)))[0]
-    if isinstance(total, np.ndarray) and not np.isfinite(total).all():
-        raise MergebenchError(f"{name}: inner products exceed float64", fix="scale the inputs down")
-    return total
+        total = totals.get(key)
+        if isinstance(total, np.ndarray) and not np.isfinite(total).all():
+            raise MergebenchError(
+                f"{at.site.name}: inner products exceed float64", fix="scale the inputs down"
+            )
+    return totals
 
 
 # What overflows is found, and refused, when all is added up.

@@ -51,6 +51,8 @@ class Aligned:
     reasons : mapping of name to str
         Why a tensor is copied.
     notes : tuple of str
+    own : mapping of name to tensors
+        Copies that differ between the results of models, one per model.
     """
 
     order: tuple[str, ...]
@@ -59,6 +61,7 @@ class Aligned:
     twins: Mapping[str, tuple[str, ...]]
     reasons: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    own: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -82,6 +85,8 @@ def align(
     form: str,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     pattern: re.Pattern[str] = BLOCK_PATTERN,
+    *,
+    apart: bool = False,
 ) -> Aligned:
     """Decide for every tensor whether it is merged or copied, and from what.
 
@@ -135,10 +140,11 @@ def align(
             if form == "model":
                 twins[source] = (*twins.get(source, ()), alias)
     _check_added(table, reference)
-    _keep_replacements(table, names)
+    values = _own_values(table) if apart else {}
+    _keep_replacements(table, names, values)
     items = _items(table, reference, space, form, shapes or {}, pattern)
     present = [n for n in names if n in items or n in table.copies]
-    return Aligned(tuple(present), items, table.copies, twins, table.reasons, tuple(notes))
+    return Aligned(tuple(present), items, table.copies, twins, table.reasons, tuple(notes), values)
 
 
 def _displacements(
@@ -356,14 +362,35 @@ def _assert_equal(name: str, origin: str, tensor: Tensor, model: Source) -> None
         )
 
 
-def _keep_replacements(table: _Table, names: list[str]) -> None:
-    """Tensors that adapters replace and that no base has: one value for all, or an error."""
+def _own_values(table: _Table) -> dict[str, tuple[Tensor, ...]]:
+    """What every model holds in full and no base has, such as a head: one value per model."""
+    found: dict[str, tuple[Tensor, ...]] = {}
+    for name, given in table.kept.items():
+        values = tuple(tensor for _, tensor in given)
+        kinds = {(tensor.dtype, tuple(tensor.shape)) for tensor in values}
+        differ = any(not same_content(values[0], tensor) for tensor in values[1:])
+        plain = not is_statistic(name) and not is_counter(name)
+        if plain and differ and len(kinds) == 1 and len(values) == len(table.models):
+            found[name] = values
+    return found
+
+
+def _keep_replacements(
+    table: _Table, names: list[str], own: Mapping[str, tuple[Tensor, ...]]
+) -> None:
+    """Tensors that adapters replace and that no base has: one value for all, or an error.
+
+    Where each result has its own (``own``), they may differ.
+    """
     for name, given in table.kept.items():
         label, first = given[0]
         reason = f"replaced alike by {len(given)} of {len(table.models)} inputs"
         if is_statistic(name):
             first, reason = average(name, _weighted(table, given), None)
-        for other, tensor in () if is_statistic(name) or is_counter(name) else given[1:]:
+        if name in own:
+            reason = "not in the base, that of each model itself"
+        free = is_statistic(name) or is_counter(name) or name in own
+        for other, tensor in () if free else given[1:]:
             if not same_content(first, tensor):
                 why = "no base has it to take differences from"
                 fix = "give --base with a model that has this tensor"

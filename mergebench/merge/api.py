@@ -16,7 +16,7 @@ from mergebench.core.task_vector import TaskVector
 from mergebench.core.tensor import ArrayTensor
 from mergebench.merge.engine import Progress, Written, execute, execute_in_memory
 from mergebench.merge.limits import DEFAULT_MEMORY
-from mergebench.merge.plan import make_plan
+from mergebench.merge.plan import Plan, make_plan
 from mergebench.recipe import ModelRef, OpRef, Recipe, parse_op, with_rules
 from mergebench.sources import (
     Source,
@@ -38,6 +38,7 @@ def merge_models(
     out: str | PathLike[str] | None = None,
     then: Sequence[str | OpRef] = (),
     where: Sequence[str] = (),
+    tasks: Sequence[str] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     block_pattern: str | None = None,
@@ -68,7 +69,8 @@ def merge_models(
     base : path or state dict, optional
     method : str, default "linear"
         See :data:`mergebench.methods`; its parameters are further keywords. A list of values
-        gives one output per value, from one reading of the inputs.
+        gives one output per value, from one reading of the inputs; methods such as ``emr`` give
+        one per model.
     out : path, optional
         A ``.safetensors`` file or a folder. Without it the result is returned.
     then : sequence of str or OpRef
@@ -76,6 +78,9 @@ def merge_models(
     where : sequence of str
         Other values for selected tensors, such as ``"class=norm:lam=0"`` or
         ``"block=0-3:weight=1/0"``.
+    tasks : sequence of str
+        Where every model has a result of its own: the names of those that are wanted, such as
+        ``ft-a`` for ``models/ft-a`` or ``models_0`` for the first of state dicts; all by default.
     include, exclude : sequence of str
         Selectors of the tensors to merge, such as ``"class=norm"`` or a regular expression; the
         others come from the base.
@@ -92,7 +97,8 @@ def merge_models(
     Returns
     -------
     Written or list of Written
-        With ``out``; a list where a parameter has several values.
+        With ``out``; a list where a parameter has several values, or where every model has a
+        result of its own (in the order of the models, unless one of ``tasks`` is asked for).
     dict or list of dict
         Without: tensor name -> array, torch tensors if the first state dict held them.
 
@@ -112,6 +118,7 @@ def merge_models(
         method=method,
         params={key: tuple(v) if isinstance(v, list) else v for key, v in params.items()},
         then=tuple(parse_op(each) if isinstance(each, str) else each for each in then),
+        tasks=(tasks,) if isinstance(tasks, str) else tuple(tasks),
         base=None if base is None else _label(base, "base"),
         include=tuple(include),
         exclude=tuple(exclude),
@@ -135,15 +142,18 @@ def merge_models(
     plan = make_plan(recipe, sources=opened, base=under, memory=budget, workers=workers)
     if out is not None:
         written: list[Written] = execute(plan, force=force, progress=progress)
-        return written if _several(recipe) else written[0]
+        return written if _several(plan) else written[0]
     results = execute_in_memory(plan, progress)
     if any(_is_torch(model) for model, _ in pairs):
         results = [_to_torch(each) for each in results]
-    return results if _several(recipe) else results[0]
+    return results if _several(plan) else results[0]
 
 
-def _several(recipe: Recipe) -> bool:
-    return any(isinstance(value, (list, tuple)) for value in recipe.params.values())
+def _several(plan: Plan) -> bool:
+    listed = any(isinstance(value, (list, tuple)) for value in plan.recipe.params.values())
+    # A single task that is asked for is no list, as a single value is none.
+    apart = any(each.tail for each in plan.variants) and len(plan.recipe.tasks) != 1
+    return listed or apart
 
 
 def _pair(model: Model) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ from mergebench.compute.namespace import namespace
 from mergebench.core.errors import MismatchError
 from mergebench.core.site import make_sites, parse_pattern
 from mergebench.core.tensor import FLOATING, dtype_name
-from mergebench.merge.op import At, Chain, Op, Stack, check_models, needs_base
+from mergebench.merge.op import At, Chain, Op, Stack, check_models, combines, needs_base
 
 R = TypeVar("R")
 
@@ -84,14 +84,15 @@ def apply(
         if base is None:
             raise MismatchError("the ops look at the base, and none is given", fix="give base=")
         pieces = _on(pieces, base if named else {"tensor": base})
+    given = {piece.at.site.name: piece.at for piece in pieces}
     for step in steps:
-        pieces = _step(step, pieces)
+        pieces = _step(step, pieces, given)
     results = [
         {piece.at.site.name: _shaped(piece.stack[row, :], piece.at.site.shape) for piece in pieces}
         for row in range(int(pieces[0].stack.shape[0]) if pieces else len(tables))
     ]
     outs = results if named else [table["tensor"] for table in results]
-    return outs[0] if any(step.spec.reduces for step in steps) else outs
+    return outs[0] if combines(steps) else outs
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +169,7 @@ def _check_floating(name: str, arrays: Sequence[Any]) -> None:
             )
 
 
-def _step(step: Op, pieces: list[_Piece]) -> list[_Piece]:
+def _step(step: Op, pieces: list[_Piece], given: Mapping[str, At]) -> list[_Piece]:
     statistic = step.statistic
     value = None
     if statistic is not None and statistic.scope == "model":
@@ -179,7 +180,7 @@ def _step(step: Op, pieces: list[_Piece]) -> list[_Piece]:
             value = statistic.measure(_Arrays([piece]))
         models = piece.at.models if step.spec.needs_models else None
         stack = step.apply(piece.stack, replace(piece.at, value=value, models=models))
-        done.append(_Piece(piece.at.alone() if step.spec.reduces else piece.at, stack))
+        done.append(_Piece(piece.at.after(step, given[piece.at.site.name]), stack))
     return done
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from mergebench.sources import Applied
 
 #: Why statistics are copied.
 AVERAGED = "weighted mean of running statistics"
+#: The same where every model has a result of its own.
+OWN = "running statistics of each model itself"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,10 @@ class Mean:
     name: str
     dtype: str
     lenient: bool = False
+
+    def of(self, label: str, tensor: Tensor) -> Mean:
+        """The statistics of one model alone, stored as the mean is."""
+        return replace(self, tensors=(tensor,), shares=(1.0,), labels=(label,))
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from mergebench.core.errors import MismatchError
 from mergebench.core.site import is_constant, is_counter, is_statistic
 from mergebench.core.tensor import FLOATING, Array, Tensor
 from mergebench.merge.align import Aligned
-from mergebench.merge.averaged import Mean, average
+from mergebench.merge.averaged import OWN, Mean, average
 from mergebench.merge.stream import Item
 from mergebench.sources import Source
 
@@ -51,8 +51,11 @@ def settle(
     space: str,
     *,
     allow_nonfinite: bool,
+    apart: bool = False,
 ) -> Aligned:
     """Take buffers out of what is merged: statistics are averaged, the rest is the base's.
+
+    Where every model has a result of its own, so are its statistics.
 
     Parameters
     ----------
@@ -64,6 +67,8 @@ def settle(
     space : weight or delta
     allow_nonfinite : bool
         Let entries that are not finite pass through, here and in everything that is merged.
+    apart : bool
+        Whether every model has a result of its own.
 
     Raises
     ------
@@ -75,18 +80,25 @@ def settle(
     items: dict[str, Item] = {}
     copies, reasons = dict(aligned.copies), dict(aligned.reasons)
     notes: list[str] = []
+    own: dict[str, tuple[Tensor, ...]] = dict(aligned.own)
     averaged = []
     for name, item in aligned.items.items():
         found: tuple[Tensor, str] | None = None
         if is_statistic(name):
-            found = _statistic(item, under, space, lenient=allow_nonfinite)
+            values = _statistics(item, under, space)
+            if values is not None:
+                origin = None if under is None else under.tensors.get(name)
+                found = average(name, values, origin, lenient=allow_nonfinite)
+            if values is not None and found is not None and isinstance(found[0], Mean) and apart:
+                own[name] = tuple(found[0].of(label, tensor) for label, _, tensor in values)
+                found = found[0], OWN
         elif first is not None and name in first.tensors:
             found = _from_base(item, first, notes)
         if found is None:
             items[name] = replace(item, lenient=allow_nonfinite)
             continue
         copies[name], reasons[name] = found
-        if isinstance(found[0], Mean):
+        if isinstance(found[0], Mean) and name not in own:
             averaged.append(name)
     averaged += [
         name
@@ -99,13 +111,19 @@ def settle(
             "models': recalibrate them by running training data through the merged model"
         )
     return replace(
-        aligned, items=items, copies=copies, reasons=reasons, notes=(*aligned.notes, *notes)
+        aligned,
+        items=items,
+        copies=copies,
+        reasons=reasons,
+        notes=(*aligned.notes, *notes),
+        own=own,
     )
 
 
-def _statistic(
-    item: Item, base: Checkpoint | None, space: str, *, lenient: bool
-) -> tuple[Tensor, str] | None:
+def _statistics(
+    item: Item, base: Checkpoint | None, space: str
+) -> list[tuple[str, float, Tensor]] | None:
+    """Label, weight and values of every model; ``None`` where a model has no values of it."""
     origin = None if base is None else base.tensors.get(item.site.name)
     values: list[tuple[str, float, Tensor]] = []
     for label, weight, delta in zip(item.labels, item.weights, item.deltas, strict=True):
@@ -121,7 +139,7 @@ def _statistic(
             case _:
                 # A displacement without a base stays one.
                 return None
-    return average(item.site.name, values, origin, lenient=lenient)
+    return values
 
 
 def _from_base(item: Item, first: Checkpoint, notes: list[str]) -> tuple[Tensor, str] | None:

@@ -19,8 +19,9 @@ from mergebench.checkpoints.staging import check_destination
 from mergebench.checkpoints.writer import Output, together
 from mergebench.compute.masking import moved
 from mergebench.compute.rounding import round_to
-from mergebench.core.tensor import DTYPES, Array, size_of
+from mergebench.core.tensor import DTYPES, Array, Tensor, size_of
 from mergebench.manifest import MANIFEST, sealed, with_outputs
+from mergebench.merge.apart import place_of
 from mergebench.merge.averaged import Mean
 from mergebench.merge.core_space import fits, merged_item
 from mergebench.merge.factors import write_factors
@@ -404,7 +405,14 @@ def merged_tile(
 
 
 def _copy(plan: Plan, name: str, target: str, sinks: Sequence[Sink]) -> None:
-    tensor = plan.aligned.copies[name]
+    if own := plan.aligned.own.get(name):
+        for variant, sink in zip(plan.variants, sinks, strict=True):
+            _copy_of(plan, name, target, own[place_of(variant.tail)], [sink])
+    else:
+        _copy_of(plan, name, target, plan.aligned.copies[name], sinks)
+
+
+def _copy_of(plan: Plan, name: str, target: str, tensor: Tensor, sinks: Sequence[Sink]) -> None:
     size = size_of(tensor.shape)
     dtype = plan.layout.places[target].spec.dtype
     itemsize = DTYPES[dtype].itemsize

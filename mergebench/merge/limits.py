@@ -87,7 +87,9 @@ def _shared(variants: Sequence[Variant], name: str) -> int:
     if len(variants) == 1:
         return 0
     chains = [each.at(name) for each in variants]
-    return len({ops[:end] for ops in chains for end in range(1, len(ops) + 1)})
+    starts = {ops[:end] for ops in chains for end in range(1, len(ops) + 1)}
+    # What only chooses a row of what is there already takes nothing.
+    return sum(not ops[-1].spec.chooses for ops in starts)
 
 
 def _factors(item: Item) -> tuple[int, int]:

@@ -102,7 +102,9 @@ def lora_layout(
 
 def _limit(item: Item, variants: Sequence[Variant]) -> int:
     """The rank that the chains leave at most, at least 1; larger than any where they set none."""
-    limits = [rank_of(each.at(item.site.name), len(item.deltas)) for each in variants]
+    limits = [
+        rank_of(each.at(item.site.name), len(item.deltas), item.site.shape) for each in variants
+    ]
     return max(1, *(item.site.size if limit is None else limit for limit in limits))
 
 

@@ -25,6 +25,8 @@ R = TypeVar("R")
 Granularity = Literal["entry", "row", "tensor"]
 #: On which sides of a matrix an op commutes with orthonormal changes of basis.
 Sides = Literal["none", "left", "both"]
+#: Whether every model gets a result of its own, and whether also out of what was combined.
+Apart = Literal["", "each", "again"]
 #: An array of any library that follows the array API standard.
 Stack = Any
 
@@ -70,9 +72,13 @@ class At:
     keys: tuple[int, ...] = field(default=(), kw_only=True)
     places: tuple[int, ...] = field(default=(), kw_only=True)
 
-    def alone(self) -> At:
-        """The same place after an op that combines models."""
-        return replace(self, weights=(1.0,), keys=(0,), places=())
+    def after(self, op: Op, before: At) -> At:
+        """The same place once ``op`` has run, in a chain that began at ``before``."""
+        if op.spec.apart:
+            return replace(self, weights=before.weights, keys=before.keys, places=before.places)
+        if op.spec.reduces:
+            return replace(self, weights=(1.0,), keys=(0,), places=())
+        return self
 
     def in_order(self, count: int) -> list[int]:
         """The rows of a stack of ``count`` models in the order of the user."""
@@ -158,9 +164,11 @@ class OpSpec:
     equivariant: Callable[..., Sides] = lambda **_: "none"
     workspace: Callable[[int, int, int], int] | None = None
     tolerance: float = 0.0
-    rank: Callable[..., int | None] = lambda **_: None
+    rank: Callable[..., int | None] = lambda shape, models, **_: None
     ordered: Callable[..., bool] = lambda **_: False
     report: Callable[..., tuple[Reading, ...]] | None = None
+    apart: Apart = ""
+    chooses: bool = False
 
     @property
     def summary(self) -> str:
@@ -255,6 +263,7 @@ def op(
     rank: Callable[..., int | None] | None = None,
     ordered: bool | Callable[..., bool] = False,
     report: Callable[..., tuple[Reading, ...]] | None = None,
+    apart: Apart = "",
 ) -> Callable[[Callable[Concatenate[Stack, At, P], Stack]], Callable[P, Op]]:
     """Register a function ``(stack, at, **params) -> stack`` and return its factory.
 
@@ -290,13 +299,17 @@ def op(
     tolerance : float
         0 where every library gives the same value within a rounding; for ops backed by LAPACK
         the relative error, of the largest entry, that another backend may show.
-    rank : callable of the parameters, optional
-        The largest rank that matrices can have after the op.
+    rank : callable ``(shape, models, **params) -> int or None``, optional
+        The largest rank that a tensor of that shape can have after the op, as a matrix; ``None``
+        where the op sets no limit.
     ordered : bool or callable of the parameters
         Whether the result depends on the order in which the user names the models, which is
         ``At.places``. The recipe of an output then keeps that order.
     report : callable ``(before, after, at, **params) -> readings``, optional
         What is to be said of one tensor, from the op's input and output; for ops of whole tensors.
+    apart : each or again, optional
+        Every model gets a result of its own, out of what all of them hold: one row comes out for
+        each model of the merge. With again also after an op that combines them.
     """
 
     def register(function: Callable[Concatenate[Stack, At, P], Stack]) -> Callable[P, Op]:
@@ -317,9 +330,10 @@ def op(
             equivariant if callable(equivariant) else lambda **_: equivariant,
             workspace,
             tolerance,
-            rank or (lambda **_: None),
+            rank or (lambda shape, models, **_: None),
             ordered if callable(ordered) else lambda **_: ordered,
             report,
+            apart,
         )
         return cast("Callable[P, Op]", OPS.add(name, spec))
 
@@ -336,13 +350,27 @@ def chain(*ops: Op) -> Chain:
     """
     reduced = ""
     for each in ops:
-        if each.spec.reduces and reduced:
+        spec = each.spec
+        if reduced and (spec.reduces or spec.apart == "each"):
             raise ParameterError(
                 f"{each.name}: nothing left to combine, {reduced} has left a single task vector",
                 fix="use one combining op per chain",
             )
-        reduced = each.name if each.spec.reduces else reduced
+        reduced = each.name if spec.reduces else "" if spec.apart else reduced
     return ops
+
+
+def combines(ops: Chain) -> bool:
+    """Whether the chain leaves a single task vector, not one for each model."""
+    single = False
+    for each in ops:
+        single = not each.spec.apart and (single or each.spec.reduces)
+    return single
+
+
+def is_apart(ops: Chain) -> bool:
+    """Whether the chain gives every model a result of its own."""
+    return not combines(ops) and any(each.spec.apart for each in ops)
 
 
 def check_models(ops: Chain, weights: Sequence[float]) -> None:
@@ -352,6 +380,7 @@ def check_models(ops: Chain, weights: Sequence[float]) -> None:
     ------
     ParameterError
     """
+    given = weights
     for each in ops:
         most = each.spec.most
         if most is not None and len(weights) > most:
@@ -360,8 +389,7 @@ def check_models(ops: Chain, weights: Sequence[float]) -> None:
             )
         if each.spec.check_weights is not None:
             each.spec.check_weights(weights, **dict(each.params))
-        if each.spec.reduces:
-            weights = (1.0,)
+        weights = given if each.spec.apart else (1.0,) if each.spec.reduces else weights
 
 
 def needs_base(ops: Iterable[Op]) -> bool:
@@ -386,24 +414,29 @@ def sides_of(ops: Chain) -> Sides:
 
 def workspace_of(ops: Chain, models: int, shape: tuple[int, int]) -> int:
     """The most bytes that an op of the chain holds beside its stack, for one matrix."""
-    most = 0
+    most, rows = 0, models
     for each in ops:
         if each.spec.workspace is not None:
-            most = max(most, each.spec.workspace(models, *shape))
-        models = 1 if each.spec.reduces else models
+            most = max(most, each.spec.workspace(rows, *shape))
+        rows = models if each.spec.apart else 1 if each.spec.reduces else rows
     return most
 
 
-def rank_of(ops: Chain, models: int) -> int | None:
-    """The largest rank that a merged matrix can have; ``None`` where the chain sets no limit."""
+def rank_of(ops: Chain, models: int, shape: tuple[int, ...]) -> int | None:
+    """The largest rank that a merged tensor of a shape can have, as a matrix.
+
+    ``None`` where the chain sets no limit.
+    """
     most: int | None = None
+    rows = models
     for each in ops:
         # Only what does not depend on the basis leaves ranks where they are.
-        most = None if each.sides == "none" or most is None else most
-        if each.spec.reduces and most is not None:
-            most *= models
-        own = each.spec.rank(**dict(each.params))
+        most = None if each.sides == "none" or each.spec.apart or most is None else most
+        if each.spec.reduces and most is not None and not each.spec.chooses:
+            most *= rows
+        own = each.spec.rank(shape, models, **dict(each.params))
         most = own if most is None else most if own is None else min(own, most)
+        rows = models if each.spec.apart else 1 if each.spec.reduces else rows
     return most
 
 

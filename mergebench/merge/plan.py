@@ -31,7 +31,7 @@ from mergebench.merge.package import Package, package
 from mergebench.merge.precision import coarser
 from mergebench.merge.selecting import place, select
 from mergebench.merge.tying import tie_alike
-from mergebench.merge.variants import Variant, make_variants, recorded, sweeps
+from mergebench.merge.variants import Variant, make_variants, recorded, split, sweeps
 from mergebench.merge.vocab import reconcile
 from mergebench.recipe import DTYPES, FORMS, ON_MISMATCH, VOCAB, Recipe
 from mergebench.sources import Source, content, open_source, with_base
@@ -215,7 +215,7 @@ def make_plan(
         space = "delta"
     _check_base(recipe, models, base, form, space)
     _check_count(method, models, variants)
-    variants = recorded(variants, models, weights, base, places)
+    variants = recorded(split(variants, recipe, models, places), models, weights, base, places)
     chosen = select(recipe, models, base)
     spoken = reconcile(models, chosen.models, base, _same(first, chosen.models), form, recipe.vocab)
     evened = even_out(
@@ -230,12 +230,15 @@ def make_plan(
     )
     models, base, first = evened.models, spoken.base, spoken.first
     pattern = parse_pattern(recipe.block_pattern)
-    aligned = align(models, weights, base, space, form, chosen.shapes, pattern)
+    apart = all(each.tail for each in variants)
+    aligned = align(models, weights, base, space, form, chosen.shapes, pattern, apart=apart)
     if not aligned.items and not aligned.copies:
         raise MismatchError("the inputs have no floating-point tensor to merge")
     aligned, variants = place(aligned, variants, weights, chosen.apart, evened)
     aligned = in_places(extended(aligned, evened), places)
-    aligned = settle(aligned, models, base, space, allow_nonfinite=recipe.allow_nonfinite)
+    aligned = settle(
+        aligned, models, base, space, allow_nonfinite=recipe.allow_nonfinite, apart=apart
+    )
     origin = measure(models, base, aligned, space, allow=recipe.allow_base_mismatch)
     built = package(recipe, form, aligned, models, weights, base, first, variants, spoken.sides)
     tiling, needed, least = choose_tiling(aligned, variants, built, memory, workers)

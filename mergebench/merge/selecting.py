@@ -227,7 +227,8 @@ def _weighed(item: Item, weights: Sequence[Any]) -> Item:
 def _placed(variant: Variant, sites: Sequence[Site]) -> Variant:
     if not any(True for _ in _scheduled([variant])):
         return variant
-    return replace(variant, chains={site.name: build(variant.recipe, site) for site in sites})
+    chains = {site.name: (*build(variant.recipe, site), *variant.tail) for site in sites}
+    return replace(variant, chains=chains)
 
 
 def _check_thresholds(variant: Variant, items: Mapping[str, Item]) -> None:

@@ -18,7 +18,15 @@ from mergebench.core.delta import Delta, Dense, Difference, LowRank, reads, resi
 from mergebench.core.errors import MergebenchError, MismatchError
 from mergebench.core.site import Site
 from mergebench.core.tensor import Array, Tensor
-from mergebench.merge.op import At, Chain, Reading, Stack, granularity_of, needs_base
+from mergebench.merge.op import (
+    At,
+    Chain,
+    Reading,
+    Stack,
+    combines,
+    granularity_of,
+    needs_base,
+)
 from mergebench.sources import Applied
 
 R = TypeVar("R")
@@ -310,7 +318,7 @@ class Evaluator:
         memo: dict[Chain, Stack] | None = None,
     ) -> Stack:
         """The chain's result on one tile; ``memo`` shares beginnings between chains."""
-        begin, origin = 0, stack
+        begin, origin, before = 0, stack, at
         for end in range(len(ops), 0, -1):
             if memo is not None and ops[:end] in memo:
                 stack, begin = memo[ops[:end]], end
@@ -330,8 +338,7 @@ class Evaluator:
                     self.reports[ops[:end], item.site.name] = found
                 if memo is not None:
                     memo[ops[:end]] = stack
-            if each.spec.reduces:
-                at = at.alone()
+            at = at.after(each, before)
         return stack
 
     def readings(self, ops: Chain, name: str) -> tuple[Reading, ...]:
@@ -381,7 +388,7 @@ class _Sweep:
     @property
     def models(self) -> int:
         """Rows of the stacks given to visitors."""
-        if any(each.spec.reduces for each in self.ops):
+        if combines(self.ops):
             return 1
         return len(self.items[0].deltas) if self.items else 0
 
@@ -418,8 +425,10 @@ class _Sweep:
             raw, base = load(item, begin, end)
             at = located(item, begin, end, base, needs_base(self.asking))
             stack = self.owner.run(self.ops, item, at, raw)
-            reduced = any(each.spec.reduces for each in self.ops)
-            yield replace(at.alone() if reduced else at, models=raw), stack
+            after = at
+            for each in self.ops:
+                after = after.after(each, at)
+            yield replace(after, models=raw), stack
 
     def sample(self, count: int) -> Stack:
         """Runs of entries, evenly spread over the scope."""

@@ -15,8 +15,9 @@ from mergebench.core.errors import ParameterError
 from mergebench.core.params import bind
 from mergebench.core.schedule import is_schedule, leaves, value_at
 from mergebench.core.site import Site
+from mergebench.merge.apart import chosen, names_of, pick
 from mergebench.merge.method import METHODS, Method
-from mergebench.merge.op import OPS, Chain, Op, chain
+from mergebench.merge.op import OPS, Chain, Op, chain, combines, is_apart
 from mergebench.recipe import ModelRef, OpRef, Recipe
 from mergebench.sources import Source
 
@@ -41,6 +42,8 @@ class Variant:
         Where schedules give a tensor a chain of its own; empty without schedules.
     ordered : bool
         Whether an op of some tensor depends on the order in which the user names the models.
+    tail : Chain
+        What ends every chain where each model has a result of its own.
     """
 
     label: str
@@ -49,6 +52,7 @@ class Variant:
     out: Path | None
     chains: Mapping[str, Chain] = field(default_factory=dict)
     ordered: bool = False
+    tail: Chain = ()
 
     def at(self, name: str) -> Chain:
         """The chain of one tensor."""
@@ -87,9 +91,16 @@ def make_variants(recipe: Recipe) -> tuple[Method | None, tuple[Variant, ...]]:
             then=tuple(_expanded(ref) for ref in each.then),
         )
         whole = build(expanded, None)
-        if not any(one.spec.reduces for one in whole):
+        if not combines(whole) and not is_apart(whole):
             raise ParameterError(
                 "the ops leave several task vectors", fix="add a combining op such as `sum`"
+            )
+        if recipe.tasks and not is_apart(whole):
+            raise ParameterError(
+                f"{recipe.method or 'this chain'} gives one result for all models, and tasks are "
+                "named",
+                got=", ".join(recipe.tasks),
+                fix="leave out --task, or take a method that gives each model a result of its own",
             )
         out = _place(recipe.out, label)
         # The place is not part of what decides the bytes.
@@ -98,8 +109,7 @@ def make_variants(recipe: Recipe) -> tuple[Method | None, tuple[Variant, ...]]:
     if not found:
         empty = next(key for key, value in recipe.params.items() if value in ((), []))
         raise ParameterError(f"parameter {empty!r} has an empty list of values")
-    if len({str(each.out) for each in found}) < len(found) and recipe.out:
-        raise ParameterError("two outputs would have the same place", fix="list each value once")
+    _check_apart(found, recipe)
     return method, tuple(found)
 
 
@@ -121,6 +131,52 @@ def _worded(params: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         for leaf in leaves(value) if is_schedule(value) else ():
             if isinstance(leaf, str):
                 yield {**params, key: leaf}
+
+
+def _check_apart(variants: Sequence[Variant], recipe: Recipe) -> None:
+    if recipe.out and len({str(each.out) for each in variants}) < len(variants):
+        raise ParameterError("two outputs would have the same place", fix="list each value once")
+
+
+def split(
+    variants: Sequence[Variant], recipe: Recipe, models: Sequence[Source], given: Sequence[int]
+) -> tuple[Variant, ...]:
+    """One output per model where a chain gives every model a result of its own.
+
+    Parameters
+    ----------
+    variants : sequence of Variant
+        One per combination of values.
+    recipe : Recipe
+        As asked; ``tasks`` names the results that are wanted, all if it is empty.
+    models : sequence of Source
+        In canonical order.
+    given : sequence of int
+        For each of them its place on the command line, which is the order of the outputs.
+
+    Raises
+    ------
+    ParameterError
+        If a task is named that there is none of, or two outputs would have the same place.
+    """
+    names = names_of([model.label for model in models])
+    found = []
+    for each in variants:
+        if not is_apart(each.ops):
+            found.append(each)
+            continue
+        wanted = chosen(recipe.tasks, names, recipe.method or "ops")
+        for place in sorted(wanted, key=given.__getitem__):
+            name, tail = names[place], (pick(place),)
+            # A single task that is asked for is the output itself, as a single value is.
+            shown = [each.label] if len(recipe.tasks) == 1 else [name, each.label]
+            label = ",".join(filter(None, shown))
+            alone = replace(each.recipe, tasks=(name,))
+            out = _place(recipe.out, label)
+            whole = (*each.ops, *tail)
+            found.append(Variant(label, alone, whole, out, ordered=each.ordered, tail=tail))
+    _check_apart(found, recipe)
+    return tuple(found)
 
 
 def _expanded(ref: OpRef) -> OpRef:

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from mergebench import apply
 from mergebench.merge.method import METHODS
 from mergebench.merge.op import tolerance_of
 
 from .assertions import assert_close, assert_same_values, assert_within_ulps
 from .promises import Params
-from .support import F32, Arrays, Case
+from .support import F32, Arrays, Case, apply
 
 
 def in_torch(tables: Sequence[Arrays]) -> list[dict[str, torch.Tensor]]:
@@ -55,7 +54,7 @@ def assert_gradients(method: str, case: Case, params: Params, seed: int) -> None
             for each, way in zip(inputs, ways, strict=True)
         ]
         out = apply(chain, moved, case.weights, base=base)
-        return torch.stack([(heights[0][n] * out[n]).sum() for n in out]).sum()
+        return torch.stack([(heights[0][n.partition("@")[0]] * out[n]).sum() for n in out]).sum()
 
     loss(0.0).backward()
     slope = sum(

@@ -56,11 +56,13 @@ NEUTRAL: Mapping[str, Any] = {
     "clip": 0.0,
     "energy": 1.0,
     "m": 0.0,
+    "size": 2.0,
 }
 #: The same for parameters whose name means something else in another method.
 NEUTRAL_OF: Mapping[str, Mapping[str, Any]] = {
     "lines": {"alpha": "1.0"},
     "widen": {"ratio": 1.0},
+    "tsv_compress": {"share": "1"},
     # The authors' code leaves out the entry of lowest score.
     "pcb": {"variant": "paper", "normalize": True},
 }
@@ -105,6 +107,8 @@ METHODS_EXEMPT: Mapping[tuple[str, str], str] = {
     ("identity", "arcee_fusion"): "it never takes over a model whole, only what matters in it",
     ("double", "arcee_fusion"): "it never takes over a model whole, so there is nothing to survive",
     ("sweep", "add_difference"): "it has no parameter that could have several values",
+    ("base at zero", "twin_merging"): "its scale is that of the shared expert alone",
+    ("base at zero", "flexmerge"): "its scale is that of what several tasks share alone",
     ("base at zero", "cart"): "its scale is that of what is added to the mean of the models",
     ("identity", "iso_c"): "it levels the singular values of a single model too",
     ("identity", "iso_cts"): "it levels the singular values of a single model too",

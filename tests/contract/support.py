@@ -17,7 +17,7 @@ import pytest
 from hypothesis import Phase, assume, settings
 from hypothesis import strategies as st
 
-from mergebench import merge_models
+import mergebench
 from mergebench.core.errors import ParameterError
 from mergebench.core.params import Param
 from mergebench.core.registry import Registry
@@ -244,6 +244,31 @@ def drawn_by_label() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mergebench.merge.align.draw_keys", keys)
         yield
+
+
+def flat(outputs: Any) -> Any:
+    """The results of several models as one dictionary: those after the first as ``name@1`` …."""
+    if not isinstance(outputs, list):
+        return outputs
+    if not all(isinstance(each, Mapping) for each in outputs):
+        return outputs[0] if len(outputs) == 1 else outputs
+    return {
+        f"{name}@{place}" if place else name: array
+        for place, each in enumerate(outputs)
+        for name, array in each.items()
+    }
+
+
+def merge_models(models: Sequence[Any], **options: Any) -> Any:
+    """As the public function, but what is apart for every model comes as by :func:`flat`."""
+    found = mergebench.merge_models(models, **options)
+    swept = any(isinstance(options.get(name), list) for name in METHODS[options["method"]].params)
+    return found if swept else flat(found)
+
+
+def apply(chain: Any, models: Sequence[Any], *args: Any, **options: Any) -> Any:
+    """As the public function, but what is apart for every model comes as by :func:`flat`."""
+    return flat(mergebench.apply(chain, models, *args, **options))
 
 
 def merged(method: str, case: Case, params: Mapping[str, Any], **options: Any) -> Any:

@@ -13,14 +13,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from mergebench import merge_models
 from mergebench.core.errors import MergebenchError
 from mergebench.merge.method import METHODS
 from mergebench.merge.op import is_linear, needs_base, tolerance_of
 
 from .assertions import assert_same_bits
 from .promises import assert_factored_is_dense
-from .support import F32, F64, GENERIC, Arrays, drawn, drawn_by_label, every_method, taken
+from .support import (
+    F32,
+    F64,
+    GENERIC,
+    Arrays,
+    drawn,
+    drawn_by_label,
+    every_method,
+    merge_models,
+    taken,
+)
 
 #: Weights of the base and the modules that adapters may change.
 SHAPES = {"model.layers.0.q.weight": (7, 5), "model.layers.1.q.weight": (7, 5), "norm.weight": (5,)}

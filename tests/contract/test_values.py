@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergebench import apply, merge_models
 from mergebench.core.errors import MergebenchError
 from mergebench.merge.method import METHODS
 from mergebench.merge.op import tolerance_of
@@ -37,10 +36,12 @@ from .support import (
     FEW,
     SOME,
     accepted,
+    apply,
     cases,
     drawn,
     drawn_by_label,
     every_method,
+    merge_models,
     merged,
     taken,
     values_of,

@@ -62,7 +62,7 @@ def _to(recipe: Recipe, out: Path) -> Recipe:
 
 def _merge(inputs: Path, models: tuple[str, ...], **options: Any) -> Recipe:
     refs = tuple(ModelRef(str(inputs / name)) for name in models)
-    return Recipe(refs, method="ties", **options)
+    return Recipe(refs, **{"method": "ties", **options})
 
 
 def _full(inputs: Path, **options: Any) -> Recipe:
@@ -76,6 +76,7 @@ MERGES = {
     "shards": Merge(lambda inputs: _full(inputs, shard_size="60B"), "out"),
     "lora": Merge(lambda inputs: _merge(inputs, ("lora1", "lora2")), "out"),
     "sweep": Merge(lambda inputs: _full(inputs, params={"lam": (0.5, 1.0)}), "deep/out"),
+    "tasks": Merge(lambda inputs: _full(inputs, method="emr"), "deep/out"),
     "tensor scope": Merge(lambda inputs: _full(inputs, params={"scope": "tensor"}), "out"),
     "replace": Merge(_full, "out", OLD),
     # The same files with the same headers and other values.
@@ -154,7 +155,7 @@ def assert_resumable(place: Path) -> None:
 
 
 def _output_of(name: str) -> str:
-    """The output a file belongs to; those of a sweep are folders two levels down."""
+    """The output a file belongs to; several are folders two levels down."""
     parts = name.split("/")
     return "/".join(parts[:3] if parts[0] == "deep" else parts[:1])
 

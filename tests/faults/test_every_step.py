@@ -35,9 +35,9 @@ ENDS: dict[Fault, type[BaseException]] = {
 }
 CASES: dict[Fault, tuple[str, ...]] = {
     "kill": tuple(MERGES),
-    "power": ("file", "shards", "sweep", "replace"),
-    "interrupt": ("file", "sweep", "replace"),
-    "full": ("file", "shards", "lora", "sweep"),
+    "power": ("file", "shards", "sweep", "tasks", "replace"),
+    "interrupt": ("file", "sweep", "tasks", "replace"),
+    "full": ("file", "shards", "lora", "sweep", "tasks"),
     "broken": ("file", "lora", "replace"),
 }
 

@@ -110,7 +110,7 @@ def test_what_was_measured_is_not_measured_again(inputs: Path, tmp_path: Path) -
     assert reads[1] - reads[0] == 2 * 3 * 3 + 3
 
 
-@pytest.mark.parametrize("name", ["file", "tensor scope", "sweep", "lora"])
+@pytest.mark.parametrize("name", ["file", "tensor scope", "sweep", "tasks", "lora"])
 def test_threads_and_memory_may_change(
     name: str, inputs: Path, expected: Expected, tmp_path: Path
 ) -> None:
@@ -133,7 +133,7 @@ PROJECTED = Merge(
 )
 
 
-@pytest.mark.parametrize("name", ["lora", "sweep", "projected"])
+@pytest.mark.parametrize("name", ["lora", "sweep", "tasks", "projected"])
 @pytest.mark.parametrize("count", range(4))
 def test_the_report_is_that_of_an_undisturbed_run(
     name: str, count: int, inputs: Path, tmp_path: Path

@@ -76,6 +76,16 @@ def test_smaller_pieces_need_less(vectors: Path) -> None:
     assert_within(measure([*merge, "--memory", "96MiB"], vectors), 96 * MIB)
 
 
+@pytest.mark.parametrize("method", ["emr", "flexmerge", "tall_masks"])
+def test_results_of_every_model_fit_together(vectors: Path, method: str) -> None:
+    """They are computed from one reading, a piece at a time."""
+    merge = ("merge", *FILES, "-m", method, "-o", "out.safetensors")
+
+    assert_within(measure([*merge, "--memory", "96MiB"], vectors), 96 * MIB)
+    made = [name for name in listing(vectors) if name.startswith("out")]
+    assert made == ["out-ft1.safetensors", "out-ft2.safetensors"]
+
+
 @pytest.fixture
 def matrices(tmp_path: Path) -> Path:
     """Models of one matrix and one vector, small beside what a decomposition holds."""
@@ -101,6 +111,8 @@ SPECTRAL = [
     ("wudi -p steps=3", "descend_wudi"),
     ("knots_ties", "knots"),
     ("core_ties", "core_space"),
+    ("tsv_compress", "compress"),
+    ("twin_merging", "twin"),
     ("task_arithmetic --then svc", "svc"),
     ("task_arithmetic --then truncate:rank=3", "truncate"),
 ]

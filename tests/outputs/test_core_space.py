@@ -320,6 +320,6 @@ def test_what_follows_a_truncation_may_raise_the_rank(adapters: Any) -> None:
         merge_models(paths, form="lora", out=out, method=method, then=then, force=True)
         assert json.loads((out / "adapter_config.json").read_text())["r"] == rank
     chain = (OPS["truncate"](2), OPS["sum"](), OPS["svc"]())
-    assert rank_of(chain, 3) == 6
-    assert rank_of((*chain, OPS["truncate"](4)), 3) == 4
-    assert rank_of((OPS["sum"](),), 3) is None
+    assert rank_of(chain, 3, (9, 8)) == 6
+    assert rank_of((*chain, OPS["truncate"](4)), 3, (9, 8)) == 4
+    assert rank_of((OPS["sum"](),), 3, (9, 8)) is None

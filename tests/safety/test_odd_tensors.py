@@ -14,6 +14,7 @@ from mergebench import merge_models
 from mergebench.core.errors import MergebenchError
 from mergebench.core.site import is_constant, kind_of
 from mergebench.merge.method import METHODS
+from mergebench.merge.op import is_apart
 from tests.helpers.adapters import factors, save_delta, save_peft
 from tests.helpers.compare import assert_close, assert_same
 from tests.helpers.files import BF16, F16, F32, F64, Array, listing, read, write
@@ -61,7 +62,29 @@ def assert_ulp(actual: Array, expected: Array) -> None:
     np.testing.assert_array_max_ulp(actual, expected, maxulp=1)
 
 
-@pytest.mark.parametrize("method", [n for n in METHODS if METHODS[n].models[1] != 1])
+APART = [name for name in METHODS if is_apart(METHODS[name]())]
+
+
+@pytest.mark.parametrize("method", APART)
+def test_running_statistics_stay_apart(nets: Path, method: str) -> None:
+    """Where every model has a result of its own it keeps its own, as they are."""
+    models = ("one.safetensors:3", "two.safetensors:1")
+    common = ("merge", *models, "-b", "base.safetensors", "-m", method, "-o", "out.safetensors")
+
+    ran = assert_done(call(*common, cwd=nets))
+
+    for name, own in (("one", ONE), ("two", TWO)):
+        found = read(nets / f"out-{name}.safetensors")
+        assert_same({n: found[n] for n in STATISTICS}, {n: own[n] for n in STATISTICS})
+        assert_same({"": found[COUNT]}, {"": BASE[COUNT]})
+    assert RECALIBRATE not in ran.err
+    plan = assert_done(call("plan", *common[1:-2], "--json", cwd=nets)).json["tensors"]
+    assert {plan["copied"][n] for n in STATISTICS} == {"running statistics of each model itself"}
+
+
+@pytest.mark.parametrize(
+    "method", [n for n in METHODS if METHODS[n].models[1] != 1 and n not in APART]
+)
 def test_running_statistics_are_averaged(nets: Path, method: str) -> None:
     """By every method the weighted mean, and the base's counter; the rest is merged."""
     models = ("one.safetensors:3", "two.safetensors:1")

@@ -34,11 +34,14 @@ class Tables:
     def __call__(self, visit: Callable[[Any, At], Any]) -> Iterator[tuple[At, Any]]:
         """All tiles in order."""
         self.sweeps += 1
+        weights, keys = (1.0,) * self.models, tuple(range(self.models))
         for name, stack in self.stacks.items():
             site = Site(name, (int(stack.shape[1]),))
             for start in range(0, site.size, self.tile):
-                at = At(site, start, min(start + self.tile, site.size))
-                yield at, visit(stack[:, start : at.stop], at)
+                stop = min(start + self.tile, site.size)
+                part = stack[:, start:stop]
+                at = At(site, start, stop, weights, models=part, keys=keys)
+                yield at, visit(part, at)
 
     def sample(self, count: int) -> Any:
         """Every so many-th entry, or what a test wants to be seen."""

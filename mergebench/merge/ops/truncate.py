@@ -16,9 +16,9 @@ def _workspace(models: int, rows: int, columns: int) -> int:
     return svd_bytes(rows, columns) + 16 * models * rows * columns
 
 
-def _rank(rank: int, kernels: Kernels) -> int | None:
-    # Where kernels count as vectors they keep their rank, and a site does not tell here.
-    return rank if kernels == "matrix" else None
+def _rank(shape: tuple[int, ...], models: int, rank: int, kernels: Kernels) -> int | None:
+    # Kernels that count as vectors keep their rank.
+    return rank if len(shape) == 2 or kernels == "matrix" else None
 
 
 @op(
