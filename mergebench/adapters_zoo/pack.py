@@ -116,8 +116,8 @@ def pack_lora(
     base_name : str or None
         ``base_model_name_or_path`` of the config.
     replacements : mapping of tensor name to (dtype, shape)
-        Tensors written in full, as ``modules_to_save``; PEFT only. PEFT needs every tensor of
-        such a module.
+        Tensors written in full, as ``modules_to_save`` or as biases of low-rank modules; PEFT
+        only. PEFT needs every tensor of a module to save.
     known_names : collection of str, optional
         All tensor names of the base. Given, ``target_modules`` are short where that selects the
         same modules; otherwise they are full paths.
@@ -209,12 +209,13 @@ def _pack_peft(
             fix="write the task vector itself (--as delta)",
         )
     adapted = {name.removesuffix(_WEIGHT) for name in modules}
-    saved = saved_modules(replacements, adapted, known_names)
+    biases = {name for name in replacements if name.removesuffix(".bias") in adapted}
+    saved = saved_modules(set(replacements) - biases, adapted, known_names)
     for name, (dtype, shape) in replacements.items():
         module, _, param = name.rpartition(".")
-        tensors.append(
-            PackedTensor(peft.spell(module, "value", param), dtype, shape, name, "value")
-        )
+        # PEFT wraps what it adapts, and a wrapped layer's bias is a trained one of that layer.
+        role: Role = "saved_base" if name in biases else "value"
+        tensors.append(PackedTensor(peft.spell(module, role, param), dtype, shape, name, "value"))
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": None,
@@ -227,7 +228,7 @@ def _pack_peft(
         "use_dora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "bias": "none",
+        "bias": "lora_only" if biases else "none",
         "lora_bias": False,
         "fan_in_fan_out": turned == {True},
         "init_lora_weights": True,

@@ -302,7 +302,7 @@ def _run(plan: Plan, sinks: Sequence[Sink], progress: Progress, ledger: Ledger) 
             else:
                 for variant in plan.variants:
                     evaluator.prepare(variant.at(name), item)
-            if item is not None and plan.form == "lora":
+            if item is not None and name in plan.package.modules:
                 for index, (variant, sink) in enumerate(zip(plan.variants, sinks, strict=True)):
                     lost = write_factors(plan, evaluator, variant, item, sink)
                     if lost is not None:

@@ -165,7 +165,7 @@ def package(
     renamed: dict[str, str] = {}
     metadata: Mapping[str, str] = PT
     if form == "lora":
-        packed, modules = lora_layout(recipe, aligned, models, base, variants)
+        packed, modules = lora_layout(recipe, aligned, models, base, variants, stored)
         renamed = {t.source: t.name for t in packed.tensors if t.role == "value"}
         specs = [TensorSpec(t.name, t.dtype, t.shape) for t in packed.tensors]
         metadata = packed.metadata

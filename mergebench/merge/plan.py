@@ -24,6 +24,7 @@ from mergebench.merge.buffers import settle
 from mergebench.merge.configs import check_configs
 from mergebench.merge.fit import check_fit
 from mergebench.merge.limits import DEFAULT_MEMORY, check_places, choose_tiling
+from mergebench.merge.lora_layout import in_full
 from mergebench.merge.method import Method
 from mergebench.merge.mismatch import Odd, even_out, extended
 from mergebench.merge.origin import Origin, check_saved, measure, named_bases
@@ -240,6 +241,7 @@ def make_plan(
         aligned, models, base, space, allow_nonfinite=recipe.allow_nonfinite, apart=apart
     )
     origin = measure(models, base, aligned, space, allow=recipe.allow_base_mismatch)
+    aligned = in_full(aligned, variants) if form == "lora" else aligned
     built = package(recipe, form, aligned, models, weights, base, first, variants, spoken.sides)
     tiling, needed, least = choose_tiling(aligned, variants, built, memory, workers)
     kept = aligned.items if recipe.dtype == "keep" and form == "model" else {}

@@ -330,7 +330,7 @@ def test_excluded_modules_stay_unadapted(tmp_path: Path) -> None:
         (
             MismatchError,
             r"a is written in full.*covers a too",
-            {"replacements": {"a.bias": ("F32", (2,))}},
+            {"replacements": {"a.scale": ("F32", (2,))}},
         ),
         (
             MismatchError,
@@ -390,6 +390,24 @@ def test_refusals(error: type[Exception], pattern: str, changes: dict[str, Any])
     arguments |= changes
     with pytest.raises(error, match=pattern):
         pack_lora(arguments.pop("modules"), **arguments)
+
+
+def test_biases_of_adapted_layers_are_trained_ones() -> None:
+    """They are no module to save: PEFT finds them inside of the layer that it wraps."""
+    layout = pack_lora(
+        {"a.weight": Factor(3, (4, 5), False, "F32")},
+        dialect="peft",
+        base_name=None,
+        replacements={"a.bias": ("F32", (4,)), "norm.bias": ("F16", (4,))},
+        known_names=["a.weight", "a.bias", "norm.bias"],
+    )
+    values = {one.source: (one.name, one.dtype) for one in layout.tensors if one.role == "value"}
+    assert values == {
+        "a.bias": ("base_model.model.a.base_layer.bias", "F32"),
+        "norm.bias": ("base_model.model.norm.bias", "F16"),
+    }
+    assert layout.config["bias"] == "lora_only"
+    assert layout.config["modules_to_save"] == ["norm"]
 
 
 def test_half_precision_layout(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def spell(module: str, role: Role, param: str = "weight") -> str:
         "embedding_A": "lora_embedding_A",
         "embedding_B": "lora_embedding_B",
         "value": param,
+        "saved_base": f"base_layer.{param}",
     }
     if role not in suffixes:
         raise ValueError(f"PEFT has no name for {role!r}")

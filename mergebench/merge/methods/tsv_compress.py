@@ -20,7 +20,8 @@ def tsv_compress(
 ) -> Chain:
     """One model per task: its leading task singular vectors, nothing of the other tasks.
 
-    θ_t = θ0 + λ · SVD_k(τ_t) per matrix, k = ⌊r / N⌋ of N tasks and r the smaller side.
+    θ_t = θ0 + λ · SVD_k(τ_t) per matrix, k = ⌊r / N⌋ of N tasks and r the smaller side. With
+    ``--as lora`` every result is an adapter of these ranks.
 
     Parameters
     ----------

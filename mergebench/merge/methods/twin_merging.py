@@ -39,6 +39,12 @@ def twin_merging(
     kernels : vector or matrix, default vector
         Kernels of convolutions are kept whole, or taken as matrices.
 
+    Notes
+    -----
+    The exclusive experts themselves, as adapters on the shared one, take two steps:
+    ``-m task_arithmetic -p lam=0.3 -o shared``, then the same models with ``--base shared
+    -m tsv_compress -p share=0.1 --as lora -o experts``.
+
     Deviations
     ----------
     Weights are fixed here; the paper's come from a router for every input. Apart, a weight
