@@ -29,6 +29,12 @@ from mergebench.core.task_vector import TaskVector
 from mergebench.core.tensor import FLOATING, Array, Tensor, size_of
 
 _PIECE = 1 << 20
+#: Files that make a folder a task vector or an adapter without a config: ours, and diffusers'.
+_ALONE = (
+    "delta.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,10 +210,11 @@ def _adapter_at(
     config: Mapping[str, Any] | None = None
     file = path
     if path.is_dir():
-        described, saved = path / "adapter_config.json", path / "delta.safetensors"
-        if not described.exists() and not saved.exists():
+        described = path / "adapter_config.json"
+        saved = [each for name in _ALONE if (each := path / name).exists()]
+        if not described.exists() and not saved:
             return None
-        file = saved
+        file = saved[0] if saved else path
         if described.exists():
             config = _config_of(described)
             file = path / "adapter_model.safetensors"

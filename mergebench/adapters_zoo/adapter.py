@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mergebench.adapters_zoo.dialects import WHOLE, kohya, peft
-from mergebench.adapters_zoo.refusals import family_of, refuse_keys, refuse_type
+from mergebench.adapters_zoo.dialects import WHOLE, dotted, kohya, peft
+from mergebench.adapters_zoo.refusals import family_of, like_kohya, refuse_keys, refuse_type
 from mergebench.core.delta import Delta
 from mergebench.core.errors import FormatError
 from mergebench.core.plain import parse_json
@@ -130,12 +130,12 @@ def is_adapter(
         return True
     held = {peft.strip(name) for name in names}
     for name in held:
-        part = kohya.parse(name) or peft.parse(name)
+        part = kohya.parse(name) or dotted.parse(name)
         if part is not None and part.role not in WHOLE:
             weights = (f"{part.module}.weight", f"{part.module}.base_layer.weight")
             if part.role != "alpha" and not held.intersection(weights):
                 return True
-        elif family_of(name) is not None:
+        elif family_of(name) is not None or like_kohya(name):
             return True
     return False
 

@@ -75,9 +75,20 @@ def rank_of(source: AdapterSource, key_a: str, key_b: str) -> int:
             f"{source.label}: columns of {key_b}",
             expected=f"{a[0]}, the rows of {key_a}",
             got=str(b[1]),
-            fix="a grouped convolution, if it is one, cannot be merged" if len(b) > 2 else "",
+            fix=_why(a, b),
         )
     return a[0]
+
+
+def _why(a: tuple[int, ...], b: tuple[int, ...]) -> str:
+    if len(b) > 2:
+        return "a grouped convolution, if it is one, cannot be merged"
+    if a[0] % b[1] == 0:
+        return (
+            "if it is loralib's MergedLinear (query, key and value in one layer), multiply it out "
+            "with loralib first: which of the parts were trained is not in the file"
+        )
+    return ""
 
 
 def put(label: str, deltas: dict[str, Delta], name: str, key: str, delta: Delta) -> None:

@@ -97,7 +97,7 @@ FAMILIES: Mapping[str, tuple[re.Pattern[str], str]] = {
     ),
     "AdaLoRA or loralib": (
         re.compile(r"\.lora_([ABE]|ranknum)(\.[^.]+)?$"),
-        "names without .weight are AdaLoRA's or loralib's; not supported yet",
+        _MIXED,
     ),
     "trained token rows": (
         re.compile(r"(^|\.)trainable_tokens_(delta|indices)(\.|$)"),
@@ -113,9 +113,23 @@ FAMILIES: Mapping[str, tuple[re.Pattern[str], str]] = {
     "GLoRA (LyCORIS)": (re.compile(rf"{_LYCORIS}\.[ab][12]\.weight$"), _LATER),
     "LoRA in diffusers' old names": (
         re.compile(r"(\.lora|_lora|\.lora_linear_layer)\.(up|down)\.weight$"),
-        _LATER,
+        _MIXED,
     ),
-    "LoRA in dotted Kohya names": (re.compile(r"\.lora_(down|up)\.weight$"), _LATER),
+    "LoRA in dotted Kohya names": (re.compile(r"\.lora_(down|up)\.weight$"), _MIXED),
+    "LoRA in cloneofsimo's names": (
+        re.compile(r"^(unet|text_encoder)(:unet)?:\d+:(up|down)$"),
+        (
+            "modules are numbered in the order in which the code of the trained model made them, "
+            "which no name in a base tells; convert it with the program that trained it"
+        ),
+    ),
+    "LoRA on an enlarged weight": (
+        re.compile(r"\.reshape_weight$"),
+        (
+            "it is meant for a weight padded with zeros to a larger shape (reshape_weight); pad the "
+            "base first"
+        ),
+    ),
     "VeRA or PVeRA": (re.compile(r"(^|\.)p?vera_(lambda_[bd]|A|B)(\.|$)"), _MIXED),
     "RandLoRA": (re.compile(r"(^|\.)randlora_(lambda|gamma|A|B)(\.|$)"), _LATER),
     "FourierFT or WaveFT": (re.compile(r"\.\w+_spectrum(\.|$)"), _LATER),
@@ -131,6 +145,9 @@ FAMILIES: Mapping[str, tuple[re.Pattern[str], str]] = {
 }
 
 
+_KOHYA = re.compile(r"lora_(unet|te\d*|transformer|prior_unet)[_.]")
+# Names of unclaimed tensors that an error lists.
+_SHOWN = 8
 _ANY_FAMILY = re.compile("|".join(form.pattern for form, _ in FAMILIES.values()))
 
 
@@ -211,10 +228,23 @@ def refuse_keys(label: str, unclaimed: Collection[str]) -> NoReturn:
     for key in names:
         if family := family_of(key):
             raise FormatError(f"{label}: {key} is of the kind {family}: {FAMILIES[family][1]}")
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    fix = (
+        "remove them from the file, or list their modules in modules_to_save if they were "
+        "trained in full"
+    )
+    if any(map(like_kohya, names)):
+        fix = (
+            "rename them: Kohya's names are lora_unet_<path with underscores> followed by "
+            ".lora_down.weight, .lora_up.weight or .alpha, with both factors of a module"
+        )
     raise FormatError(
         f"{label}: {len(names)} tensors belong to no adapter kind",
-        got=shown,
-        fix="remove them from the file, or list their modules in modules_to_save if they were "
-        "trained in full",
+        got=", ".join(names[:_SHOWN]) + more,
+        fix=fix,
     )
+
+
+def like_kohya(key: str) -> bool:
+    """Whether a name begins as Kohya's do, whatever follows."""
+    return _KOHYA.match(key) is not None

@@ -114,28 +114,46 @@ def test_initialisations_that_leave_the_base(start: bool | str) -> None:
         ("experts.base_layer.lora_A.weight", "stacked experts"),
         ("attn.base_layer.out_proj.lora_A.weight", "MultiheadAttention"),
         ("layers.0.q.lora_E", "AdaLoRA"),
-        ("layers.0.k.lora_A", "loralib"),
+        ("unet:9:up", "cloneofsimo"),
+        ("text_encoder:unet:9:down", "cloneofsimo"),
+        ("layers.0.k.reshape_weight", "enlarged"),
         ("embed.token_adapter.trainable_tokens_delta", "token rows"),
         ("layers.0.q.hada_w1_a", "LoHa"),
         ("layers.0.q.lokr_w1", "LoKr"),
         ("layers.0.q.ia3_l", "IA"),
-        ("unet.x.to_q.lora.down.weight", "diffusers"),
-        ("x.processor.to_q_lora.up.weight", "diffusers"),
-        ("diffusion_model.x.lora_down.weight", "dotted Kohya"),
         ("x.vera_lambda_b", "VeRA"),
         ("x.oft_R.weight", "OFT"),
     ],
 )
 def test_tensors_of_other_families(key: str, family: str) -> None:
     """A tensor that another family writes names that family, among LoRA's own."""
-    arrays = module() | {f"base_model.model.{key}": np.ones((2, 2), np.float32)}
-    refuse(FormatError, f"{key}.*{family}", arrays)
+    whole = key if ":" in key else f"base_model.model.{key}"
+    refuse(FormatError, f"{key}.*{family}", module() | {whole: np.ones((2, 2), np.float32)})
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["layers.0.k.lora_A", "unet.k.lora.down.weight", "unet.k.processor.to_q_lora.up.weight",
+     "diffusion_model.k.lora_down.weight"],
+)  # fmt: skip
+def test_half_a_pair_in_another_dialect(key: str) -> None:
+    """A factor without its partner is named as it is spelled in the file."""
+    arrays = module() | {key: np.ones((2, 2), np.float32)}
+    refuse(FormatError, rf"only one of the factors A and B, got {key}", arrays)
+
+
+def test_cloneofsimo_names() -> None:
+    """Positions in a module tree are not names; the error says so."""
+    arrays = {f"unet:{i}:{side}": A for i in range(2) for side in ("up", "down")}
+    refuse(FormatError, "unet:0:down.*order in which the code", arrays, None)
 
 
 def test_unclaimed_tensors() -> None:
     """The first few are listed and the others counted."""
-    extra = {f"base_model.model.layers.{i}.extra": A for i in range(5)}
-    pattern = r"5 tensors belong to no.*layers\.0\.extra.*layers\.2\.extra and 2 more.*modules_to"
+    extra = {f"base_model.model.layers.{i:02}.extra": A for i in range(10)}
+    pattern = (
+        r"10 tensors belong to no.*layers\.00\.extra.*layers\.07\.extra and 2 more.*modules_to"
+    )
     refuse(FormatError, pattern, module() | extra)
 
 

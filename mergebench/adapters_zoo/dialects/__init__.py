@@ -39,9 +39,12 @@ class Part:
         Name of the parameter within the module.
     adapter : str
         Adapter name found inside the tensor name, ``""`` where there is none.
+    dialect : str, default "PEFT"
+        The program whose spelling it is.
     """
 
     module: str
     role: Role
     param: str = "weight"
     adapter: str = ""
+    dialect: str = "PEFT"

@@ -31,7 +31,7 @@ _NAME = re.compile(r"(?P<module>lora_[^.]+)\.(?P<suffix>lora_down\.weight|lora_u
 def parse(key: str) -> Part | None:
     """What a tensor is, from its name alone; None for a name of another dialect."""
     match = _NAME.fullmatch(key)
-    return Part(match["module"], _ROLES[match["suffix"]]) if match else None
+    return Part(match["module"], _ROLES[match["suffix"]], dialect="Kohya") if match else None
 
 
 def component(module: str) -> tuple[str, str]:

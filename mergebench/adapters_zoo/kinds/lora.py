@@ -1,4 +1,4 @@
-"""LoRA: ``ΔW = scale · B A``, in PEFT's and in Kohya's names."""
+"""LoRA: ``ΔW = scale · B A``, in the names of PEFT, Kohya, diffusers, ComfyUI and loralib."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mergebench.adapters_zoo.adapter import (
     ReadOptions,
     is_saved_delta,
 )
-from mergebench.adapters_zoo.dialects import WHOLE, Part, Role, kohya, peft
+from mergebench.adapters_zoo.dialects import WHOLE, Part, Role, dotted, kohya, peft
 from mergebench.adapters_zoo.factors import Pair, lay, put, rank_of
 from mergebench.adapters_zoo.lazy import Scaled
 from mergebench.adapters_zoo.lora_settings import (
@@ -45,7 +45,7 @@ def _kohya_keys(source: AdapterSource) -> frozenset[str]:
 
 def _peft_keys(source: AdapterSource) -> frozenset[str]:
     settings = read_settings(source)
-    parts = {key: peft.parse(key) for key in source.tensors}
+    parts = {key: dotted.parse(key) for key in source.tensors}
     factors = {role for pair in _FACTORS for role in pair}
     adapted = {part.module for part in parts.values() if part and part.role in factors}
 
@@ -107,7 +107,8 @@ def _read_peft(
     source: AdapterSource, options: ReadOptions, names: BaseNames | None
 ) -> dict[str, Delta]:
     settings = read_settings(source)
-    modules = _by_module(source, peft.parse)
+    modules = _by_module(source, dotted.parse)
+    unscaled = _unscaled(source)
     pairs = []
     for module, roles in modules.items():
         mine = for_module(settings, module)
@@ -115,14 +116,15 @@ def _read_peft(
             if not (form[0] in roles or form[1] in roles):
                 continue
             key_a, key_b = _both(source.label, module, roles, form)
+            rank = rank_of(source, key_a, key_b)
             scale = scale_of(
                 source.label,
                 key_a,
                 module,
-                rank_of(source, key_a, key_b),
+                rank,
                 mine,
                 alpha=_alpha(source, roles.get("alpha")),
-                fallback=options.lora_alpha,
+                fallback=rank if unscaled and options.lora_alpha is None else options.lora_alpha,
             )
             embedding = form[0] == "embedding_A"
             pairs.append(
@@ -145,6 +147,12 @@ def _read_peft(
             _add_bias(source, deltas, name, key, pair.scale, names)
     _add_values(source, options, deltas, settings, names)
     return deltas
+
+
+def _unscaled(source: AdapterSource) -> bool:
+    """Whether every factor is spelled in a dialect whose files mean scale 1 without α."""
+    parts = [part for key in source.tensors if (part := dotted.parse(key)) is not None]
+    return set(dotted.dialect_of(parts).split("; ")) <= dotted.UNSCALED
 
 
 def _add_bias(
@@ -176,7 +184,7 @@ def _add_values(
 ) -> None:
     stored = frozenset(source.tensors)
     for key in sorted(stored):
-        part = peft.parse(key)
+        part = dotted.parse(key)
         if part is None or part.role not in WHOLE or part.role == "original":
             continue
         if part.role == "saved_base" and not _is_trained_bias(part, settings):
@@ -260,7 +268,8 @@ KINDS.add(
         detect=_detect,
         read=_read,
         notes="LoRA arXiv:2106.09685, rank-stabilised arXiv:2312.03732. Linear, embedding and "
-        "convolution; PEFT's and Kohya's names. Kohya's files without α have scale 1.",
+        "convolution; names of PEFT, Kohya, diffusers, ComfyUI and loralib. Files without α have "
+        "scale 1 where their program gives them that (Kohya, diffusers, ComfyUI).",
         peft_types=frozenset({"LORA"}),
     ),
 )
