@@ -82,6 +82,14 @@ class Recipe:
         For bare adapter files that do not name theirs.
     ignore_saved_base : bool
         Drop copies of base parameters that adapters carry.
+    part : str or None
+        The component of a pipeline that adapters are read for, such as ``unet``; all if ``None``.
+    target : str or None
+        The program that a LoRA is written for, such as ``vllm``.
+    rank : int or None
+        Most rank of a module of a LoRA that is written.
+    energy : float or None
+        Share of each update's squared norm that the rank of a written LoRA keeps.
     on_mismatch : error, base, skip or union
         What is done with tensors that an input lacks, has in another shape, or has alone.
     vocab : error, pad or intersect
@@ -109,6 +117,10 @@ class Recipe:
     shard_size: str | None = None
     lora_alpha: float | None = None
     ignore_saved_base: bool = False
+    part: str | None = None
+    target: str | None = None
+    rank: int | None = None
+    energy: float | None = None
     on_mismatch: str = "error"
     vocab: str = "error"
     allow_base_mismatch: bool = False
@@ -145,6 +157,10 @@ class Recipe:
             "shard_size",
             "lora_alpha",
             "ignore_saved_base",
+            "part",
+            "target",
+            "rank",
+            "energy",
             "on_mismatch",
             "vocab",
             "allow_base_mismatch",
@@ -248,6 +264,7 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
     known = {
         "mergebench", "method", "params", "ops", "models", "then", "tasks", "where", "include",
         "exclude", "base", "compat", "dtype", "as", "shard_size", "lora_alpha", "ignore_saved_base",
+        "part", "target", "rank", "energy",
         "on_mismatch", "vocab", "allow_base_mismatch", "allow_nonfinite", "out", "block_pattern",
     }  # fmt: skip
     for key in data:
@@ -287,6 +304,10 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
         shard_size=_text(data, "shard_size", where),
         lora_alpha=_number(data.get("lora_alpha"), "lora_alpha", where),
         ignore_saved_base=_flag(data, "ignore_saved_base", where),
+        part=_text(data, "part", where),
+        target=_text(data, "target", where),
+        rank=_whole(data.get("rank"), "rank", where),
+        energy=_number(data.get("energy"), "energy", where),
         on_mismatch=_choice(data, "on_mismatch", ON_MISMATCH, where),
         vocab=_choice(data, "vocab", VOCAB, where),
         allow_base_mismatch=_flag(data, "allow_base_mismatch", where),
@@ -390,6 +411,12 @@ def _flag(data: Mapping[str, Any], key: str, where: str) -> bool:
     if not isinstance(value, bool):
         raise FormatError(f"{where}: `{key}` must be true or false", got=repr(value))
     return value
+
+
+def _whole(value: Any, key: str, where: str) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise FormatError(f"{where}: `{key}` must be a whole number", got=repr(value))
+    return None if value is None else int(value)
 
 
 def _number(value: Any, key: str, where: str) -> float | None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mergebench.adapters_zoo.dialects import WHOLE, dotted, kohya, peft
+from mergebench.adapters_zoo.layouts.view import view_of
+from mergebench.adapters_zoo.parts import only
 from mergebench.adapters_zoo.refusals import family_of, like_kohya, refuse_keys, refuse_type
 from mergebench.core.delta import Delta
 from mergebench.core.errors import FormatError
@@ -66,6 +68,9 @@ class ReadOptions:
     ignore_saved_base : bool, default False
         Drop copies of frozen base parameters (``…base_layer.weight``, which PEFT saves beside
         adapted embeddings) instead of refusing them. Right only if the base has these values.
+    part : str or None, default None
+        Read only what adapts this component of a pipeline: a key of
+        :data:`~mergebench.adapters_zoo.parts.PARTS`.
     """
 
     lora_alpha: float | None = None
@@ -73,6 +78,7 @@ class ReadOptions:
     base: Mapping[str, Tensor] | None = None
     transposed: frozenset[str] | None = None
     ignore_saved_base: bool = False
+    part: str | None = None
 
 
 @dataclass(frozen=True)
@@ -172,11 +178,20 @@ def read_adapter(source: AdapterSource, options: ReadOptions | None = None) -> T
     ParameterError
         If the file lacks a number that an option must give.
     """
+    options = options or ReadOptions()
     source = _with_config(source)
     if not source.tensors:
         raise FormatError(f"{source.label}: the adapter holds no tensors")
+    if options.part is not None:
+        source = replace(source, tensors=only(source.label, source.tensors, options.part))
     kind = _kind_of(source)
-    deltas = kind.read(source, options or ReadOptions())
+    view = None if options.base_shapes is None else view_of(options.base_shapes)
+    if view is None:
+        deltas = kind.read(source, options)
+    else:
+        base = None if options.base is None else view.tensors(options.base)
+        seen = replace(options, base_shapes=view.shapes, base=base)
+        deltas = view.back(source.label, kind.read(source, seen))
     about = {**source.metadata, "kind": kind.name}
     if source.config is not None:
         about[CONFIG_KEY] = json.dumps(dict(source.config), sort_keys=True)

@@ -126,8 +126,8 @@ FAMILIES: Mapping[str, tuple[re.Pattern[str], str]] = {
     "LoRA on an enlarged weight": (
         re.compile(r"\.reshape_weight$"),
         (
-            "it is meant for a weight padded with zeros to a larger shape (reshape_weight); pad the "
-            "base first"
+            "it is meant for a weight padded with zeros to a larger shape (reshape_weight); pad "
+            "the base first"
         ),
     ),
     "VeRA or PVeRA": (re.compile(r"(^|\.)p?vera_(lambda_[bd]|A|B)(\.|$)"), _MIXED),

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mergebench.adapters_zoo.dialects import kohya
+from mergebench.adapters_zoo.parts import part_of
 from mergebench.core.errors import MismatchError
 
 Shape = tuple[int, ...]
+_PART = "; if it is another part of a pipeline than its {part}, choose one with --part"
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +53,16 @@ class BaseNames:
         return found
 
     def dotted(self, name: str) -> tuple[str, ...]:
-        """Base tensors that ``name`` may mean: itself, else those that differ by a prefix."""
+        """Base tensors that ``name`` may mean: itself, else those that differ by a prefix.
+
+        A prefix that the base lacks has no number in it: what remains of ``blocks.3.proj`` behind
+        one is another module. Of several such ends the longest counts.
+        """
         if name in self.shapes:
             return (name,)
-        shorter = [suffix for suffix in _suffixes(name) if suffix in self.shapes]
+        dropped = _suffixes(name)
+        count = next((i for i, part in enumerate(name.split(".")) if part.isdigit()), len(dropped))
+        shorter = [suffix for suffix in dropped[: count + 1] if suffix in self.shapes][:1]
         return tuple(sorted({*self._by_suffix.get(name, ()), *shorter}))
 
     def flattened(self, module: str) -> tuple[str, ...]:
@@ -91,7 +99,8 @@ class BaseNames:
             f"{label}: {key} fits no tensor of the base",
             expected=wanted,
             got=f"a base with {_listed(self._near(wanted))}" if self.shapes else "an empty base",
-            fix="check that --base is the model that the adapter was trained on",
+            fix="check that --base is the model that the adapter was trained on"
+            + ("" if (part := part_of(key)) is None else _PART.format(part=part)),
         )
 
     def _near(self, wanted: str) -> tuple[str, ...]:

@@ -39,6 +39,10 @@ def merge(
     shard_size: o.ShardSize = None,
     lora_alpha: o.LoraAlpha = None,
     ignore_saved_base: o.IgnoreSavedBase = False,
+    part: o.Part = None,
+    target: o.Target = None,
+    rank: o.Rank = None,
+    energy: o.Energy = None,
     on_mismatch: o.OnMismatch = "error",
     vocab: o.Vocab = "error",
     allow_base_mismatch: o.AllowBaseMismatch = False,
@@ -66,7 +70,7 @@ def merge(
     """
     recipe = _recipe(
         models, base, method, param, then, compat, dtype, form, shard_size, lora_alpha, out,
-        ignore_saved_base, where, include, exclude, on_mismatch, vocab,
+        ignore_saved_base, part, target, rank, energy, where, include, exclude, on_mismatch, vocab,
         allow_base_mismatch, allow_nonfinite, block_pattern, task,
     )  # fmt: skip
     _do(recipe, force, memory, workers, dry_run, as_json, quiet, check, report)
@@ -89,6 +93,10 @@ def plan(
     shard_size: o.ShardSize = None,
     lora_alpha: o.LoraAlpha = None,
     ignore_saved_base: o.IgnoreSavedBase = False,
+    part: o.Part = None,
+    target: o.Target = None,
+    rank: o.Rank = None,
+    energy: o.Energy = None,
     on_mismatch: o.OnMismatch = "error",
     vocab: o.Vocab = "error",
     allow_base_mismatch: o.AllowBaseMismatch = False,
@@ -108,7 +116,7 @@ def plan(
     """
     recipe = _recipe(
         models, base, method, param, then, compat, dtype, form, shard_size, lora_alpha, out,
-        ignore_saved_base, where, include, exclude, on_mismatch, vocab,
+        ignore_saved_base, part, target, rank, energy, where, include, exclude, on_mismatch, vocab,
         allow_base_mismatch, allow_nonfinite, block_pattern, task,
     )  # fmt: skip
     _do(recipe, True, memory, workers, True, as_json, False)
@@ -159,6 +167,10 @@ def _recipe(
     lora_alpha: float | None,
     out: str | None,
     ignore_saved_base: bool,
+    part: str | None,
+    target: str | None,
+    rank: int | None,
+    energy: float | None,
     where: list[str] | None,
     include: list[str] | None,
     exclude: list[str] | None,
@@ -216,6 +228,10 @@ def _recipe(
         shard_size=shard_size,
         lora_alpha=lora_alpha,
         ignore_saved_base=ignore_saved_base,
+        part=part,
+        target=target,
+        rank=rank,
+        energy=energy,
         on_mismatch=on_mismatch,
         vocab=vocab,
         allow_base_mismatch=allow_base_mismatch,

@@ -110,6 +110,34 @@ IgnoreSavedBase = Annotated[
         "the same values.",
     ),
 ]
+Part = Annotated[
+    str | None,
+    typer.Option(
+        "--part",
+        help="Read adapters for one model of a pipeline only: unet, transformer, text_encoder, "
+        "text_encoder_2 or text_encoder_3.",
+    ),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        help="What a written LoRA is for: peft, vllm, sglang, lorax, kohya or diffusers; by "
+        "default peft, or kohya where the inputs are.",
+    ),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option("--rank", min=1, help="Truncate a written LoRA to this rank where it is larger."),
+]
+Energy = Annotated[
+    float | None,
+    typer.Option(
+        "--energy",
+        help="Truncate each module of a written LoRA to the least rank that keeps this share of "
+        "its squared norm, such as 0.99.",
+    ),
+]
 OnMismatch = Annotated[
     str,
     typer.Option(

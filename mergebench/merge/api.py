@@ -48,6 +48,10 @@ def merge_models(
     shard_size: str | None = None,
     lora_alpha: float | None = None,
     ignore_saved_base: bool = False,
+    part: str | None = None,
+    target: str | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
     on_mismatch: str = "error",
     vocab: str = "error",
     allow_base_mismatch: bool = False,
@@ -84,9 +88,8 @@ def merge_models(
     include, exclude : sequence of str
         Selectors of the tensors to merge, such as ``"class=norm"`` or a regular expression; the
         others come from the base.
-    block_pattern, compat, dtype, form, shard_size, lora_alpha, ignore_saved_base, on_mismatch,
-    vocab,
-    allow_base_mismatch, allow_nonfinite
+    block_pattern, compat, dtype, form, shard_size, lora_alpha, ignore_saved_base, part, target,
+    rank, energy, on_mismatch, vocab, allow_base_mismatch, allow_nonfinite
         As in :class:`~mergebench.recipe.Recipe`.
     memory : int or str, bytes or such as "256MiB", default 512 MiB
     workers : int, optional
@@ -129,6 +132,10 @@ def merge_models(
         shard_size=shard_size,
         lora_alpha=lora_alpha,
         ignore_saved_base=ignore_saved_base,
+        part=part,
+        target=target,
+        rank=rank,
+        energy=energy,
         on_mismatch=on_mismatch,
         vocab=vocab,
         allow_base_mismatch=allow_base_mismatch,

@@ -57,6 +57,7 @@ def check_input(
     options = ReadOptions(
         lora_alpha=recipe.get("lora_alpha"),
         ignore_saved_base=bool(recipe.get("ignore_saved_base", False)),
+        part=recipe.get("part"),
     )
     if base is not None and base.checkpoint is not None:
         options = with_base(options, base.checkpoint)

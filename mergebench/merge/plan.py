@@ -186,7 +186,11 @@ def make_plan(
     """
     _check_recipe(recipe)
     method, variants = make_variants(recipe)
-    options = ReadOptions(lora_alpha=recipe.lora_alpha, ignore_saved_base=recipe.ignore_saved_base)
+    options = ReadOptions(
+        lora_alpha=recipe.lora_alpha,
+        ignore_saved_base=recipe.ignore_saved_base,
+        part=recipe.part,
+    )
     notes: list[str] = []
     weights_given = [parse_weight(each.weight, each.path) for each in recipe.models]
     if base is None and recipe.base is not None:

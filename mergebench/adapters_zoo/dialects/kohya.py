@@ -13,11 +13,12 @@ from mergebench.adapters_zoo.dialects import Part, Role
 
 #: Prefix -> the folders or attributes under which a pipeline keeps that component.
 COMPONENTS: Mapping[str, tuple[str, ...]] = {
-    "lora_te1_": ("text_encoder",),
-    "lora_te2_": ("text_encoder_2",),
+    "lora_te1_": ("text_encoder", "text_encoders.clip_l"),
+    "lora_te2_": ("text_encoder_2", "text_encoders.clip_g"),
+    "lora_te3_": ("text_encoder_3", "text_encoder_2", "text_encoders.t5xxl"),
     "lora_te_": ("text_encoder",),
-    "lora_transformer_": ("transformer",),
-    "lora_unet_": ("unet", "transformer"),
+    "lora_transformer_": ("transformer", "model.diffusion_model", "diffusion_model"),
+    "lora_unet_": ("unet", "transformer", "model.diffusion_model", "diffusion_model"),
 }
 _SUFFIX: Mapping[Role, str] = {
     "A": "lora_down.weight",
