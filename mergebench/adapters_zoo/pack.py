@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from mergebench.adapters_zoo.adapter import CONFIG_KEY
 from mergebench.adapters_zoo.dialects import Role, kohya, peft
+from mergebench.adapters_zoo.layouts.spelling import Named
 from mergebench.adapters_zoo.selection import saved_modules, target_modules
 from mergebench.core.errors import FormatError, MismatchError, ParameterError
 from mergebench.core.site import kind_of
@@ -39,6 +40,9 @@ class Factor:
         safetensors dtype of both factors.
     embedding : bool or None, default None
         Whether the module is an embedding. None: a transposed tensor is one if its name says so.
+    modules : tuple of Named, default ()
+        What the file calls the module, or the modules that share the weight's rows; empty: the
+        module of the tensor's name. Not for PEFT.
     """
 
     rank: int
@@ -46,6 +50,7 @@ class Factor:
     transposed: bool
     dtype: str
     embedding: bool | None = None
+    modules: tuple[Named, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class PackedTensor:
         ``A``, ``B``, ``alpha`` or ``value``.
     constant : float or None, default None
         The one entry of an α.
+    rows : tuple of (int, int), default ()
+        Ranges of B's rows that the tensor holds; empty for all.
     """
 
     name: str
@@ -75,6 +82,7 @@ class PackedTensor:
     source: str
     role: Literal["A", "B", "alpha", "value"]
     constant: float | None = None
+    rows: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ class PackedLayout:
     tensors : tuple of PackedTensor
         In name order.
     config : mapping of str to value
-        ``adapter_config.json``; empty for Kohya's names, which have none.
+        ``adapter_config.json``; empty for Kohya's and diffusers' names, which have none.
     metadata : mapping of str to str
         ``__metadata__``, with the config for readers that see the bare file.
     """
@@ -99,7 +107,7 @@ class PackedLayout:
 def pack_lora(
     modules: Mapping[str, Factor],
     *,
-    dialect: Literal["peft", "kohya"],
+    dialect: Literal["peft", "kohya", "diffusers"],
     base_name: str | None,
     replacements: Mapping[str, tuple[str, Shape]],
     known_names: Collection[str] | None = None,
@@ -112,7 +120,7 @@ def pack_lora(
     ----------
     modules : mapping of displaced tensor name to Factor
         Names end in ``.weight``. The scale belongs into the factors: the file's own is 1.
-    dialect : {"peft", "kohya"}
+    dialect : {"peft", "kohya", "diffusers"}
     base_name : str or None
         ``base_model_name_or_path`` of the config.
     replacements : mapping of tensor name to (dtype, shape)
@@ -122,8 +130,8 @@ def pack_lora(
         All tensor names of the base. Given, ``target_modules`` are short where that selects the
         same modules; otherwise they are full paths.
     rank : int, optional
-        Rank of PEFT's factors, by default the largest among ``modules``. Kohya's names state a
-        scale per module, so factors there keep their own ranks.
+        Rank of PEFT's and diffusers' factors, by default the largest among ``modules``. Kohya's
+        names state a scale per module, so factors there keep their own ranks.
     prefix : str, default "lora_unet_"
         What Kohya's names begin with where the tensor names have none of its prefixes.
 
@@ -144,17 +152,21 @@ def pack_lora(
         raise ParameterError("an adapter needs at least one low-rank module", got="none")
     for name, factor in modules.items():
         _check(name, factor)
+    if dialect != "peft":
+        _check_foreign(dialect, modules, replacements)
     if dialect == "kohya":
-        return _pack_kohya(modules, replacements, prefix)
+        return _pack_kohya(modules, prefix)
     largest = max(factor.rank for factor in modules.values())
     chosen = largest if rank is None else rank
     if chosen < largest:
         raise ParameterError("adapter: `rank`", expected=f"at least {largest}", got=str(chosen))
+    if dialect == "diffusers":
+        return _pack_diffusers(modules, chosen)
     return _pack_peft(modules, base_name, replacements, known_names, chosen)
 
 
 def _check(name: str, factor: Factor) -> None:
-    if not name.endswith(_WEIGHT) or len(factor.shape) < 2:
+    if not (name.endswith(_WEIGHT) or factor.modules) or len(factor.shape) < 2:
         raise FormatError(
             f"{name}: cannot be written as a LoRA module",
             got=f"shape {factor.shape}",
@@ -239,34 +251,63 @@ def _pack_peft(
     return PackedLayout(tuple(sorted(tensors, key=lambda one: one.name)), config, metadata)
 
 
-def _pack_kohya(
-    modules: Mapping[str, Factor], replacements: Collection[str], prefix: str
-) -> PackedLayout:
+def _check_foreign(
+    dialect: str, modules: Mapping[str, Factor], replacements: Collection[str]
+) -> None:
+    theirs = {"kohya": "Kohya's format", "diffusers": "diffusers' format"}[dialect]
+    fix = "use PEFT's names, or write the task vector itself (--as delta)"
     if replacements:
         raise FormatError(
-            f"{min(replacements)}: Kohya's format holds no tensors written in full",
-            fix="use PEFT's names, or write the task vector itself (--as delta)",
+            f"{min(replacements)}: {theirs} holds no tensors written in full", fix=fix
         )
+    for name, factor in modules.items():
+        if factor.transposed:
+            raise FormatError(f"{name}: {theirs} has no weights stored input x output", fix=fix)
+
+
+def _halves(
+    name: str, factor: Factor, named: Named, rank: int, spell: tuple[str, str]
+) -> list[PackedTensor]:
+    """A and B of one module of the file."""
+    a, b = _shapes(factor, rank)
+    if named.rows:
+        b = (sum(stop - start for start, stop in named.rows), *b[1:])
+    return [
+        PackedTensor(spell[0], factor.dtype, a, name, "A"),
+        PackedTensor(spell[1], factor.dtype, b, name, "B", rows=named.rows),
+    ]
+
+
+def _pack_diffusers(modules: Mapping[str, Factor], rank: int) -> PackedLayout:
+    tensors = []
+    for name, factor in modules.items():
+        for named in factor.modules or (Named(name.removesuffix(_WEIGHT)),):
+            spell = (f"{named.module}.lora_A.weight", f"{named.module}.lora_B.weight")
+            tensors += _halves(name, factor, named, rank, spell)
+    ordered = tuple(sorted(tensors, key=lambda one: one.name))
+    return PackedLayout(ordered, metadata={"format": "pt"})
+
+
+def _pack_kohya(modules: Mapping[str, Factor], prefix: str) -> PackedLayout:
     tensors = []
     taken: dict[str, str] = {}
     for name, factor in modules.items():
-        if factor.transposed:
-            raise FormatError(
-                f"{name}: Kohya's format has no weights stored input x output",
-                fix="use PEFT's names, or write the task vector itself (--as delta)",
-            )
-        module = name.removesuffix(_WEIGHT)
-        if not kohya.component(module)[0] or "." in module:
-            module = prefix + kohya.flatten(module)
-        if module in taken:
-            raise FormatError(f"{name} and {taken[module]} are both {module} in Kohya's names")
-        taken[module] = name
-        a, b = _shapes(factor, factor.rank)
-        # α is exact in float32 for any rank, in half precision not.
-        tensors += [
-            PackedTensor(kohya.spell(module, "A"), factor.dtype, a, name, "A"),
-            PackedTensor(kohya.spell(module, "B"), factor.dtype, b, name, "B"),
-            PackedTensor(kohya.spell(module, "alpha"), "F32", (), name, "alpha", factor.rank),
-        ]
+        for named in factor.modules or (Named(_flattened(name, prefix)),):
+            module = named.module
+            if module in taken:
+                raise FormatError(f"{name} and {taken[module]} are both {module} in Kohya's names")
+            taken[module] = name
+            spell = (kohya.spell(module, "A"), kohya.spell(module, "B"))
+            tensors += _halves(name, factor, named, factor.rank, spell)
+            # α is exact in float32 for any rank, in half precision not.
+            alpha = kohya.spell(module, "alpha")
+            tensors.append(PackedTensor(alpha, "F32", (), name, "alpha", factor.rank))
     ordered = tuple(sorted(tensors, key=lambda one: one.name))
     return PackedLayout(ordered, metadata={"format": "pt"})
+
+
+def _flattened(name: str, prefix: str) -> str:
+    module = name.removesuffix(_WEIGHT)
+    if kohya.component(module)[0] and "." not in module:
+        return module
+    return prefix + kohya.flatten(module)

@@ -302,11 +302,13 @@ def _rows(made: Plan, written: Written) -> list[Row]:
 
 
 def _plain(made: Plan, written: Written) -> dict[str, Any]:
+    ranks = {name: module.own_rank for name, module in made.package.modules.items()}
     return {
         "label": written.label,
         "path": str(written.path),
         "bytes": written.bytes,
         "residuals": dict(written.residuals),
+        **({"ranks": ranks} if ranks else {}),
         "digests": dict(written.digests),
         "nonfinite": {name: dict(counts) for name, counts in written.nonfinite.items()},
         "readings": [row.to_json() for row in _rows(made, written)],
@@ -315,6 +317,8 @@ def _plain(made: Plan, written: Written) -> dict[str, Any]:
 
 #: Most chains of one output that a plan shows.
 _CHAINS = 6
+#: Most modules whose residuals are shown.
+_RESIDUALS = 20
 _FORMS = {"model": "model", "lora": "LoRA adapter", "delta": "task vector"}
 
 
@@ -330,6 +334,7 @@ def _summary(made: Plan, written: list[Written], seconds: float) -> None:
                 f"  truncated to rank {_rank(made)}: relative residual {root:.3g} over "
                 f"{len(squares)} modules, worst {worst:.3g} ({name}); --as delta loses nothing"
             )
+            _show_residuals(made, each)
         for text in reports.spans(_rows(made, each)):
             console.say(f"  {text}")
     for name, counts in written[0].nonfinite.items():
@@ -339,6 +344,18 @@ def _summary(made: Plan, written: list[Written], seconds: float) -> None:
         f"merged {merged} tensors ({console.number(made.entries)} entries), copied {copied}, "
         f"{made.passes} pass{'es' if made.passes > 1 else ''}, {seconds:.1f} s"
     )
+
+
+def _show_residuals(made: Plan, written: Written) -> None:
+    """Module by module, where a rank or an energy was asked for."""
+    if made.recipe.rank is None and made.recipe.energy is None:
+        return
+    worst = sorted(written.residuals.items(), key=lambda pair: -pair[1])
+    for name, value in worst[:_RESIDUALS]:
+        module = made.package.modules[name]
+        console.say(f"    {name}: rank {module.own_rank} of {module.full_rank}, lost {value:.3g}")
+    if len(worst) > _RESIDUALS:
+        console.say(f"    {len(worst) - _RESIDUALS} more with less lost (--json lists all)")
 
 
 def _rank(made: Plan) -> str:

@@ -55,3 +55,37 @@ def truncate(matrix: Array, rank: int) -> tuple[Array, Array, float]:
     )
     residual = sqrt(lost) / total if total > 0 else 0.0
     return (left, right, residual) if wide else (right.T, left.T, residual)
+
+
+def spectrum_of_product(left: Array, right: Array) -> tuple[Array, Array, Array]:
+    """The singular value decomposition of a product of two factors, never multiplied out.
+
+    Two thin QR decompositions and the decomposition of a matrix of the rank's size, in float64.
+
+    Parameters
+    ----------
+    left, right : arrays, (m, r) and (r, n)
+
+    Returns
+    -------
+    U, S, Vt : float64 arrays, (m, k), (k,) and (k, n)
+        k is at most ``min(m, r, n)``; S falls. The largest entry of each column of U is positive.
+    """
+    from scipy.linalg import qr, svd
+
+    Q1, R1 = qr(left.astype(np.float64), mode="economic")
+    Q2, R2 = qr(right.T.astype(np.float64), mode="economic")
+    # gesvd is slower than gesdd, but never fails to converge on matrices this small.
+    U, S, Vt = svd(R1 @ R2.T, full_matrices=False, lapack_driver="gesvd")
+    U, Vt = Q1 @ U, Vt @ Q2.T
+    signs = np.where(U[np.abs(U).argmax(axis=0), np.arange(S.size)] < 0, -1.0, 1.0)
+    return U * signs, S, Vt * signs[:, None]
+
+
+def truncate_product(left: Array, right: Array, rank: int) -> tuple[Array, Array, float]:
+    """The best approximation of a product of two factors of a given rank; as :func:`truncate`."""
+    U, S, Vt = spectrum_of_product(left, right)
+    root = np.sqrt(S[:rank])
+    total = float(np.linalg.norm(S))
+    residual = float(np.linalg.norm(S[rank:])) / total if total > 0 else 0.0
+    return U[:, :rank] * root, root[:, None] * Vt[:rank], residual

@@ -335,7 +335,7 @@ def _run(plan: Plan, sinks: Sequence[Sink], progress: Progress, ledger: Ledger) 
 def targets_of(plan: Plan, name: str) -> list[str]:
     """Tensors of the output that one tensor of the plan gives."""
     if name in plan.package.modules:
-        return [spec.name for spec in plan.package.modules[name].specs.values()]
+        return [spec.name for spec in plan.package.modules[name].specs]
     return [plan.package.renamed.get(name, name), *plan.aligned.twins.get(name, ())]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from mergebench.compute.decompose import truncate
+from mergebench.compute.decompose import spectrum_of_product, truncate, truncate_product
 from mergebench.compute.rounding import round_to
 from mergebench.core.delta import LowRank, factors
 from mergebench.core.tensor import Array
@@ -30,8 +30,8 @@ def write_factors(
     """Write B and A of one merged module.
 
     A linear chain concatenates the factors of its inputs, and a chain that commutes with changes
-    of basis is run in bases of their spaces: both lose nothing. Any other result is materialised
-    and truncated to the summed rank.
+    of basis is run in bases of their spaces: both lose nothing where the rank of the plan holds
+    them. Any other result is materialised and truncated to the summed rank.
 
     Returns
     -------
@@ -39,33 +39,61 @@ def write_factors(
         The relative residual of the truncation; ``None`` where nothing is truncated.
     """
     module = plan.package.modules[item.site.name]
-    lost = None
     ops = variant.at(item.site.name)
-    if is_linear(ops):
-        left, right = _concatenate(item, variant)
-    elif fits(ops, item):
-        left, right = merged_factors(partial(evaluator.run, ops, item), ops, item)
-        # Beyond the rank of the plan lies the rounding of zeros.
-        left, right = left[:, : module.own_rank], right[: module.own_rank]
-        if module.transposed:
-            left, right = right.T, left.T
-    else:
+    lost = None
+    pair = merged_pair(evaluator, variant, item)
+    if pair is None:
         matrix = _dense(evaluator, variant, item)
         matrix = matrix.reshape(matrix.shape[0], -1)
         if module.transposed:
             matrix = matrix.T
         left, right, lost = truncate(matrix, module.own_rank)
-    if "alpha" in module.specs:
-        alpha = module.specs["alpha"]
-        sink.write(alpha.name, 0, np.array(alpha.constant, np.float32))
-    for role, array in (("B", left), ("A", right)):
-        spec = module.specs[role]
-        padded = np.zeros(
-            (array.shape[0], module.rank) if role == "B" else (module.rank, array.shape[1])
-        )
-        padded[: array.shape[0], : array.shape[1]] = array
-        sink.write(spec.name, 0, round_to(padded, spec.dtype, spec.name))
+    else:
+        left, right = pair
+        if module.own_rank < module.full_rank:
+            left, right, lost = truncate_product(left, right, module.own_rank)
+        elif not is_linear(ops):
+            # Beyond the rank of the plan lies the rounding of zeros.
+            left, right = left[:, : module.own_rank], right[: module.own_rank]
+    wide_left = np.zeros((left.shape[0], module.rank))
+    wide_left[:, : left.shape[1]] = left
+    wide_right = np.zeros((module.rank, right.shape[1]))
+    wide_right[: right.shape[0]] = right
+    for spec in module.specs:
+        if spec.role == "alpha":
+            sink.write(spec.name, 0, np.array(spec.constant, np.float32))
+            continue
+        array = wide_right if spec.role == "A" else wide_left
+        if spec.rows:
+            array = np.concatenate([array[start:stop] for start, stop in spec.rows])
+        sink.write(spec.name, 0, round_to(array, spec.dtype, spec.name))
     return lost
+
+
+def merged_pair(evaluator: Evaluator, variant: Variant, item: Item) -> tuple[Array, Array] | None:
+    """``(B, A)`` of one merged update, nothing lost; None where it must be materialised."""
+    ops = variant.at(item.site.name)
+    if is_linear(ops):
+        return _concatenate(item, variant)
+    if not fits(ops, item):
+        return None
+    left, right = merged_factors(partial(evaluator.run, ops, item), ops, item)
+    return (right.T, left.T) if _is_transposed(item) else (left, right)
+
+
+def singular_values(evaluator: Evaluator, variant: Variant, item: Item) -> Array:
+    """Singular values of one merged update, the largest first, float64."""
+    pair = merged_pair(evaluator, variant, item)
+    if pair is not None:
+        values: Array = spectrum_of_product(*pair)[1]
+        return values
+    matrix = _dense(evaluator, variant, item)
+    matrix = matrix.reshape(matrix.shape[0], -1).astype(np.float64)
+    return np.linalg.svd(matrix, compute_uv=False)
+
+
+def _is_transposed(item: Item) -> bool:
+    return any(isinstance(delta, LowRank) and delta.transposed for delta in item.deltas)
 
 
 def _concatenate(item: Item, variant: Variant) -> tuple[Array, Array]:

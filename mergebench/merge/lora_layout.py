@@ -8,7 +8,11 @@ from dataclasses import dataclass, replace
 from math import frexp
 from typing import Any, Literal
 
+from mergebench.adapters_zoo.layouts.spelling import Named, component_of, spelled
+from mergebench.adapters_zoo.layouts.view import view_of
 from mergebench.adapters_zoo.pack import Factor, PackedLayout, PackedTensor, pack_lora
+from mergebench.adapters_zoo.targets import Target, check_served, default_target, target_named
+from mergebench.checkpoints.layout import Checkpoint
 from mergebench.checkpoints.ties import is_tied
 from mergebench.compute.matrices import matrix_shape
 from mergebench.core.delta import LowRank
@@ -16,7 +20,7 @@ from mergebench.core.errors import MismatchError
 from mergebench.core.site import kind_of
 from mergebench.merge.align import Aligned
 from mergebench.merge.core_space import fits
-from mergebench.merge.op import coefficients, is_linear, rank_of
+from mergebench.merge.op import Chain, coefficients, is_linear, rank_of
 from mergebench.merge.stream import Item
 from mergebench.merge.variants import Variant
 from mergebench.recipe import Recipe
@@ -38,14 +42,17 @@ class Module:
         Rank of the merged factors, and of the zero-padded ones in the file.
     transposed : bool
         The displaced weight is stored input × output.
-    specs : mapping of role to PackedTensor
-        ``A`` and ``B``, and ``alpha`` in Kohya's names.
+    specs : tuple of PackedTensor
+        A and B, and α in Kohya's names; of several modules where they share a weight.
+    full_rank : int
+        Rank at which nothing is lost; larger than ``own_rank`` where the user asked for less.
     """
 
     own_rank: int
     rank: int
     transposed: bool
-    specs: Mapping[str, PackedTensor]
+    specs: tuple[PackedTensor, ...]
+    full_rank: int
 
 
 def lora_layout(
@@ -55,64 +62,151 @@ def lora_layout(
     base: Source | None,
     variants: Sequence[Variant],
     stored: Mapping[str, str],
-) -> tuple[PackedLayout, dict[str, Module]]:
+    ranks: Mapping[str, int] | None = None,
+) -> tuple[PackedLayout, dict[str, Module], tuple[str, ...]]:
     """Tensors, config and ranks of an adapter that holds the merged updates.
 
     Linear chains concatenate factors, so ranks add up; others are truncated to the summed rank,
     or to less where the chain leaves less. Updates of full models have the rank that the chain
     leaves them; ``stored`` has the dtype of what is written in full (see :func:`in_full`).
 
+    Parameters
+    ----------
+    ranks : mapping of tensor name to int, optional
+        Most rank of each module, where the data have been asked (``recipe.energy``).
+
+    Returns
+    -------
+    PackedLayout, dict of tensor name to Module, and notes for the user
+
     Raises
     ------
     MismatchError
-        If an input is no LoRA, or inputs disagree on orientation or on the form of names.
+        If an input is no LoRA, inputs disagree on orientation or on the form of names, or the
+        program that it is for does not take it.
     """
+    known = None if base is None or base.checkpoint is None else base.checkpoint
+    view = None if known is None else view_of({n: t.shape for n, t in known.tensors.items()})
+    flat = dialect(aligned.items) == "kohya"
+    target = (
+        default_target(list(aligned.items), flat, None if view is None else view.layout)
+        if recipe.target is None
+        else target_named(recipe.target)
+    )
+    if flat and target.dialect != "kohya":
+        raise MismatchError(
+            f"{min(aligned.items)}: a flattened name (Kohya's) cannot be written for "
+            f"{target.name}, since its dots are lost",
+            fix="add --base with the model that the adapters were trained on",
+        )
+    spelling: Mapping[str, tuple[Named, ...]] = {}
+    if target.dialect != "peft":
+        component = recipe.part or component_of(None if known is None else known.config)
+        spelling = spelled(list(aligned.items), target.dialect, view, component)
     factors: dict[str, Factor] = {}
-    full: dict[str, tuple[str, tuple[int, ...]]] = {}
+    full: dict[str, int] = {}
+    replaced: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, item in aligned.items.items():
         if item.base is not None:
-            full[name] = stored[name], item.site.shape
+            replaced[name] = stored[name], item.site.shape
             continue
-        linear = all(is_linear(each.at(name)) for each in variants)
-        found = [delta for delta in item.deltas if delta is not None]
-        if not all(isinstance(delta, LowRank) for delta in found):
-            if _bounded(item, variants):
-                _check_untied(name, item, base)
-                factors[name] = _dense_factor(recipe, item, variants)
-                continue
-            odd = next(type(delta).__name__ for delta in found if not isinstance(delta, LowRank))
-            raise MismatchError(
-                f"{name}: the merged update is not a LoRA ({odd.lower()} input)",
-                fix="use --as delta, --as model with --base, or a method that leaves a low rank",
-            )
-        low = [delta for delta in found if isinstance(delta, LowRank)]
-        if len({delta.transposed for delta in low}) > 1:
-            raise MismatchError(
-                f"{name}: some inputs store it input × output and others do not",
-                fix="use --as delta",
-            )
-        rank = sum(delta.rank for delta in low)
-        if not linear:
-            rows = item.site.shape[0]
-            rank = min(rank, rows, item.site.size // rows, _limit(item, variants))
-        dtypes = {stored_dtype(delta) for delta in low}
-        dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
-        if linear and not _exactly(dtype, item, variants):
-            dtype = "F32"
-        dtype = dtype if recipe.dtype == "keep" else STORED[recipe.dtype]
-        factors[name] = Factor(rank, item.site.shape, low[0].transposed, dtype, low[0].embedding)
+        if not _is_low(item) and _bounded(item, variants):
+            _check_untied(name, item, base)
+            whole, exact = _dense_factor(item, variants), False
+            unasked = whole.rank
+        else:
+            whole, unasked, exact = _low_factor(name, item, variants)
+        full[name] = whole.rank
+        rank = _rank(recipe, whole, unasked, ranks and ranks[name])
+        # What is only stacked keeps its digits, if its dtype can hold them.
+        dtype = "F32" if exact and rank == whole.rank else whole.dtype
+        dtype = _dtype_for(recipe, target, known, name, dtype)
+        modules_of = spelling.get(name, ())
+        factors[name] = replace(whole, rank=rank, dtype=dtype, modules=modules_of)
+    largest = max((factor.rank for factor in factors.values()), default=1)
     packed = pack_lora(
         factors,
-        dialect=dialect(factors),
+        dialect=target.dialect,
         base_name=_base_name(models, base),
-        replacements={name: (t.dtype, t.shape) for name, t in aligned.copies.items()} | full,
-        known_names=None if base is None or base.checkpoint is None else base.checkpoint.tensors,
+        replacements={name: (t.dtype, t.shape) for name, t in aligned.copies.items()} | replaced,
+        known_names=None if known is None else known.tensors,
+        rank=target.padded(largest),
     )
+    shapes = {tensor.name: tensor.shape for tensor in packed.tensors}
+    notes = check_served(target, packed.config, shapes, target.padded(largest))
     modules = {}
     for name, factor in factors.items():
-        specs: dict[str, PackedTensor] = {t.role: t for t in packed.tensors if t.source == name}
-        modules[name] = Module(factor.rank, specs["A"].shape[0], factor.transposed, specs)
-    return packed, modules
+        specs = tuple(t for t in packed.tensors if t.source == name)
+        rank = next(t.shape[0] for t in specs if t.role == "A")
+        modules[name] = Module(factor.rank, rank, factor.transposed, specs, full[name])
+    return packed, modules, notes
+
+
+def _low_factor(name: str, item: Item, variants: Sequence[Variant]) -> tuple[Factor, int, bool]:
+    """The factors of a merged LoRA at the rank that loses nothing, and of it what is kept unasked.
+
+    Last, whether the dtype of the inputs cannot hold them as they are.
+    """
+    low = _low_rank(name, item)
+    rows, summed = item.site.shape[0], sum(delta.rank for delta in low)
+    most, full = min(rows, item.site.size // rows), summed
+    chains = [each.at(name) for each in variants]
+    linear = all(map(is_linear, chains))
+    if not linear:
+        # What cannot be merged in factors may have any rank; unasked, the summed one is kept.
+        factored = all(is_linear(ops) or fits(ops, item) for ops in chains)
+        full = min(min(summed, most) if factored else most, _limit(item, variants))
+    dtypes = {stored_dtype(delta) for delta in low}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
+    factor = Factor(full, item.site.shape, low[0].transposed, dtype, low[0].embedding)
+    return factor, summed, linear and not _exactly(dtype, item, variants)
+
+
+def _rank(recipe: Recipe, whole: Factor, unasked: int, energy: int | None) -> int:
+    """The rank that is written: what was asked for, by size or by energy."""
+    most = unasked
+    if recipe.rank is not None or energy is not None:
+        most = min(recipe.rank or whole.rank, energy or whole.rank)
+    if whole.rank <= most:
+        # A concatenation that is small enough loses nothing and costs no decomposition.
+        return whole.rank
+    return min(most, *matrix_shape(whole.shape))
+
+
+def _dtype_for(
+    recipe: Recipe, target: Target, known: Checkpoint | None, name: str, own: str
+) -> str:
+    """The dtype of factors: what was asked for, the base's for servers, or ``own``."""
+    if recipe.dtype != "keep":
+        return STORED[recipe.dtype]
+    if target.serves and known is not None and name in known.tensors:
+        # Servers cast factors to the model's dtype when they load them.
+        return known.tensors[name].dtype
+    return own
+
+
+def _low_rank(name: str, item: Item) -> list[LowRank]:
+    """The inputs' factors.
+
+    Raises
+    ------
+    MismatchError
+        If an input has none, or they disagree on the orientation of the weight.
+    """
+    found = [delta for delta in item.deltas if delta is not None]
+    low = [delta for delta in found if isinstance(delta, LowRank)]
+    if len(low) < len(found):
+        odd = next(type(delta).__name__ for delta in found if not isinstance(delta, LowRank))
+        raise MismatchError(
+            f"{name}: the merged update is not a LoRA ({odd.lower()} input)",
+            fix="use --as delta, --as model with --base, or a method that leaves a low rank",
+        )
+    if len({delta.transposed for delta in low}) > 1:
+        raise MismatchError(
+            f"{name}: some inputs store it input × output and others do not",
+            fix="use --as delta",
+        )
+    return low
 
 
 def in_full(aligned: Aligned, variants: Sequence[Variant]) -> Aligned:
@@ -157,11 +251,10 @@ def _check_untied(name: str, item: Item, base: Source | None) -> None:
         )
 
 
-def _dense_factor(recipe: Recipe, item: Item, variants: Sequence[Variant]) -> Factor:
+def _dense_factor(item: Item, variants: Sequence[Variant]) -> Factor:
     """The factors of an update that a full model has, and that the chain leaves at a low rank."""
     dtypes = {stored_dtype(delta) for delta in item.deltas if delta is not None}
     dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
-    dtype = dtype if recipe.dtype == "keep" else STORED[recipe.dtype]
     rank = min(*matrix_shape(item.site.shape), _limit(item, variants))
     site = item.site
     # Kernels that cut images into patches are called embeddings too.
@@ -236,9 +329,12 @@ def dense_bytes(
         written = 24 * module.rank * (rows + columns)
         least = min(rows, columns)
         # The matrix in float32 and twice in float64, and the Gram matrix with its eigenvectors.
-        chains = [each.at(name) for each in variants]
-        factored = all(is_linear(ops) or fits(ops, item) for ops in chains)
+        factored = all(
+            is_linear(ops) or fits(ops, item) for ops in (each.at(name) for each in variants)
+        )
         dense = 0 if factored else 24 * rows * columns + 24 * least * least
+        if factored and module.own_rank < module.full_rank:
+            written += 24 * module.full_rank * (rows + columns)
         worst = max(worst, written + dense)
     return worst
 

@@ -139,6 +139,7 @@ def package(
     first: Source | None,
     variants: Sequence[Variant],
     sides: Mapping[str, bytes | Path | None] | None = None,
+    ranks: Mapping[str, int] | None = None,
 ) -> Package:
     """Decide names, dtypes, ranks and files of the outputs.
 
@@ -164,8 +165,11 @@ def package(
     modules: dict[str, Module] = {}
     renamed: dict[str, str] = {}
     metadata: Mapping[str, str] = PT
+    served: tuple[str, ...] = ()
     if form == "lora":
-        packed, modules = lora_layout(recipe, aligned, models, base, variants, stored)
+        packed, modules, served = lora_layout(
+            recipe, aligned, models, base, variants, stored, ranks
+        )
         renamed = {t.source: t.name for t in packed.tensors if t.role == "value"}
         specs = [TensorSpec(t.name, t.dtype, t.shape) for t in packed.tensors]
         metadata = packed.metadata
@@ -174,7 +178,7 @@ def package(
     if form == "delta":
         identity = None if base is None else {"fingerprint": base.fingerprint, "path": base.label}
         metadata = delta_metadata(identity, replaced=list(aligned.copies))
-    stem = _stem(form, reference)
+    stem = _stem(form, reference, packed)
     layout = plan_layout(specs, stem, shard_size, metadata=PT if not single else metadata)
     if form == "delta" and not single:
         layout = plan_layout(specs, STEMS[form], None, metadata=metadata)
@@ -189,16 +193,21 @@ def package(
         renamed=renamed,
         dense_bytes=dense_bytes(aligned, modules, form, variants),
         metadata=metadata,
-        about={"inputs": _inputs(models, weights, base), "library": _library(form, reference)},
+        about={
+            "inputs": _inputs(models, weights, base),
+            "library": _library(form, reference, packed),
+        },
         origins=tuple(_origins(models, base)),
         config={} if packed is None else packed.config,
         companions=_companions(recipe, form, reference, sides or {}),
-        notes=(*_notes(form, reference), *_tolerances(variants)),
+        notes=(*_notes(form, reference), *served, *_tolerances(variants)),
     )
 
 
-def _stem(form: str, reference: Source | None) -> str:
-    """What the weights in a folder are called; diffusers looks for a name of its own."""
+def _stem(form: str, reference: Source | None, packed: PackedLayout | None) -> str:
+    """What the weights in a folder are called; diffusers looks for names of its own."""
+    if packed is not None and not packed.config:
+        return "pytorch_lora_weights"
     known = reference.checkpoint.config if reference and reference.checkpoint else None
     diffusers = form == "model" and known is not None and "_class_name" in known
     return "diffusion_pytorch_model" if diffusers else STEMS[form]
@@ -261,9 +270,9 @@ def _origins(models: Sequence[Source], base: Source | None) -> list[str | None]:
     return [name if isinstance(name, str) else None for name in found]
 
 
-def _library(form: str, reference: Source | None) -> str | None:
-    if form == "lora":
-        return "peft"
+def _library(form: str, reference: Source | None, packed: PackedLayout | None) -> str | None:
+    if packed is not None:
+        return "peft" if packed.config else "diffusers"
     known = reference.checkpoint.config if reference and reference.checkpoint else None
     return "transformers" if form == "model" and known and "model_type" in known else None
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from mergebench.adapters_zoo.adapter import ReadOptions
+from mergebench.adapters_zoo.targets import target_named
 from mergebench.checkpoints.disk import check_space
 from mergebench.checkpoints.staging import staged_bytes
 from mergebench.checkpoints.writer import Layout
@@ -22,6 +23,7 @@ from mergebench.core.tensor import nbytes
 from mergebench.merge.align import Aligned, align, in_places
 from mergebench.merge.buffers import settle
 from mergebench.merge.configs import check_configs
+from mergebench.merge.energy import ranks_by_energy
 from mergebench.merge.fit import check_fit
 from mergebench.merge.limits import DEFAULT_MEMORY, check_places, choose_tiling
 from mergebench.merge.lora_layout import in_full
@@ -246,8 +248,10 @@ def make_plan(
     )
     origin = measure(models, base, aligned, space, allow=recipe.allow_base_mismatch)
     aligned = in_full(aligned, variants) if form == "lora" else aligned
-    built = package(recipe, form, aligned, models, weights, base, first, variants, spoken.sides)
-    tiling, needed, least = choose_tiling(aligned, variants, built, memory, workers)
+    pack = partial(
+        package, recipe, form, aligned, models, weights, base, first, variants, spoken.sides
+    )
+    built, (tiling, needed, least) = _packed(recipe, pack, aligned, variants, memory, workers)
     kept = aligned.items if recipe.dtype == "keep" and form == "model" else {}
     notes += [
         *_left(chosen.apart, aligned.order, form),
@@ -292,6 +296,23 @@ def _check_recipe(recipe: Recipe) -> None:
     ):
         if value not in known:
             raise ParameterError(f"{what}: {value!r}", expected="one of " + ", ".join(known))
+
+
+def _check_lora(recipe: Recipe, form: str) -> None:
+    """Options of adapters are for adapters, and within their bounds."""
+    given = [name for name in ("target", "rank", "energy") if getattr(recipe, name) is not None]
+    if given and form != "lora":
+        raise ParameterError(
+            f"{given[0]}: is for adapters",
+            got=f"a {form} to write",
+            fix=f"add --as lora, or leave out --{given[0]}",
+        )
+    if recipe.target is not None:
+        target_named(recipe.target)
+    if recipe.energy is not None and not 0 < recipe.energy <= 1:
+        raise ParameterError("energy", expected="above 0 and at most 1", got=f"{recipe.energy:g}")
+    if recipe.rank is not None and recipe.rank < 1:
+        raise ParameterError("rank", expected="at least 1", got=str(recipe.rank))
 
 
 def _open_models(
@@ -355,7 +376,29 @@ def _rank(weight: Any) -> tuple[bool, float, str]:
     return (not plain, weight if plain else 0.0, "" if plain else str(weight))
 
 
+def _packed(
+    recipe: Recipe,
+    pack: Callable[..., Package],
+    aligned: Aligned,
+    variants: Sequence[Variant],
+    memory: int,
+    workers: int | None,
+) -> tuple[Package, tuple[Tiling, int, int]]:
+    """The package and its tiling; where ranks are to keep an energy, the data decide them."""
+    built = pack()
+    chosen = choose_tiling(aligned, variants, built, memory, workers)
+    if recipe.energy is not None:
+        built = pack(ranks_by_energy(aligned, variants, chosen[0], recipe.energy))
+    return built, chosen
+
+
 def _form(recipe: Recipe, models: Sequence[Source], base: Source | None) -> str:
+    form = _wanted_form(recipe, models, base)
+    _check_lora(recipe, form)
+    return form
+
+
+def _wanted_form(recipe: Recipe, models: Sequence[Source], base: Source | None) -> str:
     if recipe.form != "auto":
         return recipe.form
     if base is not None or any(model.checkpoint is not None for model in models):

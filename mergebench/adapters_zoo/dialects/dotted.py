@@ -68,6 +68,11 @@ def parse(key: str) -> Part | None:
     return part
 
 
+def is_component(name: str) -> bool:
+    """Whether a dotted name begins with a component of a diffusion pipeline."""
+    return bool(_DIFFUSERS.match(name) or _COMFY.match(name))
+
+
 def dialect_of(parts: Collection[Part]) -> str:
     """The dialect of a file's factors, ``""`` where it holds none; several are joined.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from mergebench.adapters_zoo.layouts import clip, flux, unet
 from mergebench.adapters_zoo.layouts.pieces import Piece, Rows, assembled
@@ -25,11 +26,16 @@ class View:
         Tensors of the other layout, and the rows of the base that they are.
     renamed : mapping of str to str
         Own names that the view leaves out, since the other layout's differ by a prefix only.
+    layout : original or diffusers
+        That of the base.
+    family : sd, sdxl or flux
     """
 
     own: Mapping[str, Shape]
     other: Mapping[str, tuple[Span, ...]]
     renamed: Mapping[str, str]
+    layout: Literal["original", "diffusers"] = "original"
+    family: Literal["sd", "sdxl", "flux"] = "sd"
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
@@ -90,17 +96,23 @@ def view_of(shapes: Mapping[str, Shape]) -> View | None:
     shapes : mapping of tensor name to shape
     """
     other: dict[str, tuple[Span, ...]] = {}
-    originals = [unet.original(shapes), flux.original(shapes), *clip.original(shapes)]
-    for table in originals:
+    own_flux, their_flux = flux.original(shapes), flux.diffusers(shapes)
+    for table in (unet.original(shapes), own_flux, *clip.original(shapes)):
         if table is not None:
             other |= to_diffusers(table, shapes)
-    for table in (unet.diffusers(shapes), flux.diffusers(shapes)):
-        if table is not None:
-            other |= to_original(table, shapes)
     renamed = clip.renamed(shapes)
     for name, alias in renamed.items():
         if shapes[name]:
             other[alias] = (Span(name, 0, shapes[name][0], 0),)
+    layout: Literal["original", "diffusers"] = "original" if other else "diffusers"
+    for table in (unet.diffusers(shapes), their_flux):
+        if table is not None:
+            other |= to_original(table, shapes)
     other = {name: spans for name, spans in other.items() if name not in shapes}
     known = {name: alias for name, alias in renamed.items() if alias in other}
-    return View(shapes, other, known) if other else None
+    family: Literal["sd", "sdxl", "flux"] = "sd"
+    if own_flux or their_flux:
+        family = "flux"
+    elif any(".label_emb." in f".{name}" or "add_embedding." in name for name in shapes):
+        family = "sdxl"
+    return View(shapes, other, known, layout, family) if other else None
