@@ -1,19 +1,27 @@
-"""What an input is, in plain data, from its headers alone."""
+"""What an input is, in plain data: from its headers, and the factors of adapters."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mergebench.adapters_zoo.adapter import AdapterSource
+from mergebench.adapters_zoo.dialects import dotted, kohya
+from mergebench.adapters_zoo.targets import TARGETS, refusals, served_with
 from mergebench.checkpoints.documents import is_file, read_object
-from mergebench.core.delta import LowRank
+from mergebench.core.delta import Delta, LowRank, Replacement, factors, tile
 from mergebench.core.errors import MergebenchError
 from mergebench.core.site import make_sites
 from mergebench.core.tensor import Tensor, nbytes, size_of
 from mergebench.manifest import MANIFEST, from_metadata
 from mergebench.sources import Source
+
+_PIECE = 1 << 20
 
 
 def describe(source: Source) -> dict[str, Any]:
@@ -95,6 +103,7 @@ def _of_deltas(source: Source) -> dict[str, Any]:
     assert source.deltas is not None
     ranks: Counter[int] = Counter()
     scales: set[float] = set()
+    alphas: set[float] = set()
     kinds: Counter[str] = Counter()
     entries = 0
     for delta in source.deltas.values():
@@ -103,15 +112,74 @@ def _of_deltas(source: Source) -> dict[str, Any]:
         if isinstance(delta, LowRank):
             ranks[delta.rank] += 1
             scales.add(round(delta.scale, 8))
+            alphas.add(round(alpha_of(source, delta), 6))
     data: dict[str, Any] = {
         "adapter": source.deltas.metadata.get("kind", ""),
+        "dialect": "" if source.adapter is None else dialect(source.adapter.tensors),
         "modules": len(source.deltas),
         "displaced_parameters": entries,
         "deltas": dict(kinds),
     }
     if ranks:
         data["ranks"] = {str(rank): count for rank, count in sorted(ranks.items())}
+        data["alphas"] = sorted(alphas)
         data["scales"] = sorted(scales)
+    norms = {name: norm_of(d) for name, d in source.deltas.items() if isinstance(d, LowRank)}
+    if norms and len(norms) == len(source.deltas) and None not in norms.values():
+        known = {name: norm for name, norm in norms.items() if norm is not None}
+        largest = max(known, key=known.__getitem__)
+        data["norm"] = _digits(sqrt(sum(norm * norm for norm in known.values())))
+        data["largest_norm"] = {largest: _digits(known[largest])}
+    if source.adapter is not None:
+        data["servers"] = _servers(source.adapter, max(ranks, default=None))
     if base := source.config.get("base_model_name_or_path"):
         data["base"] = base
     return data
+
+
+def alpha_of(source: Source, delta: LowRank) -> float:
+    """The α that gives a module its scale: ``scale · r``, or ``scale · √r`` if rank-stabilised."""
+    return delta.scale * (sqrt(delta.rank) if source.config.get("use_rslora") else delta.rank)
+
+
+def norm_of(delta: Delta) -> float | None:
+    """The Frobenius norm of a displacement; None for new values, and where it is not finite.
+
+    Factors are read and never multiplied out: ``‖B A‖² = Σ (BᵀB) ∘ (A Aᵀ)``.
+    """
+    if isinstance(delta, Replacement):
+        return None
+    wide = np.dtype(np.float64)
+    if isinstance(delta, LowRank):
+        left, right = factors(delta, wide)
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = float(((left.T @ left) * (right @ right.T)).sum())
+    else:
+        squares = 0.0
+        size = size_of(delta.shape)
+        for start in range(0, size, _PIECE):
+            piece = tile(delta, start, min(start + _PIECE, size), wide)
+            with np.errstate(over="ignore", invalid="ignore"):
+                squares += float(np.vdot(piece, piece))
+    return sqrt(max(squares, 0.0)) if isfinite(squares) else None
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def dialect(names: Collection[str]) -> str:
+    """The program whose spelling the tensors of an adapter have; several are joined."""
+    parts = [kohya.parse(name) or dotted.parse(name) for name in names]
+    return dotted.dialect_of([part for part in parts if part is not None])
+
+
+def _servers(adapter: AdapterSource, rank: int | None) -> dict[str, str]:
+    """What each server would say to an adapter."""
+    shapes = {name: tensor.shape for name, tensor in adapter.tensors.items()}
+    said = {}
+    for name, target in TARGETS.items():
+        if target.serves:
+            found = refusals(name, adapter.config, shapes, rank)
+            said[name] = "; ".join(found) if found else served_with(name, rank)
+    return said

@@ -53,6 +53,10 @@ class Source:
         32 hex digits derived from the content, whatever the path.
     config : mapping
         ``adapter_config.json`` of an adapter.
+    identity : tuple of mapping
+        Name, size and times of each file.
+    adapter : AdapterSource or None
+        The adapter as its file has it.
     """
 
     label: str
@@ -61,6 +65,7 @@ class Source:
     fingerprint: str
     config: Mapping[str, Any] = field(default_factory=dict)
     identity: tuple[Mapping[str, Any], ...] = ()
+    adapter: AdapterSource | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,6 +184,7 @@ def _open_pair(left: str, right: str, options: ReadOptions) -> Source:
         _joined(under.fingerprint, top.fingerprint),
         top.config,
         (*under.identity, *top.identity),
+        top.adapter,
     )
 
 
@@ -197,7 +203,7 @@ def _open_path(path: Path, label: str, options: ReadOptions) -> Source:
         source, identity = adapter
         deltas = read_adapter(source, options)
         mark = fingerprint(source.tensors)
-        return Source(label, None, deltas, mark, source.config or {}, identity)
+        return Source(label, None, deltas, mark, source.config or {}, identity, source)
     checkpoint = open_checkpoint(path)
     once = {n: t for n, t in checkpoint.tensors.items() if n not in checkpoint.aliases}
     return Source(label, checkpoint, None, fingerprint(once), {}, tuple(checkpoint.identity))

@@ -106,11 +106,19 @@ def check_served(
             f"adapter: {target.name} does not take it: {'; '.join(found)}",
             fix="write it for peft, or leave these modules out with --exclude",
         )
-    if target.name == "vllm" and rank > 16:
-        return (f"vLLM serves it with --max-lora-rank {rank} or more (its default is 16)",)
-    if target.name == "sglang":
-        return (f"SGLang serves it with --max-lora-rank {rank} or more",)
-    return ()
+    said = served_with(target.name, rank)
+    return () if said == "yes" else (f"{target.name} serves it: {said}",)
+
+
+def served_with(server: str, rank: int | None) -> str:
+    """What a server that takes an adapter of this rank must be told; "yes" where nothing."""
+    # vLLM's default is 16, and it knows some values only.
+    if server == "vllm" and rank is not None and rank > 16:
+        allowed = next(step for step in _STEPS if step >= rank)
+        return f"with --max-lora-rank {allowed} (its default is 16)"
+    if server == "sglang" and rank is not None:
+        return f"with --max-lora-rank {rank} or more"
+    return "yes"
 
 
 def refusals(
@@ -140,7 +148,7 @@ def refusals(
     ]
     if any("lora_magnitude_vector" in name or name.endswith(".dora_scale") for name in shapes):
         found.append("magnitudes (DoRA) are refused")
-    if config.get("bias", "none") != "none":
+    if (config.get("bias") or "none") != "none":
         found.append(f"bias {config['bias']!r} is refused")
     if str(config.get("init_lora_weights")).lower().startswith(_CHANGED):
         found.append(f"init_lora_weights {config['init_lora_weights']!r} is refused")

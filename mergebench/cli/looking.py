@@ -90,16 +90,30 @@ def _words(key: str, value: Any) -> str:
 
 def _tensor_list(source: Source) -> list[dict[str, Any]]:
     from mergebench.core.delta import LowRank
+    from mergebench.describe import alpha_of, norm_of
 
     rows: list[dict[str, Any]] = []
+    more = {} if source.deltas is None else {"alpha": "", "norm": ""}
     if source.checkpoint is not None:
         for name, tensor in source.checkpoint.tensors.items():
-            rows.append({"tensor": name, "stored": tensor.dtype, "shape": list(tensor.shape)})
+            rows.append(
+                {"tensor": name, "stored": tensor.dtype, "shape": list(tensor.shape), **more}
+            )
     for name, delta in (source.deltas or {}).items():
-        stored = type(delta).__name__.lower()
+        stored, alpha = type(delta).__name__.lower(), ""
         if isinstance(delta, LowRank):
             stored = f"rank {delta.rank}, scale {delta.scale:g}"
-        rows.append({"tensor": name, "stored": stored, "shape": list(delta.shape)})
+            alpha = f"{alpha_of(source, delta):g}"
+        norm = norm_of(delta)
+        rows.append(
+            {
+                "tensor": name,
+                "stored": stored,
+                "shape": list(delta.shape),
+                "alpha": alpha,
+                "norm": "" if norm is None else f"{norm:.4g}",
+            }
+        )
     return rows
 
 

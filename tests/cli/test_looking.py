@@ -83,9 +83,11 @@ def test_inspect_lists_tensors(scene: Scene) -> None:
     assert shown["model.position_ids"] == ("I64", (8,))
     assert {each["stored"] for each in adapter} == {"rank 4, scale 2"}
     name = "model.layers.0.mlp.up_proj.weight"
-    assert next(line.split() for line in words if line.startswith(name)) == [
-        *(name, "rank", "4,", "scale", "2", "[24,", "16]"),
-    ]
+    line = next(line.split() for line in words if line.startswith(name))
+    assert line[:-2] == [name, "rank", "4,", "scale", "2", "[24,", "16]"]
+    (row,) = (each for each in adapter if each["tensor"] == name)
+    assert line[-2:] == [row["alpha"], row["norm"]]
+    assert row["alpha"] == "8"
 
 
 def test_inspect_in_words(scene: Scene) -> None:

@@ -320,3 +320,48 @@ def test_without_a_base(tmp_path: Path) -> None:
     save_kohya(tmp_path / "flat.safetensors", factors(1))
     ran = call("merge", "flat.safetensors", *TASK, "--target", "vllm", "-o", "x", cwd=tmp_path)
     assert_refused(ran, "flattened", "--base")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, {"vllm": "yes", "sglang": "--max-lora-rank 4 or more", "lorax": "yes"}),
+        ({"use_rslora": True}, {"vllm": "yes", "sglang": "use_rslora is ignored", "lorax": "yes"}),
+        (
+            {"alpha_pattern": {"q_proj": 8}},
+            {"vllm": "yes", "sglang": "alpha_pattern is ignored", "lorax": "yes"},
+        ),
+        ({"target_modules": "all-linear"}, {"vllm": "yes", "sglang": "must be a list"}),
+    ],
+)
+def test_inspect(config: dict[str, Any], words: dict[str, str], tmp_path: Path) -> None:
+    """Kind, dialect, ranks, alphas, scales, norms, and what each server says."""
+    made = factors(1, rank=4)
+    save_peft(tmp_path / "a", made, **config)
+    data = json.loads(assert_done(call("inspect", "a", "--json", "-t", cwd=tmp_path)).out)
+    update = data["update"]
+    scale = 8 / 2 if config.get("use_rslora") else 8 / 4
+    norms = {name: np.linalg.norm(each) for name, each in product(made, scale).items()}
+
+    assert update["adapter"] == "lora"
+    assert update["dialect"] == "PEFT"
+    assert update["ranks"] == {"4": len(made)}
+    assert update["alphas"] == [8.0]
+    assert update["scales"] == [scale]
+    assert update["norm"] == pytest.approx(np.sqrt(sum(n * n for n in norms.values())), rel=1e-5)
+    for row in data["tensor_list"]:
+        assert float(row["norm"]) == pytest.approx(norms[row["tensor"]], rel=1e-3)
+        assert row["alpha"] == "8"
+    for server, said in words.items():
+        assert said in update["servers"][server]
+    assert "dialect" in assert_done(call("inspect", "a", cwd=tmp_path)).out
+
+
+def test_inspect_kohya(tmp_path: Path) -> None:
+    """No server takes another program's file."""
+    save_kohya(tmp_path / "a.safetensors", factors(1, rank=4), alpha=2.0)
+    data = json.loads(assert_done(call("inspect", "a.safetensors", "--json", cwd=tmp_path)).out)
+
+    assert data["update"]["dialect"] == "Kohya"
+    assert data["update"]["alphas"] == [2.0]
+    assert all("PEFT's folders" in said for said in data["update"]["servers"].values())
