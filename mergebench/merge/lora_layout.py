@@ -20,7 +20,7 @@ from mergebench.core.errors import MismatchError
 from mergebench.core.site import kind_of
 from mergebench.merge.align import Aligned
 from mergebench.merge.core_space import fits
-from mergebench.merge.op import Chain, coefficients, is_linear, rank_of
+from mergebench.merge.op import coefficients, is_linear, rank_of
 from mergebench.merge.stream import Item
 from mergebench.merge.variants import Variant
 from mergebench.recipe import Recipe
@@ -117,7 +117,7 @@ def lora_layout(
         else:
             whole, unasked, exact = _low_factor(name, item, variants)
         full[name] = whole.rank
-        rank = _rank(recipe, whole, unasked, ranks and ranks[name])
+        rank = _rank(recipe, whole, unasked, None if ranks is None else ranks[name])
         # What is only stacked keeps its digits, if its dtype can hold them.
         dtype = "F32" if exact and rank == whole.rank else whole.dtype
         dtype = _dtype_for(recipe, target, known, name, dtype)

@@ -179,6 +179,16 @@ def test_fused_weights_of_flux() -> None:
     assert delta.shape == (56, 8)
 
 
+def test_parts_of_different_scale() -> None:
+    """Query, key and value with an α each, stacked in one weight."""
+    own, original = both("flux")
+    named = {f"lora_transformer_single_transformer_blocks_1_attn_to_{one}": (8, 8) for one in "qkv"}
+    stored = kohya(named, alphas=(1, 5, 2))
+
+    assert_weights(converted("flux", moved(original, stored)), moved(own, stored))
+    assert_weights(moved(own, stored), fused("flux", stored))
+
+
 def test_part_of_a_fused_weight() -> None:
     """A LoRA on the values alone leaves query and key as they are, exactly."""
     own, original = both("flux")

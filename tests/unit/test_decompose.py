@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergebench.compute.decompose import truncate
+from mergebench.compute.decompose import spectrum_of_product, truncate, truncate_product
+from mergebench.merge.energy import rank_of
 
 
 def matrix_of(seed: int, rows: int, columns: int, rank: int) -> np.ndarray:
@@ -97,3 +98,41 @@ def test_repeatable_and_input_kept() -> None:
     first, second = truncate(matrix, 4), truncate(matrix, 4)
     assert first[0].tobytes() == second[0].tobytes()
     assert first[1].tobytes() == second[1].tobytes()
+
+
+@settings(deadline=None)
+@given(
+    st.integers(0, 9), st.integers(1, 12), st.integers(1, 12), st.integers(1, 7), st.integers(1, 9)
+)
+def test_products_are_truncated_like_matrices(
+    seed: int, rows: int, columns: int, inner: int, rank: int
+) -> None:
+    """Factors never multiplied out give the same spectrum, approximation and residual."""
+    random = np.random.default_rng(seed)
+    left, right = random.normal(size=(rows, inner)), random.normal(size=(inner, columns))
+    U, S, Vt = np.linalg.svd(left @ right, full_matrices=False)
+    kept = min(rank, inner, rows, columns)
+    best = (U[:, :kept] * S[:kept]) @ Vt[:kept]
+    low, high, residual = truncate_product(left, right, rank)
+    values = spectrum_of_product(left, right)[1]
+
+    assert np.abs(values - S[: values.size]).max() <= 1e-12 * S[0]
+    assert np.abs(low @ high - best).max() <= 1e-10 * S[0]
+    assert abs(residual - np.linalg.norm(S[kept:]) / np.linalg.norm(S)) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("values", "energy", "rank"),
+    [
+        ([3.0, 1.0], 0.9, 1),
+        ([3.0, 1.0], 0.91, 2),
+        ([1.0, 1.0, 1.0, 1.0], 0.5, 2),
+        ([1.0, 1.0, 1.0, 1.0], 1.0, 4),
+        ([2.0, 0.0, 0.0], 1.0, 1),
+        ([0.0, 0.0], 0.9, 1),
+        ([], 0.9, 1),
+    ],
+)
+def test_rank_by_energy(values: list[float], energy: float, rank: int) -> None:
+    """The least number of squares that makes up the share, and never none."""
+    assert rank_of(np.array(values), energy) == rank
