@@ -55,8 +55,7 @@ FEATURES: Mapping[str, str] = {
     "kasa_config": "KaSA truncates the base weights, so ΔW alone is not the update",
     "arrow_config": "Arrow routes between adapters per token",
     "monteclora_config": "MonteCLoRA samples its factors; not supported yet",
-    "target_parameters": "LoRA on stacked experts (target_parameters) is not supported yet",
-    "trainable_token_indices": "trained token rows are not supported yet",
+    "trainable_token_indices": "it trains token rows, and the file has none",
     "enable_lora": "merged linear layers of PEFT before its release are not supported",
 }
 #: ``init_lora_weights`` that subtract the initial factors from the base before training.
@@ -93,7 +92,7 @@ FAMILIES: Mapping[str, tuple[re.Pattern[str], str]] = {
     ),
     "LoRA on stacked experts": (
         re.compile(r"\.base_layer\.lora_[AB](\.|$)"),
-        FEATURES["target_parameters"],
+        "adapter_config.json, which names the parameters (target_parameters), must lie beside it",
     ),
     "AdaLoRA or loralib": (
         re.compile(r"\.lora_([ABE]|ranknum)(\.[^.]+)?$"),
@@ -101,7 +100,7 @@ FAMILIES: Mapping[str, tuple[re.Pattern[str], str]] = {
     ),
     "trained token rows": (
         re.compile(r"(^|\.)trainable_tokens_(delta|indices)(\.|$)"),
-        FEATURES["trainable_token_indices"],
+        _MIXED,
     ),
     "LoHa": (re.compile(r"\.hada_[wt]\d"), _MIXED),
     "LoKr": (re.compile(r"\.lokr_[wt]\d"), _MIXED),

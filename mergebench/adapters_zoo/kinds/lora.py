@@ -34,6 +34,8 @@ _FACTORS: tuple[tuple[Role, Role], ...] = (("A", "B"), ("embedding_A", "embeddin
 def _detect(source: AdapterSource) -> frozenset[str]:
     if is_saved_delta(source.metadata):
         return frozenset()
+    if any(one.entries.get("target_parameters") for one in stated(source)):
+        return frozenset()
     return max(_kohya_keys(source), _peft_keys(source), key=len)
 
 
