@@ -81,6 +81,10 @@ class ReadOptions:
     part: str | None = None
 
 
+def _no_remarks(_: AdapterSource) -> tuple[str, ...]:
+    return ()
+
+
 @dataclass(frozen=True)
 class Kind:
     """One family of adapters.
@@ -98,6 +102,10 @@ class Kind:
         What a user should know: sources, limits.
     peft_types : frozenset of str, default empty
         The ``peft_type`` values of a config that this kind reads.
+    remarks : callable, default none
+        ``(source) -> notes`` for the user about an adapter that is read.
+    support : str, default "own"
+        Who computes the displacement: ``own``, or the library that does (``PEFT``).
     """
 
     name: str
@@ -106,6 +114,8 @@ class Kind:
     read: Callable[[AdapterSource, ReadOptions], dict[str, Delta]]
     notes: str = ""
     peft_types: frozenset[str] = frozenset()
+    remarks: Callable[[AdapterSource], tuple[str, ...]] = _no_remarks
+    support: str = "own"
 
 
 KINDS: Registry[Kind] = Registry(
@@ -195,7 +205,7 @@ def read_adapter(source: AdapterSource, options: ReadOptions | None = None) -> T
     about = {**source.metadata, "kind": kind.name}
     if source.config is not None:
         about[CONFIG_KEY] = json.dumps(dict(source.config), sort_keys=True)
-    return TaskVector(source.label, deltas, source.fingerprint, about)
+    return TaskVector(source.label, deltas, source.fingerprint, about, kind.remarks(source))
 
 
 def _kind_of(source: AdapterSource) -> Kind:

@@ -14,11 +14,12 @@ from mergebench.core.errors import FormatError, did_you_mean
 
 _ROUTED = "it is routed per token or per task, so no single displacement of a weight exists"
 _PROMPT = "it acts on activations and displaces no weight"
-_BASE = "its displacement depends on the base weights; not supported yet"
+_SHADOW = "its update depends on the input, so no single displacement of a weight exists"
 _LATER = "not supported yet"
 _MIXED = "it is not complete, or stands among tensors of another kind"
+_CONFIG = "what it means stands in an adapter_config.json of its type, which must lie beside it"
 
-#: Every ``peft_type`` of PEFT 0.21 that stage by stage may be read, or why it never will be.
+#: Every ``peft_type`` of PEFT 0.21 that is not read, and why it never will be.
 PEFT_TYPES: Mapping[str, str] = {
     **dict.fromkeys(("XLORA", "POLY", "LILY"), _ROUTED),
     **dict.fromkeys(
@@ -33,16 +34,7 @@ PEFT_TYPES: Mapping[str, str] = {
         ),
         _PROMPT,
     ),
-    **dict.fromkeys(("HIRA", "PSOFT", "OSF", "DEFT", "PEANUT", "FROD"), _BASE),
-    **dict.fromkeys(
-        (
-            *("LORA", "ADALORA", "ADAMSS", "BEFT", "BOFT", "BONE", "C3A", "DELORA", "FOURIERFT"),
-            *("GLORA", "GRALORA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT"),
-            *("PVERA", "RANDLORA", "ROAD", "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA"),
-            *("TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT"),
-        ),
-        _LATER,
-    ),
+    "SHADOW": _SHADOW,
 }
 
 #: Config entries of a LoRA that, when set, make ΔW something else than scale · BA.
@@ -129,16 +121,32 @@ FAMILIES: Mapping[str, tuple[re.Pattern[str], str]] = {
             "the base first"
         ),
     ),
-    "VeRA or PVeRA": (re.compile(r"(^|\.)p?vera_(lambda_[bd]|A|B)(\.|$)"), _MIXED),
-    "RandLoRA": (re.compile(r"(^|\.)randlora_(lambda|gamma|A|B)(\.|$)"), _LATER),
-    "FourierFT or WaveFT": (re.compile(r"\.\w+_spectrum(\.|$)"), _LATER),
+    "VeRA": (re.compile(r"(^|\.)vera_(lambda_[bd]|A|B)(\.|$)"), _MIXED),
+    "PVeRA": (re.compile(r"(^|\.)pvera_(lambda_[bd]|A|B)(\.|$)"), _CONFIG),
+    "RandLoRA": (re.compile(r"(^|\.)randlora_(lambda|gamma|A|B)(\.|$)"), _CONFIG),
+    "FourierFT or WaveFT": (re.compile(r"\.\w+_spectrum(\.|$)"), _CONFIG),
+    "VB-LoRA": (re.compile(r"(^|\.)vblora_(logits_[AB]|vector_bank)"), _CONFIG),
+    "UniLoRA": (re.compile(r"(^|\.)unilora_(indices|scales|theta_d)"), _CONFIG),
+    "TinyLoRA": (re.compile(r"(^|\.)tinylora_[ABPv](\.|$)"), _CONFIG),
+    "DeLoRA": (re.compile(r"\.delora_(A|B|lambda|w_norm)(\.|$)"), _CONFIG),
+    "GraLoRA": (re.compile(r"\.gralora_[AB](_general)?(\.|$)"), _CONFIG),
+    "Super-Tuning": (re.compile(r"\.supertuning_(values|indices|lora_[AB])(\.|$)"), _CONFIG),
+    "AdaMSS": (re.compile(r"\.adamss_(A|B|newB)(\.|$)"), _CONFIG),
+    "HiRA": (re.compile(r"\.hira_(embedding_)?[AB](\.|$)"), _CONFIG),
+    "PSOFT": (re.compile(r"\.psoft_R\."), _CONFIG),
+    "OSF": (re.compile(r"\.osf_svd_params\."), _CONFIG),
+    "DEFT": (re.compile(r"\.deft_[PR](\.|$)"), _CONFIG),
+    "PEANuT": (re.compile(r"\.peanut_(A|B|encoders|decoders)\."), _CONFIG),
+    "GLoRA": (re.compile(r"\.glora_[A-E]\."), _CONFIG),
+    "RoAd": (re.compile(r"\.road_(theta|alpha)(\.|$)"), _CONFIG),
+    "FRoD": (re.compile(r"(^|\.)frod_(lambda_l|lambda_s_values|V|s_\w+)(\.|$)"), _MIXED),
+    "BEFT": (re.compile(r"\.beft_bias(\.|$)"), _MIXED),
+    "LN tuning": (re.compile(r"\.ln_tuning_layers\."), _MIXED),
     "SHiRA": (re.compile(r"\.shira_(weight|indices)(\.|$)"), _MIXED),
     "C3A": (re.compile(r"\.c3a_kernel(\.|$)"), _MIXED),
     "MiSS": (re.compile(r"\.(miss|bone)_block(\.|$)"), _MIXED),
-    "OFT or BOFT": (
-        re.compile(rf"\.b?oft_(R|s|blocks)(\.|$)|{_LYCORIS}\.rescale$"),
-        _LATER,
-    ),
+    "OFT or BOFT": (re.compile(r"\.b?oft_(R|s)(\.|$)"), _MIXED),
+    "OFT (LyCORIS)": (re.compile(rf"\.oft_blocks(\.|$)|{_LYCORIS}\.rescale$"), _LATER),
     "HRA": (re.compile(r"\.hra_u(\.|$)"), _MIXED),
     "prompt or prefix tuning": (re.compile(r"(^|\.)prompt_(embeddings|encoder)(\.|$)"), _PROMPT),
 }

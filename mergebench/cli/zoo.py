@@ -42,6 +42,8 @@ def adapters(
     for row in rows:
         table.add_row(*(row[heading] for heading in shown))
     console.out().print(table)
+    if not refused:
+        console.say(f"\n{len(_refused())} more are recognised and refused: see --refused")
 
 
 def _kinds(name: str | None) -> list[dict[str, Any]]:
@@ -52,6 +54,7 @@ def _kinds(name: str | None) -> list[dict[str, Any]]:
         {
             "kind": KINDS[each].name,
             "formula": KINDS[each].formula,
+            "computed_by": KINDS[each].support,
             "peft_type": ", ".join(sorted(KINDS[each].peft_types)),
             "notes": KINDS[each].notes,
         }

@@ -21,12 +21,15 @@ class TaskVector(Mapping[str, Delta]):
         Identifies the content, whatever the path; decides the order of equal inputs.
     metadata : mapping of str to str
         What the file said about itself (adapter config, base identity).
+    notes : tuple of str
+        What is unusual without being wrong.
     """
 
     label: str
     deltas: Mapping[str, Delta]
     fingerprint: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Delta:
         return self.deltas[name]

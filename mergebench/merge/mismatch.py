@@ -11,7 +11,6 @@ from mergebench.checkpoints.ties import is_tied, same_content
 from mergebench.core.errors import MismatchError
 from mergebench.core.schedule import value_at
 from mergebench.core.site import is_constant, is_counter, is_statistic, kind_of, make_sites
-from mergebench.core.task_vector import TaskVector
 from mergebench.core.tensor import FLOATING, Tensor
 from mergebench.merge.align import Aligned
 from mergebench.merge.averaged import average
@@ -157,9 +156,7 @@ def _without(model: Source, names: set[str]) -> Source:
     deltas = model.deltas
     assert deltas is not None
     kept = {name: delta for name, delta in deltas.items() if name not in names}
-    return replace(
-        model, deltas=TaskVector(deltas.label, kept, deltas.fingerprint, deltas.metadata)
-    )
+    return replace(model, deltas=replace(deltas, deltas=kept))
 
 
 def _amiss(model: Source, reference: Checkpoint, policy: str) -> dict[str, str]:

@@ -200,7 +200,12 @@ def package(
         origins=tuple(_origins(models, base)),
         config={} if packed is None else packed.config,
         companions=_companions(recipe, form, reference, sides or {}),
-        notes=(*_notes(form, reference), *served, *_tolerances(variants)),
+        notes=(
+            *(note for model in models if model.deltas is not None for note in model.deltas.notes),
+            *_notes(form, reference),
+            *served,
+            *_tolerances(variants),
+        ),
     )
 
 

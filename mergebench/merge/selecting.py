@@ -11,7 +11,6 @@ from mergebench.core.errors import MismatchError, ParameterError
 from mergebench.core.schedule import is_schedule, selectors, value_at
 from mergebench.core.selector import Selector
 from mergebench.core.site import Site, make_sites, parse_pattern
-from mergebench.core.task_vector import TaskVector
 from mergebench.core.tensor import Tensor
 from mergebench.merge.align import Aligned
 from mergebench.merge.mismatch import Evened
@@ -130,7 +129,7 @@ def _without(model: Source, apart: frozenset[str], base: Checkpoint | None) -> S
     deltas = model.deltas
     if deltas is not None:
         kept = {name: delta for name, delta in deltas.items() if name not in apart}
-        deltas = TaskVector(deltas.label, kept, deltas.fingerprint, deltas.metadata)
+        deltas = replace(deltas, deltas=kept)
     own = model.checkpoint
     if own is not None and base is not None:
         # A tied tensor is merged once, under the name of its source.

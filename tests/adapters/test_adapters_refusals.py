@@ -49,8 +49,7 @@ def refuse(
         ("PROMPT_TUNING", "activations"),
         ("PREFIX_TUNING", "activations"),
         ("ADAPTION_PROMPT", "activations"),
-        ("HIRA", "depends on the base"),
-        ("GLORA", "not supported yet"),
+        ("SHADOW", "depends on the input"),
         ("DELORRA", "; did you mean 'DELORA'"),
     ],
 )
@@ -122,6 +121,8 @@ def test_initialisations_that_leave_the_base(start: bool | str) -> None:
         ("layers.0.q.ia3_l", "IA"),
         ("x.vera_lambda_b", "VeRA"),
         ("x.oft_R.weight", "OFT"),
+        ("x.hira_A", "HiRA.*adapter_config.json"),
+        ("x.fourierft_spectrum", "FourierFT.*adapter_config.json"),
     ],
 )
 def test_tensors_of_other_families(key: str, family: str) -> None:

@@ -252,6 +252,8 @@ def test_adapters_are_listed(scene: Scene) -> None:
     assert set(kinds) == set(KINDS)
     assert kinds["loha"]["formula"] == "ΔW = (α/r) · (B₁ A₁) ∘ (B₂ A₂)"
     assert kinds["lora"]["peft_type"] == "LORA"
+    assert kinds["lora"]["computed_by"] == "own"
+    assert kinds["hira"]["computed_by"] == "PEFT"
     out = assert_done(call("adapters", cwd=scene.path)).out
     assert all(f"\n{name} " in out for name in kinds)
     assert "ΔW[i, j] = D[j mod r, i]" in out
@@ -260,6 +262,7 @@ def test_adapters_are_listed(scene: Scene) -> None:
     assert_refused(call("adapters", "verra", cwd=scene.path), "no adapter kind", "'vera'")
     refused = call("adapters", "--refused", "--json", cwd=scene.path).json
     reasons = {row["what"]: row["why"] for row in refused}
+    assert f"\n{len(reasons)} more are recognised and refused" in out
     assert "routed" in reasons["peft_type XLORA"]
     assert "peft_type LOHA" not in reasons
     assert "repeated layers" in reasons["config entry layer_replication"]

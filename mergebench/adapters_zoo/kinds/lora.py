@@ -16,7 +16,6 @@ from mergebench.adapters_zoo.dialects import WHOLE, Part, Role, dotted, kohya, p
 from mergebench.adapters_zoo.factors import Pair, lay, put, rank_of
 from mergebench.adapters_zoo.lazy import Scaled
 from mergebench.adapters_zoo.lora_settings import (
-    Settings,
     for_module,
     read_settings,
     scale_of,
@@ -24,7 +23,8 @@ from mergebench.adapters_zoo.lora_settings import (
 )
 from mergebench.adapters_zoo.refusals import family_of, refuse_features
 from mergebench.adapters_zoo.resolve import BaseNames
-from mergebench.core.delta import Delta, Dense, Replacement
+from mergebench.adapters_zoo.values import add_values, is_declared
+from mergebench.core.delta import Delta, Dense
 from mergebench.core.errors import FormatError, MismatchError
 from mergebench.core.site import kind_of
 
@@ -55,11 +55,10 @@ def _peft_keys(source: AdapterSource) -> frozenset[str]:
         if part.role not in WHOLE:
             return part.module in adapted
         if part.role == "saved_base":
-            return part.module in adapted or _is_trained_bias(part, settings)
+            return part.module in adapted or is_declared(part, settings)
         if family_of(key) is not None:
             return False
-        declared = for_module(settings, part.module).saves(part.module, part.param)
-        if part.role == "wrapped" or declared:
+        if is_declared(part, settings):
             return True
         # PEFT saves the embeddings and the head undeclared once the vocabulary was resized.
         name, shape = f"{part.module}.{part.param}", source.tensors[key].shape
@@ -68,11 +67,6 @@ def _peft_keys(source: AdapterSource) -> frozenset[str]:
         return bool(adapted) and plain and resizable
 
     return frozenset(key for key, part in parts.items() if part and ours(key, part))
-
-
-def _is_trained_bias(part: Part, settings: tuple[Settings, ...]) -> bool:
-    bias = for_module(settings, part.module).bias
-    return part.role == "saved_base" and part.param == "bias" and bias != "none"
 
 
 def _read(source: AdapterSource, options: ReadOptions) -> dict[str, Delta]:
@@ -147,7 +141,7 @@ def _read_peft(
         if key := modules[pair.module].get("bias"):
             name = targets[pair.module].removesuffix("weight") + "bias"
             _add_bias(source, deltas, name, key, pair.scale, names)
-    _add_values(source, options, deltas, settings, names)
+    add_values(source, options, deltas, source.tensors, settings, names)
     return deltas
 
 
@@ -175,36 +169,6 @@ def _add_bias(
             fix="check that --base is the model that the adapter was trained on",
         )
     put(source.label, deltas, name, key, Dense(Scaled(tensor, scale)))
-
-
-def _add_values(
-    source: AdapterSource,
-    options: ReadOptions,
-    deltas: dict[str, Delta],
-    settings: tuple[Settings, ...],
-    names: BaseNames | None,
-) -> None:
-    stored = frozenset(source.tensors)
-    for key in sorted(stored):
-        part = dotted.parse(key)
-        if part is None or part.role not in WHOLE or part.role == "original":
-            continue
-        if part.role == "saved_base" and not _is_trained_bias(part, settings):
-            if options.ignore_saved_base:
-                continue
-            raise FormatError(
-                f"{source.label}: {key} is a copy of a base parameter; it differs from the base "
-                "where the vocabulary was resized",
-                fix="pass --ignore-saved-base if the base has the same values",
-            )
-        name = f"{part.module}.{part.param}" if part.module else part.param
-        if part.role == "wrapped" and stored.intersection((name, peft.PREFIX + name)):
-            # The same bias twice: PEFT, too, loads the plain name.
-            continue
-        # A head trained in full may have no counterpart in the base: it keeps its own name.
-        if names is not None and (found := names.dotted(name)):
-            name = names.unique(source.label, key, name, found)
-        put(source.label, deltas, name, key, Replacement(source.tensors[key]))
 
 
 def _by_module(

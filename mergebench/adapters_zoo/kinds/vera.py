@@ -19,6 +19,9 @@ _SHARED = ("base_model.vera_A", "base_model.vera_B")
 
 def _detect(source: AdapterSource) -> frozenset[str]:
     shared = {key for key in source.tensors if key.startswith(_SHARED)}
+    if not shared and (source.config or {}).get("peft_type") == "VERA":
+        # Drawn again from the seed in the config: kind vera_drawn.
+        return frozenset()
     return claimed(adapted_modules(source, _ROLES)) | shared
 
 
