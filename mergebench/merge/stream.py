@@ -318,7 +318,7 @@ class Evaluator:
         memo: dict[Chain, Stack] | None = None,
     ) -> Stack:
         """The chain's result on one tile; ``memo`` shares beginnings between chains."""
-        begin, origin, before = 0, stack, at
+        begin, origin, beginning = 0, stack, at
         for end in range(len(ops), 0, -1):
             if memo is not None and ops[:end] in memo:
                 stack, begin = memo[ops[:end]], end
@@ -338,7 +338,7 @@ class Evaluator:
                     self.reports[ops[:end], item.site.name] = found
                 if memo is not None:
                     memo[ops[:end]] = stack
-            at = at.after(each, before)
+            at = at.after(each, beginning)
         return stack
 
     def readings(self, ops: Chain, name: str) -> tuple[Reading, ...]:

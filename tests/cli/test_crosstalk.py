@@ -191,7 +191,7 @@ def test_one_variant_per_part_keeps_the_order(tmp_path: Path) -> None:
 
 def test_bad_values_end_with_two(scene: Scene) -> None:
     """Every value outside of what is declared is one line that names it."""
-    for text in ("variant=both", "energy=0", "energy=2", "kernels=rows", "rank=3"):
+    for text in ("variant=both", "claim=0", "claim=2", "kernels=rows", "rank=3"):
         ran = call("merge", "lora1", "lora2", "-m", "orthogonal", "-p", text, cwd=scene.path)
         assert_refused(ran, f"`{text.split('=')[0]}`")
 

@@ -54,7 +54,7 @@ NEUTRAL: Mapping[str, Any] = {
     "beta": 0.0,
     "ratio": 1.0,
     "clip": 0.0,
-    "energy": 1.0,
+    "claim": 1.0,
     "m": 0.0,
     "size": 2.0,
 }

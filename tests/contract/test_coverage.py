@@ -104,3 +104,10 @@ def test_scales_and_shares_have_a_neutral_value() -> None:
         for name, value in neutral(method).items():
             if name in METHODS[method].params:
                 assert METHODS[method].params[name].check(value, method) == value
+
+
+def test_parameters_have_names_of_their_own() -> None:
+    """In Python they stand beside the options of a merge."""
+    options = set(signature(merge_models).parameters)
+    for name in METHODS:
+        assert not options & set(METHODS[name].params), name

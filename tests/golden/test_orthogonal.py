@@ -98,7 +98,7 @@ def test_full_rank_leaves_nothing_to_the_second() -> None:
     full, other = [[3.0, 0.0], [0.0, 1.0]], [[0.0, 5.0], [7.0, 0.0]]
     assert np.array(merged("orthogonal", full, other)) == near(full)
     # 9 of 10 in (1, 0): the other keeps what it does to (0, 1).
-    assert np.array(merged("orthogonal", full, other, energy=0.9)) == near([[3, 5], [0, 1]])
+    assert np.array(merged("orthogonal", full, other, claim=0.9)) == near([[3, 5], [0, 1]])
     # Jointly both are shared out evenly, which is the mean.
     mean = [[1.5, 2.5], [3.5, 0.5]]
     assert np.array(merged("orthogonal", full, other, variant="joint")) == near(mean)
@@ -133,7 +133,7 @@ def test_places_say_who_comes_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("variant", "both"), ("energy", 0.0), ("energy", 1.5), ("kernels", "rows")]
+    ("name", "value"), [("variant", "both"), ("claim", 0.0), ("claim", 1.5), ("kernels", "rows")]
 )
 def test_bad_values_are_refused(name: str, value: Any) -> None:
     """A value outside of what is declared is an error that names it."""

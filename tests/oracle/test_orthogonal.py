@@ -52,7 +52,7 @@ def test_projected_sums(variant: str, data: st.DataObject) -> None:
     taus = data.draw(task_vectors())
     weights, kernels = shares(data, len(taus)), data.draw(KERNELS)
     energy = data.draw(ENERGY)
-    params = {"variant": variant, "energy": energy, "kernels": kernels}
+    params = {"variant": variant, "claim": energy, "kernels": kernels}
     got = merged(taus, weights, "orthogonal", **params)
     wanted = {}
     for name, shape in SHAPES.items():
@@ -123,7 +123,7 @@ def test_projection_reports(variant: str, data: st.DataObject) -> None:
     taus = data.draw(task_vectors(least=2))
     name = data.draw(st.sampled_from(["a.weight", "b.weight", "conv.weight", "wide.weight"]))
     energy = data.draw(ENERGY)
-    got = reported("project_rows", taus, name, variant=variant, energy=energy)
+    got = reported("project_rows", taus, name, variant=variant, claim=energy)
     old = matrices(taus, (1.0,) * len(taus), name)
     new = PROJECTED[variant](old, energy)
     wanted: dict[Any, float] = {}

@@ -18,7 +18,7 @@ from mergebench.merge.ops.weigh import weigh
 def orthogonal(
     lam: float = 1.0,
     variant: Literal["sequential", "joint"] = "sequential",
-    energy: Annotated[float, Interval(gt=0, le=1)] = 1.0,
+    claim: Annotated[float, Interval(gt=0, le=1)] = 1.0,
     kernels: Literal["vector", "matrix"] = "matrix",
 ) -> Chain:
     """Project task vectors off each other's row spaces, then add them: no crosstalk.
@@ -36,7 +36,7 @@ def orthogonal(
         of those before it. The order is that in which the models are given, and it decides the
         result. joint: all give way alike, whatever the order, each to its share of the nearest
         orthonormal bases (polar factor).
-    energy : float in (0, 1], default 1.0
+    claim : float in (0, 1], default 1.0
         A model claims the fewest leading row directions that hold this share of its energy (squared
         singular values). Full fine-tunes claim every direction at 1, which leaves nothing to
         whoever comes second: give 0.9 or less for them.
@@ -58,4 +58,4 @@ def orthogonal(
     taken as stored, token × width. Computed in float64 by LAPACK; where singular values are apart,
     other LAPACKs give the same to 1e-5 of a tensor's largest entry.
     """
-    return chain(weigh(), project_rows(variant, energy, kernels), sum_(), scale(lam))
+    return chain(weigh(), project_rows(variant, claim, kernels), sum_(), scale(lam))

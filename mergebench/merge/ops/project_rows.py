@@ -21,7 +21,7 @@ def _report(
     after: Stack,
     at: At,
     variant: Variant = "sequential",
-    energy: float = 1.0,
+    claim: float = 1.0,
     kernels: Kernels = "matrix",
 ) -> tuple[Reading, ...]:
     if not is_matrix(at.site, kernels):
@@ -61,7 +61,7 @@ def project_rows(
     stack: Stack,
     at: At,
     variant: Variant = "sequential",
-    energy: Annotated[float, Interval(gt=0, le=1)] = 1.0,
+    claim: Annotated[float, Interval(gt=0, le=1)] = 1.0,
     kernels: Kernels = "matrix",
 ) -> Stack:
     """Project every task vector off the row spaces of the others: ``τ_i (I - P)``.
@@ -73,7 +73,7 @@ def project_rows(
         of those before it, in the order in which the user names them. joint: orthonormal bases Q_i
         of all row spaces side by side are replaced by the nearest orthonormal columns Q̃_i, their
         polar factor, and τ_i becomes τ_i Q̃_i Q̃_iᵀ, whatever the order.
-    energy : float in (0, 1]
+    claim : float in (0, 1]
         A row space is that of the fewest leading singular directions with this share of the squared
         singular values. In the joint variant a task vector loses the others.
     kernels : vector or matrix
@@ -85,7 +85,7 @@ def project_rows(
     matrices = as_matrices(stack, at.site, at.core)
     each = [matrices[model, :, :] for model in range(matrices.shape[0])]
     order = at.in_order(len(each))
-    made = _jointly(each, energy) if variant == "joint" else _in_turn(each, order, energy)
+    made = _jointly(each, claim) if variant == "joint" else _in_turn(each, order, claim)
     return as_stack(xp.stack(made), at.site, stack)
 
 
