@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mergebench import merge_models
 from mergebench.core.registry import Registry
 from mergebench.merge.method import METHODS, merge_method
 from mergebench.merge.op import OPS, Chain, chain
