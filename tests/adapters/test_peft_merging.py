@@ -34,7 +34,7 @@ def test_sums_are_exact(script: ModuleType, tmp_path: Path) -> None:
         if "one weight" in title:
             continue
         assert ours == "exact", title
-        dense = "DoRA" in title or "lora_bias" in title
+        dense = "DoRA" in title
         assert ("not a LoRA" in adapter) if dense else adapter == "exact", title
     by_peft = {title: theirs for title, theirs, _, _ in rows}
     assert by_peft["cat, 0.7 and 0.3"] == "exact"
