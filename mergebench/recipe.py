@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,10 +31,27 @@ VOCAB = ("error", "pad", "intersect")
 
 @dataclass(frozen=True)
 class ModelRef:
-    """One input: a reference (path, ``base+adapter``) and its weight, a number or a schedule."""
+    """One input.
+
+    Attributes
+    ----------
+    path : str
+        A reference: a path, ``base+adapter``, or blocks of models, ``a[0-11],b[4-15]``.
+    weight : float, Gradient or Cases
+    params : mapping
+        Parameters of the method that have another value for this model.
+    """
 
     path: str
     weight: Any = 1.0
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        data = {"path": self.path, "weight": to_plain(self.weight)}
+        if self.params:
+            data["params"] = {key: to_plain(value) for key, value in self.params.items()}
+        return data
 
 
 @dataclass(frozen=True)
@@ -123,9 +141,7 @@ class Recipe:
                 key: list(map(to_plain, value)) if isinstance(value, tuple) else to_plain(value)
                 for key, value in self.params.items()
             }
-        data["models"] = [
-            {"path": each.path, "weight": to_plain(each.weight)} for each in self.models
-        ]
+        data["models"] = [each.to_dict() for each in self.models]
         if self.then:
             data["then"] = [_op_out(each) for each in self.then]
         for key in ("include", "exclude"):
@@ -275,7 +291,7 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
         include=_texts(data, "include", where),
         exclude=_texts(data, "exclude", where),
         block_pattern=_text(data, "block_pattern", where),
-        base=_text(data, "base", where),
+        base=_base_in(data, where),
         compat=_text(data, "compat", where),
         dtype=_choice(data, "dtype", DTYPES, where),
         form=_choice(data, "as", FORMS, where),
@@ -348,20 +364,53 @@ def _named_file(where: str) -> Iterator[None]:
 def _model_in(data: Any, where: str) -> ModelRef:
     if isinstance(data, str):
         return ModelRef(data)
-    if isinstance(data, Mapping) and "path" in data:
+    if isinstance(data, Mapping) and ("path" in data or "slices" in data):
+        known = ["path", "slices", "weight", "params"]
         for key in data:
-            if key not in ("path", "weight"):
+            if key not in known:
                 raise FormatError(
-                    f"{where}: unknown key {key!r} of a model",
-                    fix=did_you_mean(str(key), ["path", "weight"]),
+                    f"{where}: unknown key {key!r} of a model", fix=did_you_mean(str(key), known)
                 )
+        path = _reference(data, where)
         weight = data.get("weight")
         if not isinstance(weight, (str, Mapping)):
             weight = _number(weight, "weight", where)
         with _named_file(where):
-            given = 1.0 if weight is None else parse_weight(weight, str(data["path"]))
-        return ModelRef(str(data["path"]), given)
+            given = 1.0 if weight is None else parse_weight(weight, path)
+        params = data.get("params") or {}
+        if not isinstance(params, Mapping):
+            raise FormatError(f"{where}: `params` of {path} must be a mapping", got=repr(params))
+        return ModelRef(path, given, {str(key): value for key, value in params.items()})
     raise FormatError(f"{where}: a model is a path or `{{path, weight}}`", got=repr(data))
+
+
+def _reference(data: Mapping[str, Any], where: str) -> str:
+    """The reference of an input: its path, or the blocks in ``slices``."""
+    if ("path" in data) == ("slices" in data):
+        raise FormatError(f"{where}: a model has both `path` and `slices`", fix="keep one of them")
+    if "path" in data:
+        return str(data["path"])
+    listed, found = data["slices"], []
+    for each in listed if isinstance(listed, list) else []:
+        blocks = str(each.get("blocks", "")) if isinstance(each, Mapping) else ""
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", blocks)
+        if match is None or set(each) != {"path", "blocks"}:
+            raise FormatError(
+                f"{where}: a slice is `{{path: …, blocks: 0-11}}`", got=repr(each)[:200]
+            )
+        found.append(f"{each['path']}[{match[1]}-{match[2] or match[1]}]")
+    if not found:
+        raise FormatError(f"{where}: `slices` must be a list", got=repr(listed)[:200])
+    return ",".join(found)
+
+
+def _base_in(data: Mapping[str, Any], where: str) -> str | None:
+    base = data.get("base")
+    if isinstance(base, Mapping):
+        if set(base) != {"slices"}:
+            raise FormatError(f"{where}: `base` is a path or `{{slices: […]}}`", got=repr(base))
+        return _reference(base, where)
+    return _text(data, "base", where)
 
 
 def _text(data: Mapping[str, Any], key: str, where: str) -> str | None:

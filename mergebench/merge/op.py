@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast
 
 import numpy as np
 
+from mergebench.compute.namespace import namespace
 from mergebench.core.errors import ParameterError
 from mergebench.core.params import Param, bind, declared
 from mergebench.core.registry import Registry
@@ -69,6 +71,11 @@ class At:
     def alone(self) -> At:
         """The same place after an op that combines models."""
         return replace(self, weights=(1.0,), keys=(0,))
+
+    def of(self, row: int) -> At:
+        """The same place in the stack of one model alone."""
+        models = None if self.models is None else self.models[row : row + 1, :]
+        return replace(self, weights=self.weights[row : row + 1], models=models)
 
 
 class Sweep(Protocol):
@@ -132,6 +139,7 @@ class OpSpec:
     workspace: Callable[[int, int, int], int] | None = None
     tolerance: float = 0.0
     rank: Callable[..., int | None] = lambda **_: None
+    apart: bool = False
 
     @property
     def summary(self) -> str:
@@ -201,6 +209,107 @@ class Op:
         return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.params)})"
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A sweep that shows one model only."""
+
+    sweep: Sweep
+    row: int
+    models: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.sweep.size
+
+    def __call__(self, visit: Callable[[Stack, At], R]) -> Iterator[tuple[At, R]]:
+        def seen(stack: Stack, at: At) -> R:
+            return visit(stack[self.row : self.row + 1, :], at.of(self.row))
+
+        return self.sweep(seen)
+
+    def sample(self, count: int) -> Stack:
+        return self.sweep.sample(count)[self.row : self.row + 1, :]
+
+
+def _measure_each(sweep: Sweep, measures: Sequence[Callable[[Sweep], Any] | None]) -> list[Any]:
+    return [
+        None if measure is None else measure(_Row(sweep, row))
+        for row, measure in enumerate(measures)
+    ]
+
+
+@dataclass(frozen=True)
+class Abreast(Op):
+    """One op with other parameters for each model, in stack order.
+
+    Attributes
+    ----------
+    ops : tuple of Op
+        Of one name, which treat every model by itself.
+    """
+
+    ops: Chain = ()
+
+    @property
+    def granularity(self) -> Granularity:
+        """The coarsest of all."""
+        return granularity_of(self.ops)
+
+    @property
+    def statistic(self) -> Statistic | None:
+        """What each op must know of its model."""
+        own = [each.statistic for each in self.ops]
+        scopes = {each.scope for each in own if each is not None}
+        if not scopes:
+            return None
+        if len(scopes) > 1:
+            raise ParameterError(
+                f"{self.name}: `scope` differs between models", fix="give all models one scope"
+            )
+        measures = tuple(None if each is None else each.measure for each in own)
+        return Statistic(scopes.pop(), partial(_measure_each, measures=measures))
+
+    def check(self, site: Site) -> None:
+        """Refuse a tensor that one of the ops cannot work on."""
+        for each in self.ops:
+            each.check(site)
+
+    def apply(self, stack: Stack, at: At) -> Stack:
+        """Run each op on the entries of its model."""
+        rows = []
+        for row, each in enumerate(self.ops):
+            value = None if at.value is None else at.value[row]
+            rows.append(each.apply(stack[row : row + 1, :], replace(at.of(row), value=value)))
+        return namespace(stack).concat(rows, axis=0)
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.ops))
+
+
+def abreast(chains: Sequence[Chain]) -> Chain:
+    """One chain from those of each model: where parameters differ, each model has its own.
+
+    Raises
+    ------
+    ParameterError
+        If they differ in an op that does not treat every model by itself.
+    """
+    found: list[Op] = []
+    for ops in zip(*chains, strict=True):
+        first = ops[0]
+        if all(each == first for each in ops):
+            found.append(first)
+            continue
+        if not first.spec.apart or any(each.name != first.name for each in ops):
+            name = next(k for (k, v) in first.params if any(dict(o.params)[k] != v for o in ops))
+            raise ParameterError(
+                f"{first.name}: `{name}` cannot differ between models, which it looks at together",
+                fix="give one value for all",
+            )
+        found.append(Abreast(first.name, first.params, ops))
+    return tuple(found)
+
+
 Chain = tuple[Op, ...]
 
 
@@ -219,6 +328,7 @@ def op(
     workspace: Callable[[int, int, int], int] | None = None,
     tolerance: float = 0.0,
     rank: Callable[..., int | None] | None = None,
+    apart: bool = False,
 ) -> Callable[[Callable[Concatenate[Stack, At, P], Stack]], Callable[P, Op]]:
     """Register a function ``(stack, at, **params) -> stack`` and return its factory.
 
@@ -256,6 +366,9 @@ def op(
         the relative error, of the largest entry, that another backend may show.
     rank : callable of the parameters, optional
         The largest rank that matrices can have after the op.
+    apart : bool
+        Whether the function, and its statistic, treat every model by itself, so that models may
+        have parameters of their own.
     """
 
     def register(function: Callable[Concatenate[Stack, At, P], Stack]) -> Callable[P, Op]:
@@ -277,6 +390,7 @@ def op(
             workspace,
             tolerance,
             rank or (lambda **_: None),
+            apart,
         )
         return cast("Callable[P, Op]", OPS.add(name, spec))
 

@@ -202,7 +202,9 @@ def make_plan(
         options = with_base(options, base.checkpoint)
         opened = _open_models(recipe, sources, options)
         space = _space(method, form, base)
-    models, weights = _canonical(opened, weights_given)
+    order = _canonical(opened, recipe, weights_given)
+    models = tuple(opened[place] for place in order)
+    weights = tuple(weights_given[place] for place in order)
     first = next((each for each in opened if each.checkpoint is not None), None)
     notes += [
         *_provenance(opened, base, form),
@@ -214,7 +216,7 @@ def make_plan(
         space = "delta"
     _check_base(recipe, models, base, form, space)
     _check_count(method, models, variants)
-    variants = recorded(variants, models, weights, base)
+    variants = recorded(variants, models, weights, base, order)
     chosen = select(recipe, models, base)
     spoken = reconcile(models, chosen.models, base, _same(first, chosen.models), form, recipe.vocab)
     evened = even_out(
@@ -317,14 +319,14 @@ def _provenance(models: Sequence[Source], base: Source | None, form: str) -> lis
     return notes
 
 
-def _canonical(
-    opened: Sequence[Source], weights: Sequence[Any]
-) -> tuple[tuple[Source, ...], tuple[Any, ...]]:
+def _canonical(opened: Sequence[Source], recipe: Recipe, weights: Sequence[Any]) -> tuple[int, ...]:
+    """Places in the recipe, in an order that does not depend on it."""
     marks = [source.fingerprint for source in opened]
     # A fingerprint samples; models that differ elsewhere only are told apart by all they hold.
     full = [content(s) if marks.count(s.fingerprint) > 1 else "" for s in opened]
-    order = sorted(range(len(opened)), key=lambda i: (marks[i], full[i], _rank(weights[i]), i))
-    return tuple(opened[i] for i in order), tuple(weights[i] for i in order)
+    own = [repr(sorted(each.to_dict().get("params", {}).items())) for each in recipe.models]
+    keys = list(zip(marks, full, map(_rank, weights), own, strict=True))
+    return tuple(sorted(range(len(opened)), key=lambda place: (*keys[place], place)))
 
 
 def _left(apart: frozenset[str], order: Sequence[str], form: str) -> list[str]:

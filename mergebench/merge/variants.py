@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.core.errors import ParameterError
-from mergebench.core.params import bind
+from mergebench.core.params import ALIASES, bind
 from mergebench.core.schedule import value_at
 from mergebench.core.site import Site
 from mergebench.merge.method import METHODS, Method
-from mergebench.merge.op import OPS, Chain, Op, chain
+from mergebench.merge.op import OPS, Chain, Op, abreast, chain
 from mergebench.recipe import ModelRef, OpRef, Recipe
 from mergebench.sources import Source
 
@@ -78,6 +78,7 @@ def make_variants(recipe: Recipe) -> tuple[Method | None, tuple[Variant, ...]]:
         expanded = replace(
             each,
             params=params,
+            models=tuple(_own_params(ref, method, each) for ref in each.models),
             ops=tuple(_expanded(ref) for ref in each.ops),
             then=tuple(_expanded(ref) for ref in each.then),
         )
@@ -95,6 +96,20 @@ def make_variants(recipe: Recipe) -> tuple[Method | None, tuple[Variant, ...]]:
     if len({str(each.out) for each in found}) < len(found) and recipe.out:
         raise ParameterError("two outputs would have the same place", fix="list each value once")
     return method, tuple(found)
+
+
+def _own_params(ref: ModelRef, method: Method | None, recipe: Recipe) -> ModelRef:
+    """A model with its own parameters checked, under their names in the signature."""
+    if not ref.params:
+        return ref
+    if method is None:
+        raise ParameterError(
+            f"{ref.path}: parameters of a model belong to a method", fix="write a method, not `ops`"
+        )
+    names = {ALIASES.get(key, key): value for key, value in ref.params.items()}
+    common = {key: value for key, value in recipe.params.items() if key not in ref.params}
+    bound = method.expand({**common, **ref.params}, recipe.compat)
+    return replace(ref, params={name: bound[name] for name in names})
 
 
 def _expanded(ref: OpRef) -> OpRef:
@@ -117,7 +132,11 @@ def build(recipe: Recipe, site: Site | None) -> Chain:
 
     ops: list[Op] = []
     if recipe.method:
-        ops += METHODS[recipe.method](**here(recipe.params))
+        method, own = METHODS[recipe.method], [each.params for each in recipe.models]
+        if any(own):
+            ops += abreast([method(**here({**recipe.params, **each})) for each in own])
+        else:
+            ops += method(**here(recipe.params))
     return chain(*ops, *(OPS[ref.name](**here(ref.params)) for ref in (*recipe.ops, *recipe.then)))
 
 
@@ -143,15 +162,24 @@ def recorded(
     models: Sequence[Source],
     weights: Sequence[Any],
     base: Source | None,
+    order: Sequence[int],
 ) -> tuple[Variant, ...]:
-    """Recipes as they are stored: models in canonical order, the base by its name."""
-    refs = tuple(
-        ModelRef(model.label, weight) for model, weight in zip(models, weights, strict=True)
-    )
+    """Recipes as they are stored: models in canonical order, the base by its name.
+
+    ``order`` has the place of each model in the recipe that was asked for.
+    """
     place = None if base is None else base.label
-    return tuple(
-        replace(each, recipe=replace(each.recipe, models=refs, base=place)) for each in variants
-    )
+    found = []
+    for each in variants:
+        refs = tuple(
+            ModelRef(model.label, weight, each.recipe.models[given].params)
+            for model, weight, given in zip(models, weights, order, strict=True)
+        )
+        recipe = replace(each.recipe, models=refs, base=place)
+        # Parameters of single models stand in the order of the stack.
+        ops = build(recipe, None) if any(ref.params for ref in refs) else each.ops
+        found.append(replace(each, recipe=recipe, ops=ops))
+    return tuple(found)
 
 
 def sweeps(variants: Sequence[Variant]) -> int:
