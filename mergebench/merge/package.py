@@ -285,10 +285,11 @@ def _companions(
         found.pop(name, None)
         if content is not None:
             found[name] = content
-    config = reference.checkpoint.config
-    if recipe.dtype != "keep" and config is not None and "config.json" in found:
-        changed = _with_dtype(config, _TORCH[recipe.dtype])
-        found["config.json"] = (json.dumps(changed, indent=2) + "\n").encode()
+    config, changed = reference.checkpoint.config, reference.checkpoint.config_changed
+    if config is not None and "config.json" in found and (changed or recipe.dtype != "keep"):
+        if recipe.dtype != "keep":
+            config = _with_dtype(config, _TORCH[recipe.dtype])
+        found["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     return found
 
 
