@@ -26,7 +26,7 @@ LARGEST, MOST = 1 << 17, 1000
 DTYPES = ("keep", "bf16", "f16", "f32", "f64")
 FORMS = ("auto", "model", "lora", "delta")
 ON_MISMATCH = ("error", "base", "skip", "union")
-VOCAB = ("error", "pad", "intersect")
+VOCAB = ("error", "pad", "intersect", "base")
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,10 @@ class Recipe:
         Drop copies of base parameters that adapters carry.
     on_mismatch : error, base, skip or union
         What is done with tensors that an input lacks, has in another shape, or has alone.
-    vocab : error, pad or intersect
+    vocab : error, pad, intersect or base
         What is done where inputs have different vocabularies.
+    chat_template : str or None
+        Of the output's tokenizer: a template, or ``auto``, the one that most inputs have.
     allow_base_mismatch : bool
         Merge models that were not made from the base.
     allow_nonfinite : bool
@@ -125,6 +127,7 @@ class Recipe:
     ignore_saved_base: bool = False
     on_mismatch: str = "error"
     vocab: str = "error"
+    chat_template: str | None = None
     allow_base_mismatch: bool = False
     allow_nonfinite: bool = False
     out: str | None = None
@@ -159,6 +162,7 @@ class Recipe:
             "ignore_saved_base",
             "on_mismatch",
             "vocab",
+            "chat_template",
             "allow_base_mismatch",
             "allow_nonfinite",
             "out",
@@ -260,7 +264,8 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
     known = {
         "mergebench", "method", "params", "ops", "models", "then", "where", "include", "exclude",
         "base", "compat", "dtype", "as", "shard_size", "lora_alpha", "ignore_saved_base",
-        "on_mismatch", "vocab", "allow_base_mismatch", "allow_nonfinite", "out", "block_pattern",
+        "on_mismatch", "vocab", "chat_template", "allow_base_mismatch", "allow_nonfinite", "out",
+        "block_pattern",
     }  # fmt: skip
     for key in data:
         if key not in known:
@@ -300,6 +305,7 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
         ignore_saved_base=_flag(data, "ignore_saved_base", where),
         on_mismatch=_choice(data, "on_mismatch", ON_MISMATCH, where),
         vocab=_choice(data, "vocab", VOCAB, where),
+        chat_template=_text(data, "chat_template", where),
         allow_base_mismatch=_flag(data, "allow_base_mismatch", where),
         allow_nonfinite=_flag(data, "allow_nonfinite", where),
         out=_text(data, "out", where),

@@ -114,7 +114,8 @@ Vocab = Annotated[
     str,
     typer.Option(
         "--vocab",
-        help="Different vocabularies: error; intersect, keep the base's; pad, keep all tokens.",
+        help="Different vocabularies: error; intersect, keep the base's and merge rows that all "
+        "have; base, merge also rows that some lack; pad, keep all tokens.",
     ),
 ]
 AllowBaseMismatch = Annotated[

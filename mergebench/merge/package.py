@@ -40,6 +40,7 @@ from mergebench.merge.lora_layout import (
 from mergebench.merge.method import METHODS
 from mergebench.merge.op import tolerance_of
 from mergebench.merge.stream import Item
+from mergebench.merge.template import with_template
 from mergebench.merge.variants import Variant
 from mergebench.recipe import Recipe
 from mergebench.sources import Source
@@ -192,7 +193,12 @@ def package(
         about={"inputs": _inputs(models, weights, base), "library": _library(form, reference)},
         origins=tuple(_origins(models, base)),
         config={} if packed is None else packed.config,
-        companions=_companions(recipe, form, reference, sides or {}),
+        companions=with_template(
+            _companions(recipe, form, reference, sides or {}),
+            recipe.chat_template,
+            None if form != "model" or single else reference,
+            models,
+        ),
         notes=(*_notes(form, reference), *_tolerances(variants)),
     )
 

@@ -181,3 +181,18 @@ def test_cases_within_cases() -> None:
     }  # fmt: skip
     inner = Cases(((Selector("x"), Gradient((0.0, 1.0))),), 5)
     assert Cases(((Selector("block=1"), inner),)) != Cases(((Selector("block=1"), 5),))
+
+
+def test_normalized_sums(scene: Scene) -> None:
+    """Task arithmetic and Breadcrumbs divide by the sum of weights where that is asked for."""
+    for method, params in (("task_arithmetic", ()), ("breadcrumbs", ("-p", "density=0.4"))):
+        args = ("--base", "base", "-m", method, *params, "-p", "lam=1")
+        assert_done(call("merge", "ft1:1", "ft2:3", *args, "-o", "plain", "-f", cwd=scene.path))
+        done = call("merge", "ft1:1", "ft2:3", *args, "-p", "normalize=true", "-o", "mean", "-f",
+                    cwd=scene.path)  # fmt: skip
+        assert_done(done)
+        plain, mean = read(scene.path / "plain"), read(scene.path / "mean")
+        for name, array in scene.base.items():
+            if array.dtype.kind == "f":
+                quarter = (plain[name].astype(np.float64) - array) / 4
+                np.testing.assert_allclose(mean[name] - array, quarter, rtol=0, atol=1e-6)
