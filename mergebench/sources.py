@@ -209,7 +209,12 @@ def _open_slices(label: str, slices: tuple[Slice, ...], options: ReadOptions) ->
         TaskVector(label, deltas, mark) if deltas else None,
         mark,
         parts[0].config,
-        tuple(each for path in opened for each in opened[path].identity),
+        # Files of several models have the same names.
+        tuple(
+            {**each, "name": f"{place}/{each['name']}"}
+            for place, part in enumerate(opened.values())
+            for each in part.identity
+        ),
     )
 
 

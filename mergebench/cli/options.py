@@ -164,6 +164,9 @@ Check = Annotated[
     bool,
     typer.Option("--check", help="Then try to load it, and show the drift: `mergebench check`."),
 ]
+PrintRecipe = Annotated[
+    bool, typer.Option("--print-recipe", help="Print the recipe and stop; nothing is opened.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress, no summary.", envvar="MERGEBENCH_QUIET")

@@ -269,6 +269,12 @@ class Abreast(Op):
         measures = tuple(None if each is None else each.measure for each in own)
         return Statistic(scopes.pop(), partial(_measure_each, measures=measures))
 
+    @property
+    def sides(self) -> Sides:
+        """Where all of them commute with changes of basis."""
+        own = {each.sides for each in self.ops}
+        return own.pop() if len(own) == 1 else "none"
+
     def check(self, site: Site) -> None:
         """Refuse a tensor that one of the ops cannot work on."""
         for each in self.ops:

@@ -85,6 +85,21 @@ def test_the_stored_recipe_gives_the_same_bytes(scene: Scene) -> None:
         assert found["mergebench_recipe.yaml"] == one["mergebench_recipe.yaml"]
 
 
+def test_outputs_are_verified(scene: Scene) -> None:
+    """Manifests name the models that blocks come from, also where those lie elsewhere now."""
+    args = ("ft1[0-1],ft2[1-1]", "ft2[0-0],ft1[0-1]", "-m", "linear", "-o", "out")
+    assert_done(call("merge", *args, cwd=scene.path))
+    assert_done(call("verify", "out", "--replay", "all", cwd=scene.path))
+    (scene.path / "away").mkdir()
+    args = ("verify", "../out", "--inputs", "..", "--replay", "all")
+    assert "13 of 13" in assert_done(call(*args, cwd=scene.path / "away")).out
+    changed = {**scene.tuned[1], "model.norm.weight": scene.tuned[0]["model.norm.weight"]}
+    write(scene.path / "ft2" / "model.safetensors", changed, {"format": "pt"})
+    ran = call("verify", "out", cwd=scene.path)
+    assert ran.code == 1
+    assert "is not the input that was merged" in ran.out
+
+
 def test_task_vectors_against_a_stacked_base(scene: Scene) -> None:
     """Base and model in the same blocks: the difference is taken block by block."""
     args = ("ft1[0-1],ft2[0-1]:0.5", "--base", "base[0-1],base[0-1]", "-m", "task_arithmetic")
