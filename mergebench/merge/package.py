@@ -94,7 +94,7 @@ class Package:
     def manifest_of(self, variant: Variant) -> dict[str, Any]:
         """The manifest of one variant, before its digests are known."""
         inputs: list[Mapping[str, Any]] = self.about["inputs"]
-        return manifest(variant.recipe.to_dict(), inputs, self.form, self.notes)
+        return manifest(variant.stored.to_dict(), inputs, self.form, self.notes)
 
     def layout_of(self, variant: Variant) -> Layout:
         """The layout; in a single file the header carries the manifest of this variant."""
@@ -114,7 +114,7 @@ class Package:
         beside: dict[str, bytes | Path] = dict(self.companions)
         if self.config:
             beside["adapter_config.json"] = (json.dumps(self.config, indent=2) + "\n").encode()
-        recipe = variant.recipe.to_yaml()
+        recipe = variant.stored.to_yaml()
         method = variant.recipe.method
         beside[RECIPE] = recipe.encode()
         beside[CARD] = card(

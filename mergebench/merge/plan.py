@@ -128,7 +128,7 @@ class Plan:
                         }
                         for chain in (each.distinct if each.chains else ())
                     ],
-                    "recipe": each.recipe.to_dict(),
+                    "recipe": each.stored.to_dict(),
                 }
                 for each in self.variants
             ],
@@ -216,7 +216,8 @@ def make_plan(
         space = "delta"
     _check_base(recipe, models, base, form, space)
     _check_count(method, models, variants)
-    variants = recorded(variants, models, weights, base, order)
+    leader = _leader(recipe, form, first if base is None else None, models)
+    variants = recorded(variants, models, weights, base, order, leader)
     chosen = select(recipe, models, base)
     spoken = reconcile(models, chosen.models, base, _same(first, chosen.models), form, recipe.vocab)
     evened = even_out(
@@ -255,9 +256,18 @@ def make_plan(
         recipe, method, models, weights, base, aligned, form, variants, built, tiling, needed,
         least, 1 + sweeps(variants), tuple(dict.fromkeys(notes)), origin, evened.odd,
     )  # fmt: skip
-    check_places(variants, [*models, *([base] if base is not None else [])])
-    _check_disk(plan)
+    _check_machine(plan)
     return plan
+
+
+def _leader(
+    recipe: Recipe, form: str, first: Source | None, models: Sequence[Source]
+) -> int | None:
+    """Place of the model that config and vocabulary are taken from for want of a base."""
+    single = recipe.out is not None and recipe.out.endswith(".safetensors")
+    if first is None or form != "model" or (single and recipe.vocab == "error"):
+        return None
+    return next(place for place, each in enumerate(models) if each.label == first.label)
 
 
 def _same(first: Source | None, models: Sequence[Source]) -> Source | None:
@@ -267,7 +277,8 @@ def _same(first: Source | None, models: Sequence[Source]) -> Source | None:
     return next((each for each in models if each.label == first.label), first)
 
 
-def _check_disk(plan: Plan) -> None:
+def _check_machine(plan: Plan) -> None:
+    check_places(plan.variants, [*plan.models, *([plan.base] if plan.base is not None else [])])
     places = [each.out for each in plan.variants if each.out is not None]
     if places:
         single = plan.package.single_file

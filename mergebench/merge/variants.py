@@ -37,6 +37,8 @@ class Variant:
     out : Path or None
     chains : mapping of tensor name to Chain
         Where schedules give a tensor a chain of its own; empty without schedules.
+    first : int
+        Place of the model that stands first where the recipe is stored.
     """
 
     label: str
@@ -44,6 +46,15 @@ class Variant:
     ops: Chain
     out: Path | None
     chains: Mapping[str, Chain] = field(default_factory=dict)
+    first: int = 0
+
+    @property
+    def stored(self) -> Recipe:
+        """The recipe as outputs hold it."""
+        models = self.recipe.models
+        one = models[self.first]
+        rest = (each for place, each in enumerate(models) if place != self.first)
+        return replace(self.recipe, models=(one, *rest))
 
     def at(self, name: str) -> Chain:
         """The chain of one tensor."""
@@ -163,10 +174,16 @@ def recorded(
     weights: Sequence[Any],
     base: Source | None,
     order: Sequence[int],
+    first: int | None = None,
 ) -> tuple[Variant, ...]:
-    """Recipes as they are stored: models in canonical order, the base by its name.
+    """Recipes with models in canonical order and the base by its name.
 
-    ``order`` has the place of each model in the recipe that was asked for.
+    Parameters
+    ----------
+    order : sequence of int
+        Place of each model in the recipe that was asked for.
+    first : int, optional
+        Which of ``models`` gives config and vocabulary, and so stands first where it is stored.
     """
     place = None if base is None else base.label
     found = []
@@ -178,7 +195,7 @@ def recorded(
         recipe = replace(each.recipe, models=refs, base=place)
         # Parameters of single models stand in the order of the stack.
         ops = build(recipe, None) if any(ref.params for ref in refs) else each.ops
-        found.append(replace(each, recipe=recipe, ops=ops))
+        found.append(replace(each, recipe=recipe, ops=ops, first=first or 0))
     return tuple(found)
 
 
