@@ -75,7 +75,8 @@ class At:
     def of(self, row: int) -> At:
         """The same place in the stack of one model alone."""
         models = None if self.models is None else self.models[row : row + 1, :]
-        return replace(self, weights=self.weights[row : row + 1], models=models)
+        own = slice(row, row + 1)
+        return replace(self, weights=self.weights[own], keys=self.keys[own], models=models)
 
 
 class Sweep(Protocol):

@@ -313,6 +313,7 @@ class Evaluator:
             ]
             measured = each.statistic
             sweep = _Sweep(self, (), own, (each,))
+                    keys=item.keys[row : row + 1],
             found.append(None if measured is None else measured.measure(sweep))
         return found
 

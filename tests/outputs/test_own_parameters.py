@@ -121,6 +121,27 @@ def test_by_row(scene: Scene) -> None:
         np.testing.assert_allclose(found[name], expected, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("rescale", ["l1", "none"])
+@pytest.mark.parametrize("method", ["dare", "dare_linear", "della_linear"])
+def test_what_is_drawn_for_a_model(scene: Scene, method: str, rescale: str) -> None:
+    """Is what is drawn for it alone, with its own density."""
+    params = {"rescale": rescale, **({} if method == "dare" else {"normalize": False})}
+    densities = {"ft1": 0.35, "ft2": 0.8}
+    own = {name: {"density": density} for name, density in densities.items()}
+    both = run(scene, recipe(method, own, params={**params, "lam": 1}))
+    moved = dict.fromkeys(both, 0.0)
+    for name, density in densities.items():
+        lam = {**params, "lam": 1}
+        alone = run(scene, recipe(method, {name: {}}, params={**lam, "density": density}))
+        for key, array in scene.base.items():
+            if array.dtype.kind == "f":
+                step = alone[key].astype(np.float64) - array
+                assert np.count_nonzero(step) > 0 or step.size < 32, key
+                moved[key] = moved[key] + step
+    for key, array in scene.base.items():
+        np.testing.assert_allclose(both[key], array + moved[key], rtol=0, atol=2e-6, err_msg=key)
+
+
 @pytest.mark.parametrize(
     ("method", "own", "message"),
     [
