@@ -120,6 +120,8 @@ def run(
     ],
     out: o.Out = None,
     force: o.Force = False,
+    allow_base_mismatch: o.AllowBaseMismatch = False,
+    allow_nonfinite: o.AllowNonfinite = False,
     memory: o.Memory = "512MiB",
     workers: o.Workers = None,
     dry_run: o.DryRun = False,
@@ -141,7 +143,12 @@ def run(
     from mergebench.mergekit import read_either
 
     found = read_either(recipe / RECIPE if recipe.is_dir() else recipe, METHODS)
-    read = replace(found.recipe, out=out or found.recipe.out)
+    read = replace(
+        found.recipe,
+        out=out or found.recipe.out,
+        allow_base_mismatch=allow_base_mismatch or found.recipe.allow_base_mismatch,
+        allow_nonfinite=allow_nonfinite or found.recipe.allow_nonfinite,
+    )
     if print_recipe:
         if not quiet:
             for text in found.notes:

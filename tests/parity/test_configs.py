@@ -91,6 +91,10 @@ def test_the_stored_recipe_gives_the_same_bytes(models: Path, name: str) -> None
         ("base-as-input", ("base_model: base\n", "base_model: ft-c\n")),
         ("tokenizer-union", ("weight: 0.75", "weight: 0.76")),
         ("tokenizer-base", ("weight: 0.25", "weight: 0.26")),
+        ("ties-tokenizer-union", ("density: 0.7", "density: 0.71")),
+        ("slerp-tokenizer-base", ("embed_tokens, value: 0.4", "embed_tokens, value: 0.41")),
+        ("dare-dense-tokenizer", ("lambda: 1.2", "lambda: 1.21")),
+        ("breadcrumbs-ties-slices", ("gamma: 0.05", "gamma: 0.06")),
     ],
 )
 def test_a_wrong_rule_is_noticed(models: Path, name: str, change: tuple[str, str]) -> None:
