@@ -35,6 +35,7 @@ lint: $(VENV)/.dev
 
 parity: $(BIN)/python
 	$(BIN)/python tests/parity/record.py
+	$(BIN)/python tests/parity/configs.py
 	$(BIN)/python tests/parity/record_fusionbench.py
 
 bench: $(VENV)/.test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,15 +26,32 @@ LARGEST, MOST = 1 << 17, 1000
 DTYPES = ("keep", "bf16", "f16", "f32", "f64")
 FORMS = ("auto", "model", "lora", "delta")
 ON_MISMATCH = ("error", "base", "skip", "union")
-VOCAB = ("error", "pad", "intersect")
+VOCAB = ("error", "pad", "intersect", "base")
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """One input: a reference (path, ``base+adapter``) and its weight, a number or a schedule."""
+    """One input.
+
+    Attributes
+    ----------
+    path : str
+        A reference: a path, ``base+adapter``, or blocks of models, ``a[0-11],b[4-15]``.
+    weight : float, Gradient or Cases
+    params : mapping
+        Parameters of the method that have another value for this model.
+    """
 
     path: str
     weight: Any = 1.0
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        data = {"path": self.path, "weight": to_plain(self.weight)}
+        if self.params:
+            data["params"] = {key: to_plain(value) for key, value in self.params.items()}
+        return data
 
 
 @dataclass(frozen=True)
@@ -92,8 +110,10 @@ class Recipe:
         Share of each update's squared norm that the rank of a written LoRA keeps.
     on_mismatch : error, base, skip or union
         What is done with tensors that an input lacks, has in another shape, or has alone.
-    vocab : error, pad or intersect
+    vocab : error, pad, intersect or base
         What is done where inputs have different vocabularies.
+    chat_template : str or None
+        Of the output's tokenizer: a template, or ``auto``, the one that most inputs have.
     allow_base_mismatch : bool
         Merge models that were not made from the base.
     allow_nonfinite : bool
@@ -123,6 +143,7 @@ class Recipe:
     energy: float | None = None
     on_mismatch: str = "error"
     vocab: str = "error"
+    chat_template: str | None = None
     allow_base_mismatch: bool = False
     allow_nonfinite: bool = False
     out: str | None = None
@@ -139,9 +160,7 @@ class Recipe:
                 key: list(map(to_plain, value)) if isinstance(value, tuple) else to_plain(value)
                 for key, value in self.params.items()
             }
-        data["models"] = [
-            {"path": each.path, "weight": to_plain(each.weight)} for each in self.models
-        ]
+        data["models"] = [each.to_dict() for each in self.models]
         if self.then:
             data["then"] = [_op_out(each) for each in self.then]
         for key in ("tasks", "include", "exclude"):
@@ -163,6 +182,7 @@ class Recipe:
             "energy",
             "on_mismatch",
             "vocab",
+            "chat_template",
             "allow_base_mismatch",
             "allow_nonfinite",
             "out",
@@ -264,7 +284,7 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
     known = {
         "mergebench", "method", "params", "ops", "models", "then", "tasks", "where", "include",
         "exclude", "base", "compat", "dtype", "as", "shard_size", "lora_alpha", "ignore_saved_base",
-        "part", "target", "rank", "energy",
+        "part", "target", "rank", "energy", "chat_template",
         "on_mismatch", "vocab", "allow_base_mismatch", "allow_nonfinite", "out", "block_pattern",
     }  # fmt: skip
     for key in data:
@@ -297,7 +317,7 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
         include=_texts(data, "include", where),
         exclude=_texts(data, "exclude", where),
         block_pattern=_text(data, "block_pattern", where),
-        base=_text(data, "base", where),
+        base=_base_in(data, where),
         compat=_text(data, "compat", where),
         dtype=_choice(data, "dtype", DTYPES, where),
         form=_choice(data, "as", FORMS, where),
@@ -310,6 +330,7 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
         energy=_number(data.get("energy"), "energy", where),
         on_mismatch=_choice(data, "on_mismatch", ON_MISMATCH, where),
         vocab=_choice(data, "vocab", VOCAB, where),
+        chat_template=_text(data, "chat_template", where),
         allow_base_mismatch=_flag(data, "allow_base_mismatch", where),
         allow_nonfinite=_flag(data, "allow_nonfinite", where),
         out=_text(data, "out", where),
@@ -374,20 +395,53 @@ def _named_file(where: str) -> Iterator[None]:
 def _model_in(data: Any, where: str) -> ModelRef:
     if isinstance(data, str):
         return ModelRef(data)
-    if isinstance(data, Mapping) and "path" in data:
+    if isinstance(data, Mapping) and ("path" in data or "slices" in data):
+        known = ["path", "slices", "weight", "params"]
         for key in data:
-            if key not in ("path", "weight"):
+            if key not in known:
                 raise FormatError(
-                    f"{where}: unknown key {key!r} of a model",
-                    fix=did_you_mean(str(key), ["path", "weight"]),
+                    f"{where}: unknown key {key!r} of a model", fix=did_you_mean(str(key), known)
                 )
+        path = _reference(data, where)
         weight = data.get("weight")
         if not isinstance(weight, (str, Mapping)):
             weight = _number(weight, "weight", where)
         with _named_file(where):
-            given = 1.0 if weight is None else parse_weight(weight, str(data["path"]))
-        return ModelRef(str(data["path"]), given)
+            given = 1.0 if weight is None else parse_weight(weight, path)
+        params = data.get("params") or {}
+        if not isinstance(params, Mapping):
+            raise FormatError(f"{where}: `params` of {path} must be a mapping", got=repr(params))
+        return ModelRef(path, given, {str(key): value for key, value in params.items()})
     raise FormatError(f"{where}: a model is a path or `{{path, weight}}`", got=repr(data))
+
+
+def _reference(data: Mapping[str, Any], where: str) -> str:
+    """The reference of an input: its path, or the blocks in ``slices``."""
+    if ("path" in data) == ("slices" in data):
+        raise FormatError(f"{where}: a model has both `path` and `slices`", fix="keep one of them")
+    if "path" in data:
+        return str(data["path"])
+    listed, found = data["slices"], []
+    for each in listed if isinstance(listed, list) else []:
+        blocks = str(each.get("blocks", "")) if isinstance(each, Mapping) else ""
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", blocks)
+        if match is None or set(each) != {"path", "blocks"}:
+            raise FormatError(
+                f"{where}: a slice is `{{path: …, blocks: 0-11}}`", got=repr(each)[:200]
+            )
+        found.append(f"{each['path']}[{match[1]}-{match[2] or match[1]}]")
+    if not found:
+        raise FormatError(f"{where}: `slices` must be a list", got=repr(listed)[:200])
+    return ",".join(found)
+
+
+def _base_in(data: Mapping[str, Any], where: str) -> str | None:
+    base = data.get("base")
+    if isinstance(base, Mapping):
+        if set(base) != {"slices"}:
+            raise FormatError(f"{where}: `base` is a path or `{{slices: […]}}`", got=repr(base))
+        return _reference(base, where)
+    return _text(data, "base", where)
 
 
 def _text(data: Mapping[str, Any], key: str, where: str) -> str | None:

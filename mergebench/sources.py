@@ -22,6 +22,7 @@ from mergebench.adapters_zoo.adapter import (
 from mergebench.checkpoints.containers import DCP, open_weights
 from mergebench.checkpoints.documents import read_object
 from mergebench.checkpoints.layout import Checkpoint, open_checkpoint
+from mergebench.checkpoints.stacking import Slice, parse_slices, stack
 from mergebench.core.delta import Delta, Difference, Replacement, reads, tile
 from mergebench.core.errors import FormatError, MergebenchError, ParameterError
 from mergebench.core.schedule import parse_schedule
@@ -138,7 +139,7 @@ def content(source: Source) -> str:
 
 
 def open_source(reference: str, options: ReadOptions) -> Source:
-    """Open a path or ``base+adapter``: headers and configs only.
+    """Open a path, ``base+adapter`` or blocks ``a[0-11],b[4-15]``: headers and configs only.
 
     Raises
     ------
@@ -148,6 +149,8 @@ def open_source(reference: str, options: ReadOptions) -> Source:
     path = Path(reference).expanduser()
     if _exists(path):
         return _open_path(path, reference, options)
+    if slices := parse_slices(reference):
+        return _open_slices(reference, slices, options)
     left, plus, right = reference.rpartition("+")
     if plus and _exists(Path(left).expanduser()):
         return _open_pair(left, right, options)
@@ -186,6 +189,52 @@ def _open_pair(left: str, right: str, options: ReadOptions) -> Source:
         (*under.identity, *top.identity),
         top.adapter,
     )
+
+
+def _open_slices(label: str, slices: tuple[Slice, ...], options: ReadOptions) -> Source:
+    # Names and shapes of the base are those of the whole stack, not of its parts.
+    plain = replace(options, base_shapes=None, base=None)
+    opened = {path: open_source(path, plain) for path in dict.fromkeys(s.path for s in slices)}
+    parts = [opened[each.path] for each in slices]
+    checkpoints = []
+    for each, part in zip(slices, parts, strict=True):
+        if part.checkpoint is None:
+            raise MergebenchError(
+                f"{each.path}: is an adapter, and blocks are taken from models",
+                fix=f"write base+adapter: base+{each}",
+            )
+        checkpoints.append(part.checkpoint)
+    stacked = stack(label, slices, checkpoints)
+    deltas = {
+        new: part.deltas[own]
+        for part, names in zip(parts, stacked.origins, strict=True)
+        for new, own in names.items()
+        if part.deltas is not None and own in part.deltas
+    }
+    whole = stacked.checkpoint
+    marks = [part.fingerprint for part in parts if part.deltas is not None]
+    once = {n: t for n, t in whole.tensors.items() if n not in whole.aliases}
+    mark = _joined(fingerprint(once), *marks) if marks else fingerprint(once)
+    return Source(
+        label,
+        whole,
+        TaskVector(label, deltas, mark) if deltas else None,
+        mark,
+        parts[0].config,
+        # Files of several models have the same names.
+        tuple(
+            {**each, "name": f"{place}/{each['name']}"}
+            for place, part in enumerate(opened.values())
+            for each in part.identity
+        ),
+    )
+
+
+def paths_of(label: str) -> tuple[Path, ...]:
+    """Every path that a reference names."""
+    parts = [each.path for each in parse_slices(label)]
+    names = [part for name in (label, *parts) for part in (name, *name.split("+"))]
+    return tuple(Path(name).expanduser() for name in names)
 
 
 def _joined(*parts: str) -> str:

@@ -41,6 +41,8 @@ class Checkpoint:
         Tensor name -> file name, relative to the folder of the weights.
     config : mapping or None
         ``config.json``; ``None`` where there is none.
+    config_changed : bool
+        Whether it is another than that of the folder, and has to be written.
     metadata : mapping of str to str
         ``__metadata__`` of the files; the first file that has a key wins.
     folder : Path or None
@@ -69,6 +71,7 @@ class Checkpoint:
     aliases: Mapping[str, str] = field(default_factory=dict)
     identity: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    config_changed: bool = False
 
     def sides(self) -> dict[str, Path]:
         """Side files by their name in the model folder, with ``/`` between parts."""

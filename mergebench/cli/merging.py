@@ -124,33 +124,53 @@ def plan(
 
 def run(
     recipe: Annotated[
-        Path, typer.Argument(help="A recipe, YAML or JSON, or an output.", show_default=False)
+        Path,
+        typer.Argument(
+            help="A recipe, YAML or JSON, an output, or a configuration of mergekit.",
+            show_default=False,
+        ),
     ],
     out: o.Out = None,
     force: o.Force = False,
+    allow_base_mismatch: o.AllowBaseMismatch = False,
+    allow_nonfinite: o.AllowNonfinite = False,
     memory: o.Memory = "512MiB",
     workers: o.Workers = None,
     dry_run: o.DryRun = False,
     check: o.Check = False,
     report: o.Report = False,
+    print_recipe: o.PrintRecipe = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Run a recipe, such as the mergebench_recipe.yaml of an earlier output.
+    """Run a recipe, such as the mergebench_recipe.yaml of an earlier output, or a mergekit.yml.
 
     Examples:
 
     \b
-      mergebench run recipe.yaml -o merged
       mergebench run merged/mergebench_recipe.yaml --dry-run
+      mergebench run mergekit.yml -o merged
     """
     from mergebench.manifest import RECIPE
-    from mergebench.recipe import read_recipe
+    from mergebench.merge.method import METHODS
+    from mergebench.mergekit import read_either
 
-    read = read_recipe(recipe / RECIPE if recipe.is_dir() else recipe)
+    found = read_either(recipe / RECIPE if recipe.is_dir() else recipe, METHODS)
+    read = replace(
+        found.recipe,
+        out=out or found.recipe.out,
+        allow_base_mismatch=allow_base_mismatch or found.recipe.allow_base_mismatch,
+        allow_nonfinite=allow_nonfinite or found.recipe.allow_nonfinite,
+    )
+    if print_recipe:
+        if not quiet:
+            for text in found.notes:
+                console.note(text)
+        console.say_json(read.to_dict()) if as_json else console.say(read.to_yaml().rstrip())
+        return
     _do(
-        _with_out(replace(read, out=out or read.out)),
-        force, memory, workers, dry_run, as_json, quiet, check, report,
+        _with_out(read),
+        force, memory, workers, dry_run, as_json, quiet, check, report, found.notes,
     )  # fmt: skip
 
 
@@ -260,12 +280,14 @@ def _do(
     quiet: bool,
     check: bool = False,
     report: bool = False,
+    notes: tuple[str, ...] = (),
 ) -> None:
     from mergebench.merge.engine import check_outputs, execute
     from mergebench.merge.plan import make_plan
 
     started = perf_counter()
     made = make_plan(recipe, memory=o.size("--memory", memory), workers=workers)
+    made = replace(made, notes=(*notes, *made.notes)) if notes else made
     if dry_run:
         if as_json:
             console.say_json(made.to_json())

@@ -150,7 +150,8 @@ Vocab = Annotated[
     str,
     typer.Option(
         "--vocab",
-        help="Different vocabularies: error; intersect, keep the base's; pad, keep all tokens.",
+        help="Different vocabularies: error; intersect, keep the base's and merge rows that all "
+        "have; base, merge also rows that some lack; pad, keep all tokens.",
     ),
 ]
 AllowBaseMismatch = Annotated[
@@ -204,6 +205,9 @@ Report = Annotated[
     typer.Option(
         "--report", help="List what the method reports, tensor by tensor; --json always does."
     ),
+]
+PrintRecipe = Annotated[
+    bool, typer.Option("--print-recipe", help="Print the recipe and stop; nothing is opened.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[

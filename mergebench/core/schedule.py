@@ -34,7 +34,11 @@ class Gradient:
 
     def at(self, site: Site) -> float:
         """The number at one tensor."""
-        place = (site.depth or 0.0) * (len(self.values) - 1)
+        return self.along(site.depth or 0.0)
+
+    def along(self, depth: float) -> float:
+        """The number at a depth between 0 and 1."""
+        place = depth * (len(self.values) - 1)
         index = min(int(place), len(self.values) - 2)
         share = place - index
         left, right = self.values[index], self.values[index + 1]
@@ -51,8 +55,8 @@ class Cases:
 
     Attributes
     ----------
-    cases : tuple of (Selector, plain value or Gradient)
-    otherwise : plain value, Gradient or None
+    cases : tuple of (Selector, plain value, Gradient or Cases)
+    otherwise : plain value, Gradient, Cases or None
         For all other tensors; ``None`` stands for the parameter's default.
     """
 
@@ -103,15 +107,20 @@ def each_leaf(value: Any, function: Callable[[Any], Any], default: Any = None) -
     if isinstance(value, Gradient):
         return Gradient(tuple(function(each) for each in value.values))
     if isinstance(value, Cases):
-        cases = tuple((selector, each_leaf(case, function)) for selector, case in value.cases)
-        rest = default if value.otherwise is None else each_leaf(value.otherwise, function)
+        cases = tuple(
+            (selector, each_leaf(case, function, default)) for selector, case in value.cases
+        )
+        rest = default if value.otherwise is None else each_leaf(value.otherwise, function, default)
         return Cases(cases, rest)
     return function(value)
 
 
 def selectors(value: Any) -> tuple[Selector, ...]:
     """The selectors of a value; none for a plain value or a gradient."""
-    return tuple(each for each, _ in value.cases) if isinstance(value, Cases) else ()
+    if not isinstance(value, Cases):
+        return ()
+    inner = [each for _, case in value.cases for each in selectors(case)]
+    return (*(each for each, _ in value.cases), *inner, *selectors(value.otherwise))
 
 
 def parse_schedule(data: Any, name: str) -> Any:
@@ -174,9 +183,9 @@ def _cases(data: Mapping[Any, Any], name: str) -> Cases:
 
 
 def _inner(data: Any, name: str) -> Any:
-    if isinstance(data, (Mapping, list)):
+    if isinstance(data, list):
         raise ParameterError(
-            f"`{name}`: the value of a case is a number or a gradient", got=repr(data)[:200]
+            f"`{name}`: the value of a case is a number, a gradient or cases", got=repr(data)[:200]
         )
     return parse_schedule(data, name)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from mergebench.core.errors import ParameterError, did_you_mean
-from mergebench.core.site import CLASSES, Site
+from mergebench.core.site import CLASSES, Site, stands_before
 
 _KEYED = re.compile(r"(?P<key>[a-z]+)=(?P<value>.*)", re.DOTALL)
 _RANGE = re.compile(r"(\d{1,18})(?:-(\d{1,18}))?")
@@ -18,8 +18,9 @@ class Selector:
     """A set of tensors, written as text.
 
     ``class=norm`` selects a class of tensors (see :attr:`Site.kind`), ``block=3`` and
-    ``block=3-7`` numbered blocks (both ends included), and everything else is a regular expression
-    that is searched for in the tensor's name.
+    ``block=3-7`` numbered blocks (both ends included), ``block=before`` and ``block=after`` what
+    stands before the blocks (embeddings) and behind them (final norm, head), and everything else is
+    a regular expression that is searched for in the tensor's name.
 
     Attributes
     ----------
@@ -55,9 +56,13 @@ def _parse(text: str) -> partial[bool]:
             )
         return partial(_of_class, keyed["value"])
     if keyed and keyed["key"] in ("block", "blocks"):
+        if keyed["value"] in ("before", "after"):
+            return partial(_outside, keyed["value"] == "before")
         between = _RANGE.fullmatch(keyed["value"])
         if between is None:
-            raise ParameterError(f"selector {text!r}", expected="block=3 or block=3-7")
+            raise ParameterError(
+                f"selector {text!r}", expected="block=3, block=3-7, block=before or block=after"
+            )
         first = int(between[1])
         return partial(_in_blocks, first, int(between[2] or first))
     if not text:
@@ -76,6 +81,10 @@ def _of_class(kind: str, site: Site) -> bool:
 
 def _in_blocks(first: int, last: int, site: Site) -> bool:
     return site.block is not None and first <= site.block <= last
+
+
+def _outside(before: bool, site: Site) -> bool:
+    return site.block is None and stands_before(site.name) == before
 
 
 def _named(pattern: re.Pattern[str], site: Site) -> bool:

@@ -29,6 +29,9 @@ _CLASSES: tuple[tuple[str, re.Pattern[str]], ...] = (
 )
 #: GPT-2's causal mask is called a bias, and has four dimensions; GPT-NeoX's and GPT-J's too.
 _MASK = re.compile(r"(^|\.)(attn|attention|self_attention)\.(bias|masked_bias)$")
+_BEFORE = re.compile(
+    r"(?i)(embed|wte|wpe|embd|cls_token|class_token|(^|\.)shared\.|patch|ln_pre|pre_laye?rnorm)"
+)
 _CONSTANT = re.compile(
     r"(^|[._])((original_)?inv_freq|(cos|sin)_cached|position_ids|token_type_ids|causal_mask"
     r"|relative_position_index|_float_tensor)$"
@@ -114,6 +117,11 @@ def is_constant(name: str, shape: tuple[int, ...]) -> bool:
     if _MASK.search(name):
         return len(shape) in (0, 4) or name.endswith("masked_bias")
     return bool(_CONSTANT.search(name))
+
+
+def stands_before(name: str) -> bool:
+    """Whether a tensor outside of blocks feeds them (embeddings, their norms), or follows them."""
+    return bool(_BEFORE.search(name)) and not _CLASSES[1][1].search(name)
 
 
 def kind_of(name: str, shape: tuple[int, ...], floating: bool = True) -> str:

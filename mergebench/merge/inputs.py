@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mergebench.adapters_zoo.adapter import ReadOptions
+from mergebench.checkpoints.stacking import parse_slices
 from mergebench.core.errors import MergebenchError
 from mergebench.merge.made import Finding, Made
 from mergebench.sources import Source, open_source, with_base
@@ -20,13 +22,15 @@ def find_input(label: str, folder: Path | None) -> str:
     Parameters
     ----------
     label : str
-        As recorded: a path, or ``base+adapter``.
+        As recorded: a path, ``base+adapter``, or blocks of models.
     folder : Path or None
     """
     if folder is None:
         return label
     if (place := folder / label).exists():
         return str(place)
+    if slices := parse_slices(label):
+        return ",".join(str(replace(each, path=find_input(each.path, folder))) for each in slices)
     left, plus, right = label.rpartition("+")
     if plus:
         pair = f"{find_input(left, folder)}+{find_input(right, folder)}"
@@ -74,6 +78,8 @@ def check_input(
 def _exists(reference: str) -> bool:
     if Path(reference).expanduser().exists():
         return True
+    if slices := parse_slices(reference):
+        return all(_exists(each.path) for each in slices)
     left, plus, right = reference.rpartition("+")
     return bool(plus) and _exists(left) and _exists(right)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from mergebench.compute.matrices import matrix_shape
 from mergebench.compute.tiles import Load, Tiling, fit
@@ -18,7 +17,7 @@ from mergebench.merge.op import Chain, Granularity, granularity_of, workspace_of
 from mergebench.merge.package import Package
 from mergebench.merge.stream import Item
 from mergebench.merge.variants import Variant
-from mergebench.sources import Source
+from mergebench.sources import Source, paths_of
 
 DEFAULT_MEMORY = 512 << 20
 #: What a search for a threshold may hold (see compute.select), and small buffers.
@@ -159,8 +158,7 @@ def check_places(variants: Sequence[Variant], inputs: Sequence[Source]) -> None:
     ------
     MergebenchError
     """
-    names = [source.label for source in inputs]
-    paths = [Path(part).expanduser() for name in names for part in (name, *name.split("+"))]
+    paths = [path for source in inputs for path in paths_of(source.label)]
     taken = [path.resolve() for path in paths if path.exists()]
     for variant in variants:
         if variant.out is None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast
 
 import numpy as np
 
+from mergebench.compute.namespace import namespace
 from mergebench.core.errors import ParameterError
 from mergebench.core.params import Param, bind, declared
 from mergebench.core.registry import Registry
@@ -84,6 +86,18 @@ class At:
         """The rows of a stack of ``count`` models in the order of the user."""
         places = self.places or range(count)
         return sorted(range(count), key=places.__getitem__)
+
+    def of(self, row: int) -> At:
+        """The same place in the stack of one model alone."""
+        models = None if self.models is None else self.models[row : row + 1, :]
+        own = slice(row, row + 1)
+        return replace(
+            self,
+            weights=self.weights[own],
+            keys=self.keys[own],
+            places=self.places[own],
+            models=models,
+        )
 
 
 class Sweep(Protocol):
@@ -167,6 +181,7 @@ class OpSpec:
     rank: Callable[..., int | None] = lambda shape, models, **_: None
     ordered: Callable[..., bool] = lambda **_: False
     report: Callable[..., tuple[Reading, ...]] | None = None
+    rowwise: bool = False
     apart: Apart = ""
     chooses: bool = False
 
@@ -243,6 +258,113 @@ class Op:
         return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.params)})"
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A sweep that shows one model only."""
+
+    sweep: Sweep
+    row: int
+    models: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.sweep.size
+
+    def __call__(self, visit: Callable[[Stack, At], R]) -> Iterator[tuple[At, R]]:
+        def seen(stack: Stack, at: At) -> R:
+            return visit(stack[self.row : self.row + 1, :], at.of(self.row))
+
+        return self.sweep(seen)
+
+    def sample(self, count: int) -> Stack:
+        return self.sweep.sample(count)[self.row : self.row + 1, :]
+
+
+def _measure_each(sweep: Sweep, measures: Sequence[Callable[[Sweep], Any] | None]) -> list[Any]:
+    return [
+        None if measure is None else measure(_Row(sweep, row))
+        for row, measure in enumerate(measures)
+    ]
+
+
+@dataclass(frozen=True)
+class Abreast(Op):
+    """One op with other parameters for each model, in stack order.
+
+    Attributes
+    ----------
+    ops : tuple of Op
+        Of one name, which treat every model by itself.
+    """
+
+    ops: Chain = ()
+
+    @property
+    def granularity(self) -> Granularity:
+        """The coarsest of all."""
+        return granularity_of(self.ops)
+
+    @property
+    def statistic(self) -> Statistic | None:
+        """What each op must know of its model."""
+        own = [each.statistic for each in self.ops]
+        scopes = {each.scope for each in own if each is not None}
+        if not scopes:
+            return None
+        if len(scopes) > 1:
+            raise ParameterError(
+                f"{self.name}: `scope` differs between models", fix="give all models one scope"
+            )
+        measures = tuple(None if each is None else each.measure for each in own)
+        return Statistic(scopes.pop(), partial(_measure_each, measures=measures))
+
+    @property
+    def sides(self) -> Sides:
+        """Where all of them commute with changes of basis."""
+        own = {each.sides for each in self.ops}
+        return own.pop() if len(own) == 1 else "none"
+
+    def check(self, site: Site) -> None:
+        """Refuse a tensor that one of the ops cannot work on."""
+        for each in self.ops:
+            each.check(site)
+
+    def apply(self, stack: Stack, at: At) -> Stack:
+        """Run each op on the entries of its model."""
+        rows = []
+        for row, each in enumerate(self.ops):
+            value = None if at.value is None else at.value[row]
+            rows.append(each.apply(stack[row : row + 1, :], replace(at.of(row), value=value)))
+        return namespace(stack).concat(rows, axis=0)
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.ops))
+
+
+def abreast(chains: Sequence[Chain]) -> Chain:
+    """One chain from those of each model: where parameters differ, each model has its own.
+
+    Raises
+    ------
+    ParameterError
+        If they differ in an op that does not treat every model by itself.
+    """
+    found: list[Op] = []
+    for ops in zip(*chains, strict=True):
+        first = ops[0]
+        if all(each == first for each in ops):
+            found.append(first)
+            continue
+        if not first.spec.rowwise or any(each.name != first.name for each in ops):
+            name = next(k for (k, v) in first.params if any(dict(o.params)[k] != v for o in ops))
+            raise ParameterError(
+                f"{first.name}: `{name}` cannot differ between models, which it looks at together",
+                fix="give one value for all",
+            )
+        found.append(Abreast(first.name, first.params, ops))
+    return tuple(found)
+
+
 Chain = tuple[Op, ...]
 
 
@@ -263,6 +385,7 @@ def op(
     rank: Callable[..., int | None] | None = None,
     ordered: bool | Callable[..., bool] = False,
     report: Callable[..., tuple[Reading, ...]] | None = None,
+    rowwise: bool = False,
     apart: Apart = "",
 ) -> Callable[[Callable[Concatenate[Stack, At, P], Stack]], Callable[P, Op]]:
     """Register a function ``(stack, at, **params) -> stack`` and return its factory.
@@ -307,6 +430,9 @@ def op(
         ``At.places``. The recipe of an output then keeps that order.
     report : callable ``(before, after, at, **params) -> readings``, optional
         What is to be said of one tensor, from the op's input and output; for ops of whole tensors.
+    rowwise : bool
+        Whether the function, and its statistic, treat every model by itself, so that models may
+        have parameters of their own.
     apart : each or again, optional
         Every model gets a result of its own, out of what all of them hold: one row comes out for
         each model of the merge. With again also after an op that combines them.
@@ -333,6 +459,7 @@ def op(
             rank or (lambda shape, models, **_: None),
             ordered if callable(ordered) else lambda **_: ordered,
             report,
+            rowwise,
             apart,
         )
         return cast("Callable[P, Op]", OPS.add(name, spec))

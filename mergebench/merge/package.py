@@ -40,6 +40,7 @@ from mergebench.merge.lora_layout import (
 from mergebench.merge.method import METHODS
 from mergebench.merge.op import tolerance_of
 from mergebench.merge.stream import Item
+from mergebench.merge.template import with_template
 from mergebench.merge.variants import Variant
 from mergebench.recipe import Recipe
 from mergebench.sources import Source
@@ -93,7 +94,7 @@ class Package:
     def manifest_of(self, variant: Variant) -> dict[str, Any]:
         """The manifest of one variant, before its digests are known."""
         inputs: list[Mapping[str, Any]] = self.about["inputs"]
-        return manifest(variant.recipe.to_dict(), inputs, self.form, self.notes)
+        return manifest(variant.stored.to_dict(), inputs, self.form, self.notes)
 
     def layout_of(self, variant: Variant) -> Layout:
         """The layout; in a single file the header carries the manifest of this variant."""
@@ -113,7 +114,7 @@ class Package:
         beside: dict[str, bytes | Path] = dict(self.companions)
         if self.config:
             beside["adapter_config.json"] = (json.dumps(self.config, indent=2) + "\n").encode()
-        recipe = variant.recipe.to_yaml()
+        recipe = variant.stored.to_yaml()
         method = variant.recipe.method
         beside[RECIPE] = recipe.encode()
         beside[CARD] = card(
@@ -199,7 +200,12 @@ def package(
         },
         origins=tuple(_origins(models, base)),
         config={} if packed is None else packed.config,
-        companions=_companions(recipe, form, reference, sides or {}),
+        companions=with_template(
+            _companions(recipe, form, reference, sides or {}),
+            recipe.chat_template,
+            None if form != "model" or single else reference,
+            models,
+        ),
         notes=(
             *(note for model in models if model.deltas is not None for note in model.deltas.notes),
             *_notes(form, reference),
@@ -299,10 +305,11 @@ def _companions(
         found.pop(name, None)
         if content is not None:
             found[name] = content
-    config = reference.checkpoint.config
-    if recipe.dtype != "keep" and config is not None and "config.json" in found:
-        changed = _with_dtype(config, _TORCH[recipe.dtype])
-        found["config.json"] = (json.dumps(changed, indent=2) + "\n").encode()
+    config, changed = reference.checkpoint.config, reference.checkpoint.config_changed
+    if config is not None and "config.json" in found and (changed or recipe.dtype != "keep"):
+        if recipe.dtype != "keep":
+            config = _with_dtype(config, _TORCH[recipe.dtype])
+        found["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     return found
 
 

@@ -132,7 +132,7 @@ class Plan:
                         }
                         for chain in (each.distinct if each.chains else ())
                     ],
-                    "recipe": each.recipe.to_dict(),
+                    "recipe": each.stored.to_dict(),
                 }
                 for each in self.variants
             ],
@@ -210,7 +210,8 @@ def make_plan(
         options = with_base(options, base.checkpoint)
         opened = _open_models(recipe, sources, options)
         space = _space(method, form, base)
-    models, weights, places = _canonical(opened, weights_given)
+    places = _canonical(opened, recipe, weights_given)
+    models, weights = zip(*((opened[at], weights_given[at]) for at in places), strict=True)
     first = next((each for each in opened if each.checkpoint is not None), None)
     notes += [
         *_provenance(opened, base, form, allow=recipe.allow_base_mismatch),
@@ -222,7 +223,10 @@ def make_plan(
         space = "delta"
     _check_base(recipe, models, base, form, space)
     _check_count(method, models, variants)
-    variants = recorded(split(variants, recipe, models, places), models, weights, base, places)
+    leader = _leader(recipe, form, first if base is None else None, models)
+    variants = recorded(
+        split(variants, recipe, models, places), models, weights, base, places, leader
+    )
     chosen = select(recipe, models, base)
     spoken = reconcile(models, chosen.models, base, _same(first, chosen.models), form, recipe.vocab)
     evened = even_out(
@@ -236,9 +240,11 @@ def make_plan(
         lenient=recipe.allow_nonfinite,
     )
     models, base, first = evened.models, spoken.base, spoken.first
-    pattern = parse_pattern(recipe.block_pattern)
     apart = all(each.tail for each in variants)
-    aligned = align(models, weights, base, space, form, chosen.shapes, pattern, apart=apart)
+    aligned = align(
+        models, weights, base, space, form, chosen.shapes, parse_pattern(recipe.block_pattern),
+        apart=apart,
+    )  # fmt: skip
     if not aligned.items and not aligned.copies:
         raise MismatchError("the inputs have no floating-point tensor to merge")
     aligned, variants = place(aligned, variants, weights, chosen.apart, evened)
@@ -267,9 +273,18 @@ def make_plan(
         recipe, method, models, weights, base, aligned, form, variants, built, tiling, needed,
         least, 1 + sweeps(variants), tuple(dict.fromkeys(notes)), origin, evened.odd,
     )  # fmt: skip
-    check_places(variants, [*models, *([base] if base is not None else [])])
-    _check_disk(plan)
+    _check_machine(plan)
     return plan
+
+
+def _leader(
+    recipe: Recipe, form: str, first: Source | None, models: Sequence[Source]
+) -> int | None:
+    """Place of the model that config and vocabulary are taken from for want of a base."""
+    single = recipe.out is not None and recipe.out.endswith(".safetensors")
+    if first is None or form != "model" or (single and recipe.vocab == "error"):
+        return None
+    return next(place for place, each in enumerate(models) if each.label == first.label)
 
 
 def _same(first: Source | None, models: Sequence[Source]) -> Source | None:
@@ -279,7 +294,8 @@ def _same(first: Source | None, models: Sequence[Source]) -> Source | None:
     return next((each for each in models if each.label == first.label), first)
 
 
-def _check_disk(plan: Plan) -> None:
+def _check_machine(plan: Plan) -> None:
+    check_places(plan.variants, [*plan.models, *([plan.base] if plan.base is not None else [])])
     places = [each.out for each in plan.variants if each.out is not None]
     if places:
         single = plan.package.single_file
@@ -350,15 +366,14 @@ def _provenance(
     return notes
 
 
-def _canonical(
-    opened: Sequence[Source], weights: Sequence[Any]
-) -> tuple[tuple[Source, ...], tuple[Any, ...], tuple[int, ...]]:
-    """Models and weights in an order of their own, and the place where each of them was given."""
+def _canonical(opened: Sequence[Source], recipe: Recipe, weights: Sequence[Any]) -> tuple[int, ...]:
+    """Places in the recipe, in an order that does not depend on it."""
     marks = [source.fingerprint for source in opened]
     # A fingerprint samples; models that differ elsewhere only are told apart by all they hold.
     full = [content(s) if marks.count(s.fingerprint) > 1 else "" for s in opened]
-    order = sorted(range(len(opened)), key=lambda i: (marks[i], full[i], _rank(weights[i]), i))
-    return tuple(opened[i] for i in order), tuple(weights[i] for i in order), tuple(order)
+    own = [repr(sorted(each.to_dict().get("params", {}).items())) for each in recipe.models]
+    keys = list(zip(marks, full, map(_rank, weights), own, strict=True))
+    return tuple(sorted(range(len(opened)), key=lambda place: (*keys[place], place)))
 
 
 def _left(apart: frozenset[str], order: Sequence[str], form: str) -> list[str]:

@@ -36,7 +36,7 @@ def resume_key(plan: Plan, variant: Variant) -> str:
         sources = []
     about = {
         "mergebench": version("mergebench"),
-        "recipe": variant.recipe.to_dict(),
+        "recipe": variant.stored.to_dict(),
         "ops": [[str(op) for op in ops] for ops in variant.distinct],
         "form": plan.form,
         "base": None if plan.base is None else _identity(plan.base),

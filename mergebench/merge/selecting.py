@@ -211,7 +211,7 @@ def _scheduled(variants: Sequence[Variant]) -> Iterator[tuple[str, Any]]:
     """``(parameter, value)`` wherever a value differs between tensors."""
     for variant in variants:
         recipe = variant.recipe
-        parts: list[Mapping[str, Any]] = [recipe.params]
+        parts: list[Mapping[str, Any]] = [recipe.params, *(ref.params for ref in recipe.models)]
         parts += [ref.params for ref in (*recipe.ops, *recipe.then)]
         for params in parts:
             for name, value in params.items():

@@ -19,6 +19,7 @@ from mergebench.core.errors import MergebenchError, MismatchError
 from mergebench.core.site import Site
 from mergebench.core.tensor import Array, Tensor
 from mergebench.merge.op import (
+    Abreast,
     At,
     Chain,
     Reading,
@@ -304,8 +305,31 @@ class Evaluator:
             scope = [item]
             if statistic.scope == "model":
                 scope = [self.items[n] for n in sorted(self.items, key=str.encode)]
+            if isinstance(each, Abreast) and end == 1:
+                self.known[ops[:end], name] = self._one_by_one(each, scope)
+                continue
             sweep = _Sweep(self, ops[: end - 1], scope, ops[:end])
             self.known[ops[:end], name] = statistic.measure(sweep)
+
+    def _one_by_one(self, ops: Abreast, scope: Sequence[Item]) -> list[Any]:
+        """What each op must know of its model; no other model is read for it."""
+        found: list[Any] = []
+        for row, each in enumerate(ops.ops):
+            own = [
+                replace(
+                    item,
+                    deltas=item.deltas[row : row + 1],
+                    weights=item.weights[row : row + 1],
+                    labels=item.labels[row : row + 1],
+                    keys=item.keys[row : row + 1],
+                    places=item.places[row : row + 1],
+                )
+                for item in scope
+            ]
+            measured = each.statistic
+            sweep = _Sweep(self, (), own, (each,))
+            found.append(None if measured is None else measured.measure(sweep))
+        return found
 
     # What overflows is found, and refused, where it is rounded.
     @np.errstate(over="ignore", invalid="ignore")

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.core.errors import ParameterError
-from mergebench.core.params import bind
+from mergebench.core.params import ALIASES, bind
 from mergebench.core.schedule import is_schedule, leaves, value_at
 from mergebench.core.site import Site
 from mergebench.merge.apart import chosen, names_of, pick
 from mergebench.merge.method import METHODS, Method
-from mergebench.merge.op import OPS, Chain, Op, chain, combines, is_apart
+from mergebench.merge.op import OPS, Chain, Op, abreast, chain, combines, is_apart
 from mergebench.recipe import ModelRef, OpRef, Recipe
 from mergebench.sources import Source
 
@@ -44,6 +44,10 @@ class Variant:
         Whether an op of some tensor depends on the order in which the user names the models.
     tail : Chain
         What ends every chain where each model has a result of its own.
+    first : int
+        Place of the model that stands first where the recipe is stored.
+    places : tuple of int
+        Where the user named each of the recipe's models.
     """
 
     label: str
@@ -53,6 +57,19 @@ class Variant:
     chains: Mapping[str, Chain] = field(default_factory=dict)
     ordered: bool = False
     tail: Chain = ()
+    first: int = 0
+    places: tuple[int, ...] = ()
+
+    @property
+    def stored(self) -> Recipe:
+        """The recipe as outputs hold it."""
+        models = self.recipe.models
+        if self.ordered:
+            pairs = sorted(zip(self.places, models, strict=True), key=itemgetter(0))
+            return replace(self.recipe, models=tuple(each for _, each in pairs))
+        one = models[self.first]
+        rest = (each for place, each in enumerate(models) if place != self.first)
+        return replace(self.recipe, models=(one, *rest))
 
     def at(self, name: str) -> Chain:
         """The chain of one tensor."""
@@ -87,6 +104,7 @@ def make_variants(recipe: Recipe) -> tuple[Method | None, tuple[Variant, ...]]:
         expanded = replace(
             each,
             params=params,
+            models=tuple(_own_params(ref, method, each) for ref in each.models),
             ops=tuple(_expanded(ref) for ref in each.ops),
             then=tuple(_expanded(ref) for ref in each.then),
         )
@@ -179,6 +197,20 @@ def split(
     return tuple(found)
 
 
+def _own_params(ref: ModelRef, method: Method | None, recipe: Recipe) -> ModelRef:
+    """A model with its own parameters checked, under their names in the signature."""
+    if not ref.params:
+        return ref
+    if method is None:
+        raise ParameterError(
+            f"{ref.path}: parameters of a model belong to a method", fix="write a method, not `ops`"
+        )
+    names = {ALIASES.get(key, key): value for key, value in ref.params.items()}
+    common = {key: value for key, value in recipe.params.items() if key not in ref.params}
+    bound = method.expand({**common, **ref.params}, recipe.compat)
+    return replace(ref, params={name: bound[name] for name in names})
+
+
 def _expanded(ref: OpRef) -> OpRef:
     return OpRef(ref.name, bind(ref.name, OPS[ref.name].params, ref.params))
 
@@ -199,7 +231,11 @@ def build(recipe: Recipe, site: Site | None) -> Chain:
 
     ops: list[Op] = []
     if recipe.method:
-        ops += METHODS[recipe.method](**here(recipe.params))
+        method, own = METHODS[recipe.method], [each.params for each in recipe.models]
+        if any(own):
+            ops += abreast([method(**here({**recipe.params, **each})) for each in own])
+        else:
+            ops += method(**here(recipe.params))
     return chain(*ops, *(OPS[ref.name](**here(ref.params)) for ref in (*recipe.ops, *recipe.then)))
 
 
@@ -225,27 +261,32 @@ def recorded(
     models: Sequence[Source],
     weights: Sequence[Any],
     base: Source | None,
-    places: Sequence[int],
+    order: Sequence[int],
+    first: int | None = None,
 ) -> tuple[Variant, ...]:
-    """Recipes as they are stored: models in canonical order, the base by its name.
-
-    Where the order of the user decides something the models stay in it.
+    """Recipes with models in canonical order and the base by its name.
 
     Parameters
     ----------
-    places : sequence of int
-        The place of each model in that order.
+    order : sequence of int
+        Place of each model in the recipe that was asked for.
+    first : int, optional
+        Which of ``models`` gives config and vocabulary, and so stands first where it is stored.
     """
-    refs = [ModelRef(model.label, weight) for model, weight in zip(models, weights, strict=True)]
-    given = tuple(ref for _, ref in sorted(zip(places, refs, strict=True), key=itemgetter(0)))
     place = None if base is None else base.label
-    return tuple(
-        replace(
-            each,
-            recipe=replace(each.recipe, models=given if each.ordered else tuple(refs), base=place),
+    found = []
+    for each in variants:
+        refs = tuple(
+            ModelRef(model.label, weight, each.recipe.models[given].params)
+            for model, weight, given in zip(models, weights, order, strict=True)
         )
-        for each in variants
-    )
+        recipe = replace(each.recipe, models=refs, base=place)
+        # Parameters of single models stand in the order of the stack.
+        own = any(ref.params for ref in refs)
+        ops = (*build(recipe, None), *each.tail) if own else each.ops
+        places = tuple(order)
+        found.append(replace(each, recipe=recipe, ops=ops, first=first or 0, places=places))
+    return tuple(found)
 
 
 def sweeps(variants: Sequence[Variant]) -> int:

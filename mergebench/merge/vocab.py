@@ -71,11 +71,12 @@ def reconcile(
         The reference: the base, else the first full model of the command line.
     form : model, lora or delta
         Only a model can get rows that the reference lacks.
-    policy : error, pad or intersect
+    policy : error, pad, intersect or base
         ``intersect`` keeps the reference's vocabulary: rows that all have are merged, the others
-        are the reference's. ``pad`` adds the tokens of the others; a row that the reference lacks
-        stands there as the mean of the models that have it, so that a model without it does not
-        move it and a single model with it gives its own.
+        are the reference's. ``base`` keeps it too, and merges a row that a model lacks as if that
+        model had the reference's. ``pad`` adds the tokens of the others; a row that the reference
+        lacks stands there as the mean of the models that have it, so that a model without it does
+        not move it and a single model with it gives its own.
 
     Raises
     ------

@@ -42,6 +42,8 @@ def test_examples_run_as_printed(scene: Scene, page: str) -> None:
     shutil.copy(scene.path / "merged" / "mergebench_recipe.yaml", scene.path / "recipe.yaml")
     for number, name in ((1, "adapter"), (1, "adapter1"), (2, "adapter2")):
         shutil.copytree(scene.path / f"lora{number}", scene.path / name)
+    kit = "{merge_method: slerp, base_model: base, models: [{model: ft1}], parameters: {t: 0.5}}"
+    (scene.path / "mergekit.yml").write_text(kit)
     different = ("mergebench diff",)
 
     for example in EXAMPLES[page]:

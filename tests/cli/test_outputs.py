@@ -151,6 +151,7 @@ def test_recipe_states_every_parameter(scene: Scene) -> None:
             "scope": "row",
             "count": "at_least_one",
             "conflict": "drop",
+            "normalize": False,
         },
         "models": [{"path": "ft1", "weight": 0.5}, {"path": "ft2", "weight": 1.0}],
         "base": "base",

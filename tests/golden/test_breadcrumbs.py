@@ -100,3 +100,15 @@ def test_equals_are_dropped_and_kept_in_their_order() -> None:
     assert_exactly(got, [0, 1, -1, 0])
     got = merged("breadcrumbs", [1, 1, -1, 1], density=0.5, gamma=0.25, lam=1.0, scope="model")
     assert_exactly(got, [0, 1, -1, 0])
+
+
+def test_the_election_of_ties() -> None:
+    """Kept are 2 and 3 of the first, 6 and -4 of the second; where signs differ the larger wins."""
+    params = {"density": 0.5, "gamma": 0.25}
+    got = merged("breadcrumbs_ties", [1, -2, 3, -4], [8, 6, -4, 2], **params)
+    assert_exactly(got, [0, 6, -4, 0])
+    got = merged("breadcrumbs_ties", [1, 2, 3, -4], [8, 6, 4, 2], **params)
+    assert_exactly(got, [0, (2 + 6) / 2, (3 + 4) / 2, 0])
+    got = merged("breadcrumbs_ties", [1, 2, 3, -4], [8, 6, 4, 2], weights=(1, 0.5), **params,
+                 compat="mergekit-0.1.5")  # fmt: skip
+    assert_exactly(got, [0, 2 + 6 / 2, 3 + 4 / 2, 0])

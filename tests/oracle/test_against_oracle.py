@@ -240,6 +240,44 @@ def test_every_variant_of_breadcrumbs(
     assert_same_mask(alone("breadcrumbs", tau, lam=1.0, **params), tau, mask)
 
 
+@pytest.mark.parametrize(("scope", "count", "conflict"), BANDS)
+@given(data=st.data())
+@CASES
+def test_every_variant_of_breadcrumbs_ties(
+    scope: Any, count: str, conflict: str, data: st.DataObject
+) -> None:
+    """The mask of Breadcrumbs under every election and divisor of TIES, and mergekit's preset."""
+    case = data.draw(cases(signed=False))
+    share: dict[str, Any] = {"density": case.density, "gamma": data.draw(st.integers(0, 19)) / 20}
+    tau = emptied(case, scope, count)
+    choices: dict[str, list[Any]] = {
+        "sign": list(get_args(methods.Sign)),
+        "election": list(get_args(methods.Election)),
+        "tie": list(get_args(methods.Tie)),
+        "divisor": list(get_args(methods.Divisor)),
+    }
+    settled = {"scope": scope, "count": count, "conflict": conflict, **share}
+    outputs = case.merged("breadcrumbs_ties", lam=case.lam, **settled, **choices)
+    for values, got in zip(product(*choices.values()), outputs, strict=True):
+        chosen: dict[str, Any] = dict(zip(choices, values, strict=True))
+        delta = methods.breadcrumbs_ties(
+            tau,
+            weights=case.weights,
+            scope=scope,
+            conflict=CONFLICTS[conflict],
+            at_least_one=count == "at_least_one",
+            **share,
+            **chosen,
+        )
+        assert_rounds_to(got, methods.apply_to_base(case.base, delta, case.lam))
+    for normalize, divisor in ((True, "weights"), (False, "none")):
+        delta = methods.breadcrumbs_ties_mergekit(
+            case.task_vectors, weights=case.weights, normalize=normalize, **share
+        )
+        got = case.merged("breadcrumbs_ties", compat="mergekit-0.1.5", divisor=divisor, **share)
+        assert_rounds_to(got, methods.apply_to_base(case.base, delta))
+
+
 @given(case=cases(), gamma=st.integers(0, 19))
 @CASES
 def test_presets_of_breadcrumbs(case: Case, gamma: int) -> None:

@@ -123,6 +123,32 @@ def test_single_file_does_not_depend_on_the_order(half: Scene) -> None:
     assert written[0] == written[1]
 
 
+def test_single_file_without_base_does_not_depend_on_the_order(half: Scene) -> None:
+    """Nothing is taken from the first model then but values."""
+    written = set()
+    for number, order in enumerate(permutations(("ft1.safetensors:0.3", "ft2.safetensors"))):
+        out = half.path / str(number) / "out.safetensors"
+        assert_done(call("merge", *order, "-o", out, cwd=half.path))
+        written.add(out.read_bytes())
+
+    assert len(written) == 1
+
+
+@pytest.mark.parametrize("order", list(permutations(("ft1", "ft2"))))
+def test_stored_recipe_keeps_the_first_model(half: Scene, order: tuple[str, str]) -> None:
+    """Without a base the first model gives the files beside the weights, on every run."""
+    for name in order:
+        (half.path / name / "generation_config.json").write_text(f'{{"made_by": "{name}"}}')
+
+    assert_done(call("merge", *order, "-o", "one/out", cwd=half.path))
+    assert_done(call("run", "one/out", "-o", "two/out", cwd=half.path))
+
+    for out in ("one/out", "two/out"):
+        text = (half.path / out / "generation_config.json").read_text()
+        assert text == f'{{"made_by": "{order[0]}"}}'
+    assert_files(tree(half.path / "one"), tree(half.path / "two"))
+
+
 def test_merge_with_the_base_itself(tmp_path: Path) -> None:
     """Merging copies of the base gives the base back, negative zeros included."""
     base = base_model(dtype=BF16)

@@ -54,10 +54,10 @@ CONFIG: dict[str, object] = {
 }
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
+def shapes(layers: int = LAYERS) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter, by its ``transformers`` name."""
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         prefix = f"model.layers.{layer}."
         found[prefix + "input_layernorm.weight"] = (HIDDEN,)
         found[prefix + "self_attn.q_proj.weight"] = (HEADS * HEAD_DIM, HIDDEN)
@@ -88,7 +88,7 @@ def _gaussian(stream: np.random.RandomState, shape: tuple[int, ...]) -> np.ndarr
     return (total - 6.0 * (2**32 - 1)) / 2**32
 
 
-def tensors(name: str, dtype: str = "float32") -> dict[str, np.ndarray]:
+def tensors(name: str, dtype: str = "float32", layers: int = LAYERS) -> dict[str, np.ndarray]:
     """Return the parameters of model ``name`` (one of ``NAMES``), rounded to ``dtype``.
 
     A fine-tune is rounded after its delta was added, as a real fine-tune saved in that dtype is.
@@ -96,7 +96,7 @@ def tensors(name: str, dtype: str = "float32") -> dict[str, np.ndarray]:
     if name not in NAMES:
         raise ValueError(f"no model named {name!r}; the models are {', '.join(NAMES)}")
     built: dict[str, np.ndarray] = {}
-    for tensor, shape in shapes().items():
+    for tensor, shape in shapes(layers).items():
         centre = 1.0 if "norm" in tensor else 0.0
         values = centre + WEIGHT_STD * _gaussian(_stream(BASE, tensor), shape)
         # The base is rounded to float32 once, so that a zero delta survives in either dtype.
@@ -118,14 +118,14 @@ def digest(parameters: dict[str, np.ndarray]) -> str:
     return state.hexdigest()
 
 
-def build(folder: Path, name: str, dtype: str = "float32") -> Path:
+def build(folder: Path, name: str, dtype: str = "float32", layers: int = LAYERS) -> Path:
     """Write model ``name`` in ``dtype`` to ``folder`` / ``name`` and return that path.
 
     The parameters are split over two shards about half-way, in the order of the network.
     """
     target = Path(folder) / name
     target.mkdir(parents=True, exist_ok=True)
-    parameters = tensors(name, dtype)
+    parameters = tensors(name, dtype, layers)
     total = sum(array.nbytes for array in parameters.values())
     shards: tuple[dict[str, np.ndarray], ...] = ({}, {})
     weight_map: dict[str, str] = {}
@@ -140,5 +140,6 @@ def build(folder: Path, name: str, dtype: str = "float32") -> Path:
         save_file(shard, path, metadata={"format": "pt"})
     listing = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (target / "model.safetensors.index.json").write_text(json.dumps(listing, indent=2) + "\n")
-    (target / "config.json").write_text(json.dumps({**CONFIG, "dtype": dtype}, indent=2) + "\n")
+    config = {**CONFIG, "num_hidden_layers": layers, "dtype": dtype}
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return target

@@ -40,31 +40,8 @@ def merged(case: Case) -> dict[str, np.ndarray]:
     if method == "ties":
         params["divisor"] = "weights" if normalize else "none"
     if method == "breadcrumbs_ties":
-        return _breadcrumbs_ties(pairs, base, params)
+        params["divisor"] = "weights" if config.get("parameters", {}).get("normalize") else "none"
     return mb.merge_models(pairs, base=base, method=method, compat=COMPAT, **params)
-
-
-def _breadcrumbs_ties(
-    pairs: list[tuple[dict[str, np.ndarray], float]],
-    base: dict[str, np.ndarray] | None,
-    params: dict[str, Any],
-) -> dict[str, np.ndarray]:
-    """No method of ours, but a chain of its ops."""
-    assert base is not None
-    ops, lam = mb.ops, params.pop("lam", 1.0)
-    chain = mb.chain(
-        ops["band"](**params, scope="tensor", count="exact", conflict="keep"),
-        ops["elect_sign"](election="weighted", tie="plus"),
-        ops["disjoint_mean"](divisor="none"),
-        ops["scale"](lam),
-    )
-    wide = {name: array.astype(np.float32) for name, array in base.items()}
-    deltas = [
-        {name: array.astype(np.float32) - wide[name] for name, array in model.items()}
-        for model, _ in pairs
-    ]
-    found = mb.apply(chain, deltas, [weight for _, weight in pairs])
-    return {name: (wide[name] + found[name]).astype(base[name].dtype) for name in base}
 
 
 def assert_explained(case: Case, outputs: dict[str, np.ndarray]) -> None:

@@ -68,7 +68,8 @@ def test_selectors_match(text: str, names: list[str]) -> None:
     ("text", "message"),
     [
         ("class=norms", "selector 'class=norms': no class 'norms'; did you mean 'norm'?"),
-        ("block=a", "selector 'block=a', expected block=3 or block=3-7"),
+        ("block=a", ("selector 'block=a', expected block=3, block=3-7, block=before or "
+         "block=after")),
         ("", "a selector is empty; give a regular expression or class=norm"),
         ("(", ("selector '(' is not a regular expression, got missing ), unterminated subpattern "
          "at position 0")),

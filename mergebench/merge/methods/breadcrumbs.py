@@ -9,6 +9,7 @@ from annotated_types import Interval
 from mergebench.merge.method import merge_method
 from mergebench.merge.op import Chain, chain
 from mergebench.merge.ops.band import band
+from mergebench.merge.ops.mean import mean
 from mergebench.merge.ops.scale import scale
 from mergebench.merge.ops.sum import sum_
 from mergebench.merge.ops.weigh import weigh
@@ -35,6 +36,7 @@ def breadcrumbs(
     scope: Literal["row", "tensor", "model"] = "row",
     count: Literal["exact", "at_least_one"] = "at_least_one",
     conflict: Literal["drop", "keep"] = "drop",
+    normalize: bool = False,
 ) -> Chain:
     """Drop the largest and the small entries of each task vector, then sum.
 
@@ -52,6 +54,8 @@ def breadcrumbs(
         Whether a row too short for its share keeps nothing, or one entry.
     conflict : drop or keep, default drop
         Which share yields where both add up to more than everything.
+    normalize : true or false, default false
+        Divide by the sum of the weights.
 
     Deviations
     ----------
@@ -60,4 +64,5 @@ def breadcrumbs(
     emptied too). The paper describes shares of the whole layer (`scope` = tensor). mergekit
     works per tensor and keeps the density where the shares conflict.
     """
-    return chain(band(density, gamma, scope, count, conflict), weigh(), sum_(), scale(lam))
+    combined = [mean()] if normalize else [weigh(), sum_()]
+    return chain(band(density, gamma, scope, count, conflict), *combined, scale(lam))

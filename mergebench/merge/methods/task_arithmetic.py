@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mergebench.merge.method import merge_method
 from mergebench.merge.op import Chain, chain
+from mergebench.merge.ops.mean import mean
 from mergebench.merge.ops.scale import scale
 from mergebench.merge.ops.sum import sum_
 from mergebench.merge.ops.weigh import weigh
@@ -17,7 +18,7 @@ from mergebench.merge.ops.weigh import weigh
         "mergekit-0.1.5": {"lam": 1.0},
     },
 )
-def task_arithmetic(lam: float = 1.0) -> Chain:
+def task_arithmetic(lam: float = 1.0, normalize: bool = False) -> Chain:
     """Add task vectors to the base: θ = θ0 + λ · Σ w_i τ_i.
 
     Parameters
@@ -25,6 +26,9 @@ def task_arithmetic(lam: float = 1.0) -> Chain:
     lam : float, default 1.0
         Global scale λ, called `lambda` or `lam`. The paper searches 0 to 1 in steps of 0.05 on
         validation data; 0.3 is common for eight tasks.
+
+    normalize : true or false, default false
+        Divide by the sum of the weights.
 
     Notes
     -----
@@ -35,4 +39,4 @@ def task_arithmetic(lam: float = 1.0) -> Chain:
     ----------
     Tensors that only one side has are an error, not dropped with a warning.
     """
-    return chain(weigh(), sum_(), scale(lam))
+    return chain(*([mean()] if normalize else [weigh(), sum_()]), scale(lam))

@@ -53,7 +53,7 @@ def _granularity(scope: Scope, **_: object) -> Granularity:
     return "row" if scope == "row" else "entry"
 
 
-@op(granularity=_granularity, statistic=_statistic)
+@op(granularity=_granularity, statistic=_statistic, rowwise=True)
 def band(
     stack: Stack,
     at: At,
