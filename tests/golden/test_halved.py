@@ -108,8 +108,10 @@ def test_an_adapter_stays_an_adapter(tmp_path: Path) -> None:
     for name, (B, A) in made.items():
         got = out[f"base_model.model.{name}.lora_B.weight"]
         zeros += not got.any()
-        assert not got.any() or got.tobytes() == B.tobytes()
-        assert out[f"base_model.model.{name}.lora_A.weight"].tobytes() == A.tobytes()
+        # Rank 2 is filled with zeros up to what servers take.
+        assert not got.any() or got[:, :2].tobytes() == B.tobytes()
+        assert not got[:, 2:].any()
+        assert out[f"base_model.model.{name}.lora_A.weight"][:2].tobytes() == A.tobytes()
     assert zeros == 4
 
 

@@ -84,7 +84,8 @@ def test_full_models_are_compressed_to_adapters(
     lora = merge_models(models, out=tmp_path / "lora", form="lora", **common)
     for one, other in zip(whole, lora, strict=True):
         config = json.loads((other.path / "adapter_config.json").read_text())
-        assert config["r"] == 16 // 3
+        # A third of 16, filled with zeros up to what servers take.
+        assert config["r"] == 8
         assert config["bias"] == ("lora_only" if make is bert else "none")
         wanted = answer(loaded(make, one.path))
         got = answer(PeftModel.from_pretrained(loaded(make, base), other.path))
