@@ -1,1 +1,1 @@
-"""Diagnostics of what fine-tuning did (none yet)."""
+"""Looking at task vectors through their singular values and vectors; nothing here draws."""
