@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -110,6 +111,17 @@ def number(count: float) -> str:
             return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
         count /= 1000
     return f"{count:.2f}T"
+
+
+def short_labels(labels: Sequence[str]) -> list[str]:
+    """The last parts of paths, as many as tell them apart."""
+    count = 1
+    while count < 4:
+        found = ["/".join(Path(label).parts[-count:]) for label in labels]
+        if len(set(found)) == len(labels):
+            return found
+        count += 1
+    return list(labels)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mergebench.cli import checking, console, looking, merging, reports, trying, zoo
+from mergebench.cli import checking, console, looking, merging, reports, spectra, trying, zoo
 from mergebench.core.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, MergebenchError
 
 _UNWRITABLE = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG)
@@ -53,6 +53,7 @@ app.command("diff")(looking.diff)
 app.command("crosstalk")(reports.crosstalk)
 app.command("verify")(checking.verify)
 app.command("check")(trying.check)
+app.command("spectral")(spectra.spectral)
 app.command("doctor")(checking.doctor)
 app.command("methods")(looking.methods)
 app.command("adapters")(zoo.adapters)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -168,7 +167,7 @@ def _show_drift(found: Drift) -> None:
     based = isfinite(found.total.drift)
     table.add_column("drift" if based else "norm", justify="right")
     table.add_column("")
-    for label in _short(found.inputs):
+    for label in console.short_labels(found.inputs):
         table.add_column(f"cos {label}", justify="right")
         table.add_column("share", justify="right")
     if found.inputs:
@@ -200,14 +199,3 @@ def _bar(value: float, top: float) -> str:
     if not top > 0 or not isfinite(value):
         return ""
     return "█" * min(round(_BAR * value / top), _BAR) or "▏"
-
-
-def _short(labels: Sequence[str]) -> list[str]:
-    """The last parts of paths, as many as tell them apart."""
-    count = 1
-    while count < 4:
-        found = ["/".join(Path(label).parts[-count:]) for label in labels]
-        if len(set(found)) == len(labels):
-            return found
-        count += 1
-    return list(labels)

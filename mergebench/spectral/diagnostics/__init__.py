@@ -1,0 +1,1 @@
+"""One diagnostic per file; the file's function is found by being here."""
