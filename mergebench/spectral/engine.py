@@ -11,13 +11,12 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from mergebench.compute.backend import lapack
-from mergebench.compute.spectra import svd_bytes
-from mergebench.core.delta import LowRank
 from mergebench.core.errors import MismatchError, ParameterError, ResourceError
 from mergebench.core.params import bind
 from mergebench.core.site import Site
 from mergebench.sources import Source
 from mergebench.spectral.diagnostic import DIAGNOSTICS, Diagnostic, Row
+from mergebench.spectral.memory import job_bytes
 from mergebench.spectral.report import Found, Record, Report, gather
 from mergebench.spectral.spectrum import Looked, SiteSpectrum, Tuned, look, sides
 from mergebench.spectral.store import Store
@@ -26,8 +25,6 @@ from mergebench.spectral.work import cores, within
 
 DEFAULT_MEMORY = 2 << 30
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-#: What looking at entries holds, and the buffers of a worker.
-_ENTRIES = 16 << 20
 #: A task vector this long is none: the models are unrelated.
 _LONG = 1.0
 
@@ -100,7 +97,9 @@ def analyse(
         )
     if workers is not None and workers < 1:
         raise ParameterError("workers", expected="at least 1", got=str(workers))
-    jobs = [(each, _bytes(each, chosen, len(inputs.models))) for each in looked_at]
+    jobs = [
+        (each, job_bytes(each, chosen, len(inputs.models), store is not None)) for each in looked_at
+    ]
     _check_memory(jobs, memory)
     everyone = list(range(len(inputs.models)))
     uses = frozenset[str]().union(*(each.uses for each in chosen))
@@ -210,38 +209,6 @@ def _bound(
 
         parse_epsilons(bound["intruders"]["epsilon"])
     return bound
-
-
-def _bytes(subject: Subject, chosen: Sequence[Diagnostic], models: int) -> int:
-    """Anonymous memory of one job, from its shape alone."""
-    matrices = [each for each in chosen if each.on == "matrix"]
-    if not subject.matrix or not matrices:
-        return _ENTRIES
-    rows, columns = sides(subject.site)
-    uses = frozenset[str]().union(*(each.uses for each in matrices))
-    size, thin = rows * columns, (rows + columns) * min(rows, columns)
-    held = 8 * size * (subject.base is not None and any(u.startswith("tuned") for u in uses))
-    held += 8 * size * any(use.startswith("tuned") for use in uses)
-    held += (
-        4
-        * thin
-        * (
-            any(use.startswith("base") for use in uses)
-            + ("tuned.svd" in uses or "tuned.top" in uses)
-        )
-    )
-    if "delta.svd" in uses:
-        held += sum(_thin(delta, rows, columns) for delta in subject.deltas.values())
-    work = max(each.work(rows, columns, models) for each in matrices)
-    low = all(isinstance(delta, LowRank) for delta in subject.deltas.values())
-    needs = any(not use.startswith("delta") for use in uses) or not low
-    return _ENTRIES + held + max(svd_bytes(rows, columns) if needs else 0, work)
-
-
-def _thin(delta: Any, rows: int, columns: int) -> int:
-    if isinstance(delta, LowRank) and delta.rank < min(rows, columns):
-        return 8 * 3 * (rows + columns) * delta.rank
-    return 4 * (rows + columns) * min(rows, columns)
 
 
 def _check_memory(jobs: Sequence[tuple[Subject, int]], memory: int) -> None:

@@ -237,6 +237,7 @@ def test_help_imports_nothing_heavy(scene: Scene, arguments: tuple[str, ...]) ->
         ("merge", "a.safetensors", "b.safetensors", "--method", "breadcrumbs"),
         ("merge", "lora1", "lora2", "-b", "base", "-m", "task_arithmetic", "-o", "out"),
         ("inspect", "base+lora1", "--tensors"),
+        ("spectral", "ft1", "lora1", "-b", "base"),
     ],
 )
 def test_merging_on_the_cpu_needs_no_torch(scene: Scene, arguments: tuple[str, ...]) -> None:
