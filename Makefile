@@ -9,7 +9,7 @@ help:
 	@echo "make demo    the digits example, from training to the table and the picture"
 	@echo "make test    the whole test suite"
 	@echo "make lint    formatting, lint, types, import layers"
-	@echo "make parity  record mergekit's and FusionBench's outputs again, in environments of their own"
+	@echo "make parity  record mergekit's, FusionBench's and WeightWatcher's outputs again, in environments of their own"
 	@echo "make bench   cost of every method over the floor of the machine"
 	@echo "make fuzz    fuzz one reader: make fuzz ARGS='--target header --seconds 300'"
 
@@ -37,6 +37,7 @@ parity: $(BIN)/python
 	$(BIN)/python tests/parity/record.py
 	$(BIN)/python tests/parity/configs.py
 	$(BIN)/python tests/parity/record_fusionbench.py
+	$(BIN)/python tests/parity/record_weightwatcher.py
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py $(ARGS)
@@ -53,4 +54,4 @@ fuzz: $(FUZZ)/.atheris
 	$(FUZZ)/bin/python -W ignore benchmarks/fuzz/run.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(FUZZ) .ci-venv .parity-venv .parity-venv-fusionbench .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FUZZ) .ci-venv .parity-venv .parity-venv-fusionbench .parity-venv-weightwatcher .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,8 @@
-"""Decompositions against torch, and intruder dimensions against PEFT as a black box."""
+"""Decompositions against torch, intruders against PEFT and power laws against WeightWatcher."""
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -13,6 +14,9 @@ from peft.tuners.lora.intruders import reduce_intruder_dimension
 
 from mergebench.spectral.decomposition import decompose, decompose_product, singular_values
 from mergebench.spectral.intruder_test import intruders
+from mergebench.spectral.measures import power_law
+from tests.parity.record_weightwatcher import RECORDED
+from tests.parity.spectra import eigenvalues
 
 SHAPES = [(24, 24), (40, 17), (17, 40), (1, 9), (9, 1), (64, 3)]
 
@@ -127,3 +131,16 @@ def test_where_peft_differs() -> None:
 
     assert intruders(base, factors=(B, A), k=1).count(0.5) == 1
     assert peft_counts([base], [(B, A)], top_k=1) == [0]
+
+
+@pytest.mark.parametrize("name", sorted(eigenvalues()))
+def test_power_laws_are_those_of_weightwatcher(name: str) -> None:
+    """Exponent, distance, standard error and beginning of the tail, as recorded."""
+    theirs = json.loads(RECORDED.read_text())
+
+    found = power_law(eigenvalues()[name])
+
+    assert found is not None
+    assert set(theirs) == set(eigenvalues())
+    got = {"alpha": found.alpha, "D": found.distance, "sigma": found.error, "xmin": found.smallest}
+    assert got == pytest.approx(theirs[name], rel=1e-9)
