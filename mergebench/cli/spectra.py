@@ -113,8 +113,8 @@ def spectral(
 ) -> None:
     """Look at what fine-tuning did to the spectra: intruder dimensions, ranks, angles.
 
-    Decompositions are exact; the base's are kept, so that the next model on it costs half. --json
-    prints everything, for programs and for --against.
+    Everything is exact, or certified by bounds; decompositions of the base are kept for the next
+    model on it. --json prints everything, for programs and for --against.
 
     Examples:
 

@@ -62,7 +62,8 @@ class Diagnostic:
         Models that it needs.
     uses : frozenset of str
         Decompositions that it asks for: ``base.svd``, ``base.values``, ``tuned.svd``,
-        ``tuned.values``, ``tuned`` (the matrix), ``delta.svd``, ``delta.values``.
+        ``tuned.values``, ``tuned`` (the matrix), ``delta.svd``, ``delta.values``; ``base.top`` and
+        ``tuned.top`` where they are needed only if bounds do not settle what leading vectors are.
     work : callable
         ``(rows, columns, models) -> bytes`` that it holds besides those.
     """

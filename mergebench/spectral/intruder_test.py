@@ -5,18 +5,24 @@ The one function here is all that the rest of mergebench knows of how they are f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from mergebench.compute.alignment import alignments
 from mergebench.core.errors import MismatchError
 from mergebench.core.tensor import Array
 from mergebench.spectral.decomposition import Decomposition, decompose
 
 Side = Literal["left", "right"]
 Status = Literal["exact", "certified"]
+Known = Decomposition | Callable[[], Decomposition]
+
+#: Smaller sides are decomposed sooner than bounded.
+_WORTH = 512
+_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -36,9 +42,10 @@ class Direction:
         From full decompositions, or from bounds that settle every threshold.
     bound : float
         The most that the largest cosine can be; ``cosine`` itself where exact.
-    gap : float
+    gap : float or None
         Distance to the nearest other singular value of the tuned matrix over the largest one. At 0
-        the direction is any of a plane, and its cosine means little.
+        the direction is any of a plane, and its cosine means little. ``None`` where certified:
+        bounds allow for it.
     intruder : tuple of bool
         For each ε, whether the largest cosine is below it.
     """
@@ -48,7 +55,7 @@ class Direction:
     cosine: float
     status: Status
     bound: float
-    gap: float
+    gap: float | None
     intruder: tuple[bool, ...]
 
 
@@ -63,7 +70,8 @@ class Intruders:
     epsilons : tuple of float
     dimension, vectors : int
         Of the side looked at, and how many base vectors it has: those whose singular value is
-        above 2⁻²⁰ of the largest. Others are arbitrary, and no part of the base.
+        above 2⁻²⁰ of the largest. Others are arbitrary, and no part of the base. At most so many
+        where certified.
     squared : float
         ``‖W‖²`` of the tuned matrix, to which energies are relative.
     """
@@ -95,13 +103,17 @@ def intruders(
     side: Side = "left",
     signed: bool = False,
     factors: tuple[Array, Array] | None = None,
-    base_svd: Decomposition | None = None,
+    base_svd: Known | None = None,
     tuned_svd: Decomposition | None = None,
+    exact: bool = False,
 ) -> Intruders:
     """Compare the leading singular vectors of a tuned matrix with all those of its base.
 
     A direction j is an intruder at ε where ``max_i |cos(u_i, w_j)| < ε`` (arXiv:2410.21228,
     section 3.1).
+
+    Float32 matrices whose sides are 512 and more are not decomposed where bounds settle every
+    threshold (:func:`~mergebench.compute.alignment.alignments`).
 
     Parameters
     ----------
@@ -122,7 +134,10 @@ def intruders(
     factors : (array (n, r), array (r, m)), optional
         The update as a product, which a faster test may use.
     base_svd, tuned_svd : Decomposition, optional
-        If already known.
+        If already known; that of the base may be a function that makes it when it is needed. With
+        that of the tuned matrix nothing is bounded.
+    exact : bool, default False
+        Always decompose.
 
     Raises
     ------
@@ -141,7 +156,13 @@ def intruders(
         )
     if not (np.isfinite(base).all() and np.isfinite(tuned).all()):
         raise MismatchError("intruders: entries that are not finite")
-    below = base_svd if base_svd is not None else decompose(base)
+    if tuned_svd is None and not signed and not exact:
+        bounded = _certified(base, tuned, factors, k, tuple(epsilons), side)
+        if bounded is not None:
+            return bounded
+    if base_svd is None:
+        base_svd = decompose(base)
+    below = base_svd if isinstance(base_svd, Decomposition) else base_svd()
     above = tuned_svd if tuned_svd is not None else decompose(tuned)
     count = min(k, above.rank)
     old = below.side(side)[:, : below.rank]
@@ -166,6 +187,48 @@ def intruders(
         below.rank,
         float(above.S @ above.S),
     )
+
+
+def _certified(
+    base: Array,
+    tuned: Array,
+    factors: tuple[Array, Array] | None,
+    k: int,
+    epsilons: tuple[float, ...],
+    side: Side,
+) -> Intruders | None:
+    """What bounds say, if they settle everything."""
+    update: Array | tuple[Array, Array] = tuned
+    if factors is not None:
+        left, right = (each.astype(np.float32) for each in factors)
+        update = (left, right) if side == "left" else (right.T, left.T)
+    elif side == "right":
+        update = tuned.T
+    single = base.dtype == np.float32 and (factors is not None or tuned.dtype == np.float32)
+    if not single or min(base.shape) < _WORTH:
+        return None
+    found = alignments(base if side == "left" else base.T, update, k, epsilons)
+    if found is None:
+        return None
+    directions = tuple(
+        Direction(
+            index=place,
+            sigma=float(sigma),
+            cosine=float(lower),
+            status="certified",
+            bound=float(upper),
+            gap=None,
+            intruder=tuple(bool(upper < each) for each in epsilons),
+        )
+        for place, (sigma, lower, upper) in enumerate(zip(*found, strict=True))
+    )
+    flat = tuned.reshape(-1)
+    squared = sum(
+        float(np.square(flat[start : start + _PIECE], dtype=np.float64).sum())
+        for start in range(0, flat.size, _PIECE)
+    )
+    dimension = base.shape[0 if side == "left" else 1]
+    return Intruders(directions, epsilons, dimension, min(base.shape), squared)
 
 
 def _largest(old: Array, new: Array, signed: bool) -> Array:

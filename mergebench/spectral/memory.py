@@ -14,7 +14,7 @@ from mergebench.spectral.subjects import Subject
 _ENTRIES = 16 << 20
 #: Freed arrays up to this size may stay with the allocator of a thread.
 _RETAINED = 32 << 20
-_FULL = ("base.svd", "tuned.svd", "tuned.top")
+_FULL = ("base.svd", "base.top", "tuned.svd", "tuned.top")
 
 
 def job_bytes(
@@ -40,7 +40,7 @@ def job_bytes(
     on_base = any(not use.startswith("delta") for use in uses)
     dense = not all(_is_thin(delta, rows, columns) for delta in subject.deltas.values())
     # W0, W and the vectors of their decompositions stay while others are made.
-    held = 2 * size * on_base + thin * (on_base + any(use in uses for use in _FULL[1:]))
+    held = 2 * size * on_base + thin * (on_base + any(use in uses for use in _FULL[2:]))
     if "delta.svd" in uses:
         held += sum(_vectors(delta, rows, columns) for delta in subject.deltas.values())
     full = any(use in uses for use in _FULL) or (keeps and on_base)

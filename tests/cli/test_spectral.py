@@ -180,6 +180,37 @@ def test_pairs_of_models(scene: Scene) -> None:
         assert layer["cosine"] == pytest.approx(inner / np.sqrt(a * b), abs=1e-6)
 
 
+def test_signs_of_entries_that_both_change(scene: Scene) -> None:
+    """Entries that one of two leaves alone neither agree nor conflict."""
+    base = {"a.weight": np.zeros((2, 3), F32)}
+    one = {"a.weight": np.array([[1, 2, -3], [0, 0, 4]], F32)}
+    other = {"a.weight": np.array([[5, -1, -1], [0, 2, 0]], F32)}
+    for name, arrays in (("zero", base), ("one", one), ("other", other)):
+        write(scene.path / f"{name}.safetensors", arrays)
+
+    data = report(
+        scene, "one.safetensors", "other.safetensors", "-b", "zero.safetensors", "--only", "signs"
+    )
+
+    (row,) = rows(data, "signs", 0, 1).values()
+    assert (row["conflicts"], row["entries"], row["rate"]) == (1, 3, pytest.approx(1 / 3))
+
+
+def test_contribution_of_all_tensors_together(scene: Scene) -> None:
+    """‖ΔW‖ / (‖W0‖ + ‖ΔW‖), and ‖ΔW‖ / ‖W0‖, over every floating-point tensor."""
+    data = report(scene, "ft1", "-b", "base", "--only", "contribution")
+
+    tau, base = scene.taus[0], scene.base
+    moved, stayed = (
+        np.sqrt(sum((each[name].astype(np.float64) ** 2).sum() for name in tau))
+        for each in (tau, base)
+    )
+    found = whole(data, "contribution")
+    assert found["tensors"] == 9
+    assert found["proxy"] == pytest.approx(moved / (stayed + moved))
+    assert found["relative"] == pytest.approx(moved / stayed)
+
+
 def test_a_model_and_itself(scene: Scene) -> None:
     """Everything of one is in the other."""
     data = report(scene, "ft1", "ft1.safetensors", "-b", "base")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 
@@ -129,6 +131,42 @@ def test_known_decompositions_change_nothing() -> None:
     assert intruders(base, tuned, **known) == intruders(base, tuned)
     other = intruders(base, tuned, base_svd=decompose(tuned), tuned_svd=known["tuned_svd"])
     assert not any(flags(other))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("product", [False, True])
+def test_bounds_settle_large_matrices(side: Literal["left", "right"], product: bool) -> None:
+    """Certified directions have the exact flags, and the exact cosine between their bounds."""
+    random = np.random.default_rng(4)
+    size = 560
+    U, S, Vt = np.linalg.svd(random.standard_normal((size, size)))
+    base = ((U * (S * (1 + 3 * np.exp(-np.arange(size) / 6)))) @ Vt).astype(np.float32)
+    factors = (
+        (15 * random.standard_normal((size, 2)) / size**0.25).astype(np.float32),
+        (random.standard_normal((2, size)) / size**0.25).astype(np.float32),
+    )
+    tuned = base + factors[0] @ factors[1]
+    epsilons = (0.5, 0.8)
+    given = {"factors": factors} if product else {}
+
+    fast = intruders(base, tuned, k=5, epsilons=epsilons, side=side, **given)
+    slow = intruders(base, tuned, k=5, epsilons=epsilons, side=side, exact=True)
+
+    assert [each.status for each in fast.directions] == ["certified"] * 5
+    assert [each.status for each in slow.directions] == ["exact"] * 5
+    for one, other in zip(fast.directions, slow.directions, strict=True):
+        assert one.intruder == other.intruder
+        assert one.cosine - 1e-6 <= other.cosine <= one.bound + 1e-6
+        assert one.sigma == pytest.approx(other.sigma, rel=1e-5)
+    assert slow.count(0.5) == 2
+    assert fast.energy(0.5) == pytest.approx(slow.energy(0.5), rel=1e-5)
+    assert (fast.dimension, fast.vectors) == (slow.dimension, slow.vectors) == (size, size)
+    asked: list[bool] = []
+    unsure = intruders(base, tuned, k=5, epsilons=(slow.directions[-1].cosine,), side=side,
+                       base_svd=lambda: asked.append(True) or decompose(base))  # fmt: skip
+    assert unsure.directions[-1].status == "exact"
+    assert asked == [True]
+    assert intruders(base, tuned, k=2, side=side, signed=True).directions[0].status == "exact"
 
 
 @pytest.mark.parametrize("shape", [(1, 6), (6, 1), (1, 1), (3, 300), (300, 3)])

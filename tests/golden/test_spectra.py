@@ -140,6 +140,15 @@ def test_power_law_takes_the_nearest_tail() -> None:
     assert found.alpha == pytest.approx(3.0, abs=3 * found.error)
 
 
+def test_the_shortest_tail_has_two_values() -> None:
+    """Of two values only the largest begins no tail."""
+    found = power_law(np.array([8.0, 4.0]))
+
+    assert found is not None
+    assert (found.alpha, found.distance) == pytest.approx((3.8854, 0.3647), abs=5e-5)
+    assert (found.smallest, found.tail) == (4.0, 2)
+
+
 def test_power_law_needs_a_tail_that_varies() -> None:
     """Equal values, and fewer than two, have none."""
     assert power_law(np.full(20, 3.0)) is None

@@ -92,7 +92,9 @@ def _say(values: Values) -> str:
     ]
     low, high = values["baseline_least"], values["baseline_most"]
     random = f"{low:.3f}" if high - low < 5e-4 else f"{low:.3f} to {high:.3f}"
-    status = "exact" if not values["certified"] else f"{values['certified']} certified by bounds"
+    status = "exact"
+    if values["certified"]:
+        status = f"{values['certified']} certified by bounds, {values['exact']} exact"
     loose = f"; {values['loose']} are not told apart from a neighbour" if values["loose"] else ""
     blind = [each["epsilon"] for each in values["thresholds"] if each["epsilon"] <= low]
     if blind:
@@ -104,7 +106,7 @@ def _say(values: Values) -> str:
     )
 
 
-@diagnostic(combine=_combine, headline=_headline, say=_say, uses=("base.svd", "tuned", "tuned.top"))
+@diagnostic(combine=_combine, headline=_headline, say=_say, uses=("base.top", "tuned", "tuned.top"))
 def intruders(
     tuned: Tuned,
     site: Site,
@@ -113,6 +115,7 @@ def intruders(
     epsilon: Annotated[str, Examples(("0.5", "0.3,0.5,0.7"))] = "0.5",
     side: Literal["left", "right"] = "left",
     signed: bool = False,
+    exact: bool = False,
 ) -> Values:
     """Leading directions of the tuned weight that the base does not have.
 
@@ -130,6 +133,8 @@ def intruders(
     side : left (default, the output side) or right
     signed : bool, default false
         The largest cosine, as the paper writes it, rather than the largest |cos|.
+    exact : bool, default false
+        Decompose every matrix, also where bounds settle every threshold.
     """
     del site
     epsilons = parse_epsilons(epsilon)
@@ -141,15 +146,16 @@ def intruders(
         side=side,
         signed=signed,
         factors=tuned.factors,
-        base_svd=tuned.at.base_svd,
+        base_svd=lambda: tuned.at.base_svd,
         tuned_svd=tuned.known_svd,
+        exact=exact,
     )
     kinds = [each.status for each in found.directions]
     return {
         "looked": len(kinds),
         "exact": kinds.count("exact"),
         "certified": kinds.count("certified"),
-        "loose": sum(each.gap < 1e-6 for each in found.directions),
+        "loose": sum(each.gap is not None and each.gap < 1e-6 for each in found.directions),
         "dimension": found.dimension,
         "vectors": found.vectors,
         "squared": found.squared,
