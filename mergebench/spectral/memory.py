@@ -12,8 +12,8 @@ from mergebench.spectral.subjects import Subject
 
 #: Pieces of entries, and what else a worker holds.
 _ENTRIES = 16 << 20
-#: Freed arrays up to this size may stay with the allocator of a thread.
-_RETAINED = 32 << 20
+#: Freed arrays of such sizes may stay with the allocators of threads, a few at a time.
+_RETAINED = 16 << 20
 _FULL = ("base.svd", "base.top", "tuned.svd", "tuned.top")
 
 
@@ -53,7 +53,7 @@ def job_bytes(
     if any(each.per == "site" for each in matrices) and dense:
         computing += 2 * size
     work = max(each.work(rows, columns, models) for each in matrices)
-    return _ENTRIES + held + max(computing, work) + 2 * min(size, _RETAINED)
+    return _ENTRIES + held + max(computing, work) + 4 * min(size, _RETAINED)
 
 
 def _is_thin(delta: Delta, rows: int, columns: int) -> bool:

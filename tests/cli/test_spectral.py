@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mergebench.spectral.diagnostic import DIAGNOSTICS
+from mergebench.spectral.measures import power_law
 from tests.helpers.adapters import save_peft
 from tests.helpers.files import F32, listing, read, tree, write
 from tests.helpers.models import save_folder
@@ -209,6 +210,40 @@ def test_contribution_of_all_tensors_together(scene: Scene) -> None:
     assert found["tensors"] == 9
     assert found["proxy"] == pytest.approx(moved / (stayed + moved))
     assert found["relative"] == pytest.approx(moved / stayed)
+
+
+def test_interference_of_the_leading_halves(scene: Scene) -> None:
+    """Of two tasks each keeps ⌊r / 2⌋ triplets, and the sum is that of the definition."""
+    data = report(scene, "ft1", "ft2", "-b", "base", "--only", "interference")
+
+    for name, row in rows(data, "interference", None).items():
+        kept = min(scene.base[name].shape) // 2
+        parts = [np.linalg.svd(tau[name], full_matrices=False) for tau in scene.taus]
+        U = np.concatenate([p[0][:, :kept] for p in parts], axis=1)
+        S = np.diag(np.concatenate([p[1][:kept] for p in parts]))
+        V = np.concatenate([p[2][:kept].T for p in parts], axis=1)
+        eye = np.eye(2 * kept)
+        expected = abs((U.T @ U - eye) @ S @ (V.T @ V - eye)).sum()
+        assert row["kept"] == kept
+        assert row["interference"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_power_laws_of_eigenvalues(scene: Scene) -> None:
+    """α is that of λ = σ² above 1e-5, of W and of W0, and means are over matrices."""
+    data = report(scene, "ft1", "-b", "base", "--only", "heavy_tail")
+
+    found = rows(data, "heavy_tail")
+    for name, row in found.items():
+        for part, matrix in (("base", scene.base[name]), ("tuned", scene.tuned[0][name])):
+            law = power_law(np.linalg.svd(matrix.astype(np.float64))[1] ** 2)
+            assert law is not None
+            assert row[part]["alpha"] == pytest.approx(law.alpha, rel=1e-6)
+            assert row[part]["weighted"] == pytest.approx(law.alpha * np.log10(law.largest))
+    alphas = [row["tuned"]["alpha"] for row in found.values()]
+    assert whole(data, "heavy_tail")["tuned"]["alpha"] == pytest.approx(np.mean(alphas))
+    few = report(scene, "ft1", "-b", "base", "--only", "heavy_tail", "-p", "heavy_tail.fewest=17")
+    assert all(row["tuned"]["alpha"] is None for row in rows(few, "heavy_tail").values())
+    assert few["summary"] == ["ft1: too few eigenvalues for a power law"]
 
 
 def test_a_model_and_itself(scene: Scene) -> None:
@@ -604,6 +639,28 @@ def test_gpt2_layers_are_turned(scene: Scene) -> None:
     assert row["dimension"] == 18
     found = [each["cosine"] for each in row["directions"]]
     np.testing.assert_allclose(found, largest_cosines(base.T, tuned.T, 2), atol=1e-6)
+
+
+def test_layers_in_the_order_of_the_model(scene: Scene) -> None:
+    """Layer 10 comes after layer 9, and classes outside of blocks come last, as do pairs."""
+    names = ["body.weight", *(f"h.layers.{n}.proj.weight" for n in (10, 2, 9, 0))]
+    for file, shift in (("many", 0.0), ("many1", 1.0), ("many2", 2.0)):
+        arrays = {n: np.eye(3, dtype=F32) + np.float32(shift) for n in names}
+        write(scene.path / f"{file}.safetensors", arrays)
+
+    data = report(
+        scene, "many1.safetensors", "many2.safetensors", "-b", "many.safetensors", "--only",
+        "spectra,cosine",
+    )  # fmt: skip
+
+    order = [f"h.layers.{n}" for n in (0, 2, 9, 10)] + ["linear"]
+    spectra = data["diagnostics"]["spectra"]["totals"]["layers"]
+    assert [(e["model"], e["where"]) for e in spectra] == [(m, w) for m in (0, 1) for w in order]
+    assert [e["where"] for e in data["diagnostics"]["cosine"]["totals"]["layers"]] == order
+    assert {e["where"] for e in data["diagnostics"]["spectra"]["totals"]["modules"]} == {
+        "body",
+        "proj",
+    }
 
 
 def test_kernels_are_matrices(scene: Scene) -> None:
