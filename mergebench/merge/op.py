@@ -91,13 +91,8 @@ class At:
         """The same place in the stack of one model alone."""
         models = None if self.models is None else self.models[row : row + 1, :]
         own = slice(row, row + 1)
-        return replace(
-            self,
-            weights=self.weights[own],
-            keys=self.keys[own],
-            places=self.places[own],
-            models=models,
-        )
+        weights, keys = self.weights[own], self.keys[own]
+        return replace(self, weights=weights, keys=keys, places=(), models=models)
 
 
 class Sweep(Protocol):
@@ -181,9 +176,9 @@ class OpSpec:
     rank: Callable[..., int | None] = lambda shape, models, **_: None
     ordered: Callable[..., bool] = lambda **_: False
     report: Callable[..., tuple[Reading, ...]] | None = None
-    rowwise: bool = False
     apart: Apart = ""
     chooses: bool = False
+    alone: bool = False
 
     @property
     def summary(self) -> str:
@@ -355,7 +350,7 @@ def abreast(chains: Sequence[Chain]) -> Chain:
         if all(each == first for each in ops):
             found.append(first)
             continue
-        if not first.spec.rowwise or any(each.name != first.name for each in ops):
+        if not first.spec.alone or any(each.name != first.name for each in ops):
             name = next(k for (k, v) in first.params if any(dict(o.params)[k] != v for o in ops))
             raise ParameterError(
                 f"{first.name}: `{name}` cannot differ between models, which it looks at together",
@@ -385,8 +380,8 @@ def op(
     rank: Callable[..., int | None] | None = None,
     ordered: bool | Callable[..., bool] = False,
     report: Callable[..., tuple[Reading, ...]] | None = None,
-    rowwise: bool = False,
     apart: Apart = "",
+    alone: bool = False,
 ) -> Callable[[Callable[Concatenate[Stack, At, P], Stack]], Callable[P, Op]]:
     """Register a function ``(stack, at, **params) -> stack`` and return its factory.
 
@@ -430,12 +425,12 @@ def op(
         ``At.places``. The recipe of an output then keeps that order.
     report : callable ``(before, after, at, **params) -> readings``, optional
         What is to be said of one tensor, from the op's input and output; for ops of whole tensors.
-    rowwise : bool
-        Whether the function, and its statistic, treat every model by itself, so that models may
-        have parameters of their own.
     apart : each or again, optional
         Every model gets a result of its own, out of what all of them hold: one row comes out for
         each model of the merge. With again also after an op that combines them.
+    alone : bool
+        Whether the function, and its statistic, treat every model by itself, so that models may
+        have parameters of their own.
     """
 
     def register(function: Callable[Concatenate[Stack, At, P], Stack]) -> Callable[P, Op]:
@@ -459,8 +454,8 @@ def op(
             rank or (lambda shape, models, **_: None),
             ordered if callable(ordered) else lambda **_: ordered,
             report,
-            rowwise,
             apart,
+            alone=alone,
         )
         return cast("Callable[P, Op]", OPS.add(name, spec))
 

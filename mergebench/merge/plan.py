@@ -210,8 +210,7 @@ def make_plan(
         options = with_base(options, base.checkpoint)
         opened = _open_models(recipe, sources, options)
         space = _space(method, form, base)
-    places = _canonical(opened, recipe, weights_given)
-    models, weights = zip(*((opened[at], weights_given[at]) for at in places), strict=True)
+    models, weights, order = _canonical(opened, recipe, weights_given)
     first = next((each for each in opened if each.checkpoint is not None), None)
     notes += [
         *_provenance(opened, base, form, allow=recipe.allow_base_mismatch),
@@ -224,9 +223,8 @@ def make_plan(
     _check_base(recipe, models, base, form, space)
     _check_count(method, models, variants)
     leader = _leader(recipe, form, first if base is None else None, models)
-    variants = recorded(
-        split(variants, recipe, models, places), models, weights, base, places, leader
-    )
+    variants = split(variants, recipe, models, order)
+    variants = recorded(variants, models, weights, base, order, leader)
     chosen = select(recipe, models, base)
     spoken = reconcile(models, chosen.models, base, _same(first, chosen.models), form, recipe.vocab)
     evened = even_out(
@@ -240,15 +238,13 @@ def make_plan(
         lenient=recipe.allow_nonfinite,
     )
     models, base, first = evened.models, spoken.base, spoken.first
+    pattern = parse_pattern(recipe.block_pattern)
     apart = all(each.tail for each in variants)
-    aligned = align(
-        models, weights, base, space, form, chosen.shapes, parse_pattern(recipe.block_pattern),
-        apart=apart,
-    )  # fmt: skip
+    aligned = align(models, weights, base, space, form, chosen.shapes, pattern, apart=apart)
     if not aligned.items and not aligned.copies:
         raise MismatchError("the inputs have no floating-point tensor to merge")
     aligned, variants = place(aligned, variants, weights, chosen.apart, evened)
-    aligned = in_places(extended(aligned, evened), places)
+    aligned = in_places(extended(aligned, evened), order)
     aligned = settle(
         aligned, models, base, space, allow_nonfinite=recipe.allow_nonfinite, apart=apart
     )
@@ -273,8 +269,7 @@ def make_plan(
         recipe, method, models, weights, base, aligned, form, variants, built, tiling, needed,
         least, 1 + sweeps(variants), tuple(dict.fromkeys(notes)), origin, evened.odd,
     )  # fmt: skip
-    _check_machine(plan)
-    return plan
+    return _checked(plan)
 
 
 def _leader(
@@ -282,7 +277,8 @@ def _leader(
 ) -> int | None:
     """Place of the model that config and vocabulary are taken from for want of a base."""
     single = recipe.out is not None and recipe.out.endswith(".safetensors")
-    if first is None or form != "model" or (single and recipe.vocab == "error"):
+    alike = recipe.vocab == recipe.on_mismatch == "error"
+    if first is None or form != "model" or (single and alike):
         return None
     return next(place for place, each in enumerate(models) if each.label == first.label)
 
@@ -294,13 +290,15 @@ def _same(first: Source | None, models: Sequence[Source]) -> Source | None:
     return next((each for each in models if each.label == first.label), first)
 
 
-def _check_machine(plan: Plan) -> None:
+def _checked(plan: Plan) -> Plan:
+    """The plan, if the machine has room for what it writes."""
     check_places(plan.variants, [*plan.models, *([plan.base] if plan.base is not None else [])])
     places = [each.out for each in plan.variants if each.out is not None]
     if places:
         single = plan.package.single_file
         held = sum(staged_bytes(place, single_file=single) for place in places)
         check_space(places[0], plan.write_bytes, held)
+    return plan
 
 
 def _check_recipe(recipe: Recipe) -> None:
@@ -366,14 +364,17 @@ def _provenance(
     return notes
 
 
-def _canonical(opened: Sequence[Source], recipe: Recipe, weights: Sequence[Any]) -> tuple[int, ...]:
-    """Places in the recipe, in an order that does not depend on it."""
+def _canonical(
+    opened: Sequence[Source], recipe: Recipe, weights: Sequence[Any]
+) -> tuple[tuple[Source, ...], tuple[Any, ...], tuple[int, ...]]:
+    """Models and weights in an order of their own, and the place where each of them was given."""
     marks = [source.fingerprint for source in opened]
     # A fingerprint samples; models that differ elsewhere only are told apart by all they hold.
     full = [content(s) if marks.count(s.fingerprint) > 1 else "" for s in opened]
     own = [repr(sorted(each.to_dict().get("params", {}).items())) for each in recipe.models]
     keys = list(zip(marks, full, map(_rank, weights), own, strict=True))
-    return tuple(sorted(range(len(opened)), key=lambda place: (*keys[place], place)))
+    order = tuple(sorted(range(len(opened)), key=lambda place: (*keys[place], place)))
+    return tuple(opened[i] for i in order), tuple(weights[i] for i in order), order
 
 
 def _left(apart: frozenset[str], order: Sequence[str], form: str) -> list[str]:

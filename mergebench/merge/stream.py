@@ -306,12 +306,12 @@ class Evaluator:
             if statistic.scope == "model":
                 scope = [self.items[n] for n in sorted(self.items, key=str.encode)]
             if isinstance(each, Abreast) and end == 1:
-                self.known[ops[:end], name] = self._one_by_one(each, scope)
+                self.known[ops[:end], name] = self._apart(each, scope)
                 continue
             sweep = _Sweep(self, ops[: end - 1], scope, ops[:end])
             self.known[ops[:end], name] = statistic.measure(sweep)
 
-    def _one_by_one(self, ops: Abreast, scope: Sequence[Item]) -> list[Any]:
+    def _apart(self, ops: Abreast, scope: Sequence[Item]) -> list[Any]:
         """What each op must know of its model; no other model is read for it."""
         found: list[Any] = []
         for row, each in enumerate(ops.ops):
@@ -322,7 +322,7 @@ class Evaluator:
                     weights=item.weights[row : row + 1],
                     labels=item.labels[row : row + 1],
                     keys=item.keys[row : row + 1],
-                    places=item.places[row : row + 1],
+                    places=(),
                 )
                 for item in scope
             ]

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +43,9 @@ class Variant:
         Whether an op of some tensor depends on the order in which the user names the models.
     tail : Chain
         What ends every chain where each model has a result of its own.
-    first : int
-        Place of the model that stands first where the recipe is stored.
-    places : tuple of int
-        Where the user named each of the recipe's models.
+    listed : tuple of int
+        The places of the models in the order in which stored recipes have them; empty for the
+        order of the stack.
     """
 
     label: str
@@ -57,19 +55,13 @@ class Variant:
     chains: Mapping[str, Chain] = field(default_factory=dict)
     ordered: bool = False
     tail: Chain = ()
-    first: int = 0
-    places: tuple[int, ...] = ()
+    listed: tuple[int, ...] = ()
 
     @property
     def stored(self) -> Recipe:
         """The recipe as outputs hold it."""
         models = self.recipe.models
-        if self.ordered:
-            pairs = sorted(zip(self.places, models, strict=True), key=itemgetter(0))
-            return replace(self.recipe, models=tuple(each for _, each in pairs))
-        one = models[self.first]
-        rest = (each for place, each in enumerate(models) if place != self.first)
-        return replace(self.recipe, models=(one, *rest))
+        return replace(self.recipe, models=tuple(models[i] for i in self.listed) or models)
 
     def at(self, name: str) -> Chain:
         """The chain of one tensor."""
@@ -266,14 +258,18 @@ def recorded(
 ) -> tuple[Variant, ...]:
     """Recipes with models in canonical order and the base by its name.
 
+    Where the order of the user decides something, they are stored in that.
+
     Parameters
     ----------
     order : sequence of int
-        Place of each model in the recipe that was asked for.
+        The place of each model in the recipe that was asked for.
     first : int, optional
         Which of ``models`` gives config and vocabulary, and so stands first where it is stored.
     """
     place = None if base is None else base.label
+    user = tuple(sorted(range(len(models)), key=order.__getitem__))
+    led = tuple(sorted(range(len(models)), key=lambda i: i != first)) if first else ()
     found = []
     for each in variants:
         refs = tuple(
@@ -284,8 +280,8 @@ def recorded(
         # Parameters of single models stand in the order of the stack.
         own = any(ref.params for ref in refs)
         ops = (*build(recipe, None), *each.tail) if own else each.ops
-        places = tuple(order)
-        found.append(replace(each, recipe=recipe, ops=ops, first=first or 0, places=places))
+        listed = user if each.ordered else led
+        found.append(replace(each, recipe=recipe, ops=ops, listed=listed))
     return tuple(found)
 
 

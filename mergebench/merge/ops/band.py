@@ -53,7 +53,7 @@ def _granularity(scope: Scope, **_: object) -> Granularity:
     return "row" if scope == "row" else "entry"
 
 
-@op(granularity=_granularity, statistic=_statistic, rowwise=True)
+@op(granularity=_granularity, statistic=_statistic, alone=True)
 def band(
     stack: Stack,
     at: At,

@@ -40,7 +40,7 @@ def _statistic(density: float, seed: int, rescale: Rescale) -> Statistic | None:
     return Statistic("tensor", partial(_measure, density=density, seed=seed))
 
 
-@op(statistic=_statistic, rowwise=True)
+@op(statistic=_statistic, alone=True)
 def drop(
     stack: Stack,
     at: At,

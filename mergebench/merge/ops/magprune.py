@@ -65,7 +65,7 @@ def _check(site: Site, density: float, epsilon: float, **_: object) -> None:
         )
 
 
-@op(granularity=_granularity, statistic=_statistic, check=_check, rowwise=True)
+@op(granularity=_granularity, statistic=_statistic, check=_check, alone=True)
 def magprune(
     stack: Stack,
     at: At,

@@ -47,7 +47,7 @@ def _granularity(density: float, scope: Scope, count: Count) -> Granularity:
     return "row" if scope == "row" and density < 1 else "entry"
 
 
-@op(granularity=_granularity, statistic=_statistic, rowwise=True)
+@op(granularity=_granularity, statistic=_statistic, alone=True)
 def trim(
     stack: Stack,
     at: At,
