@@ -23,6 +23,7 @@ def card(
     inputs: Sequence[Mapping[str, Any]],
     origins: Sequence[str | None],
     library: str | None = None,
+    parts: Sequence[tuple[str, str, str]] = (),
 ) -> str:
     """Markdown with the front matter the Hub reads.
 
@@ -32,12 +33,16 @@ def card(
     kind : model, lora or delta
     recipe_yaml : str
         The recipe, shown in full.
+    method, paper : str
+        ``""`` for the method where ``parts`` say everything.
     inputs : sequence of mappings
         ``role``, ``path`` and ``weight`` of every input.
     origins : sequence of str or None
         Names that the inputs' configs give; those that are Hub ids become ``base_model``.
     library : str, optional
         ``library_name``, such as ``transformers`` or ``peft``.
+    parts : sequence of (selection, method, paper)
+        Tensors that are merged by methods of their own.
     """
     import yaml
 
@@ -52,13 +57,23 @@ def card(
         f"| {each['role']} | `{each['path']}` | {each.get('weight', '')} |" for each in inputs
     )
     what = {"model": "model", "lora": "LoRA adapter", "delta": "task vector"}[kind]
-    link = f" ([{paper}]({_address(paper)}))" if paper else ""
+    how = f" with **{method}**{_link(paper)}" if method else ""
+    listed = "".join(
+        f"- `{' '.join(select.split())}` with **{name}**{_link(about)}\n"
+        for select, name, about in parts
+    )
+    if parts:
+        listed = f"Tensors with methods of their own, of which the first fits:\n\n{listed}\n"
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n\n"
-        f"A merged {what}, made by mergebench with **{method}**{link}.\n\n"
-        f"| role | input | weight |\n|---|---|---|\n{rows}\n\n"
+        f"A merged {what}, made by mergebench{how}.\n\n"
+        f"{listed}| role | input | weight |\n|---|---|---|\n{rows}\n\n"
         f"## Recipe\n\n```yaml\n{recipe_yaml}```\n"
     )
+
+
+def _link(paper: str) -> str:
+    return f" ([{paper}]({_address(paper)}))" if paper else ""
 
 
 def _address(paper: str) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -18,11 +18,47 @@ from mergebench.core.errors import FormatError, ParameterError, did_you_mean
 from mergebench.core.plain import parse_yaml
 from mergebench.core.rules import add_rules, parse_weight
 from mergebench.core.schedule import Cases, parse_schedule, to_plain
+from mergebench.steps import (
+    OpRef,
+    Part,
+    named_file,
+    op_out,
+    ops_in,
+    parse_assignment,
+    parse_op,
+    parse_part,
+    part_in,
+    parts_in,
+    text_in,
+    texts_in,
+)
+
+__all__ = [
+    "DTYPES",
+    "FORMS",
+    "LARGEST",
+    "MOST",
+    "ON_MISMATCH",
+    "VERSION",
+    "VOCAB",
+    "ModelRef",
+    "OpRef",
+    "Part",
+    "Recipe",
+    "parse_assignment",
+    "parse_op",
+    "parse_part",
+    "part_in",
+    "read_recipe",
+    "recipe_from_dict",
+    "with_rules",
+]
 
 #: Version of the recipe format, written as the key ``mergebench``.
 VERSION = 1
 #: Largest recipe file, in bytes, and most outputs of one recipe.
 LARGEST, MOST = 1 << 17, 1000
+_LINE_ENDS = "\x85\u2028\u2029"
 DTYPES = ("keep", "bf16", "f16", "f32", "f64")
 FORMS = ("auto", "model", "lora", "delta")
 ON_MISMATCH = ("error", "base", "skip", "union")
@@ -55,14 +91,6 @@ class ModelRef:
 
 
 @dataclass(frozen=True)
-class OpRef:
-    """One op by name, with parameters as the user wrote them."""
-
-    name: str
-    params: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Recipe:
     """Everything that decides the bytes of a merge.
 
@@ -70,7 +98,8 @@ class Recipe:
     ----------
     models : tuple of ModelRef
     method : str
-        Name of a merge method; ``""`` where ``ops`` are given instead.
+        Name of a merge method; ``""`` where ``ops`` are given instead, or where ``parts`` alone
+        are merged.
     params : mapping
         Parameters of the method. A list of values asks for one output per value. A value may be a
         schedule: other values for other tensors (see :mod:`mergebench.core.schedule`).
@@ -81,6 +110,9 @@ class Recipe:
     tasks : tuple of str
         Of a method that gives every model a result of its own, the models whose results are
         wanted, by the names of the outputs; all if empty.
+    parts : tuple of Part
+        Tensors that are merged by methods of their own, each by the first part that has it. What
+        no part has follows ``method`` or ``ops``; without either it is the base's.
     include, exclude : tuple of str
         Selectors (see :mod:`mergebench.core.selector`) of the tensors to merge: those that any of
         ``include`` matches, all if it is empty, and none of ``exclude``.
@@ -127,6 +159,7 @@ class Recipe:
     ops: tuple[OpRef, ...] = ()
     then: tuple[OpRef, ...] = ()
     tasks: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     block_pattern: str | None = None
@@ -152,8 +185,8 @@ class Recipe:
         """Plain data, without what is at its default."""
         data: dict[str, Any] = {"mergebench": VERSION}
         if self.ops:
-            data["ops"] = [_op_out(each) for each in self.ops]
-        else:
+            data["ops"] = [op_out(each) for each in self.ops]
+        elif self.method:
             data["method"] = self.method
         if self.params:
             data["params"] = {
@@ -162,7 +195,9 @@ class Recipe:
             }
         data["models"] = [each.to_dict() for each in self.models]
         if self.then:
-            data["then"] = [_op_out(each) for each in self.then]
+            data["then"] = [op_out(each) for each in self.then]
+        if self.parts:
+            data["parts"] = [each.to_dict() for each in self.parts]
         for key in ("tasks", "include", "exclude"):
             if value := getattr(self, key):
                 data[key] = list(value)
@@ -195,7 +230,20 @@ class Recipe:
         """YAML text that :func:`read_recipe` reads back to an equal recipe."""
         import yaml
 
-        return str(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+        data = self.to_dict()
+        # PyYAML folds line ends of Unicode that it does not escape, and so loses them.
+        plain = not any(mark in json.dumps(data, ensure_ascii=False) for mark in _LINE_ENDS)
+        return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=plain))
+
+    def with_order(self, order: Sequence[int]) -> Recipe:
+        """The same with its models in another order; ``order`` has the place of each here."""
+        parts = tuple(
+            replace(each, weights=tuple(each.weights[place] for place in order))
+            if each.weights
+            else each
+            for each in self.parts
+        )
+        return replace(self, models=tuple(self.models[place] for place in order), parts=parts)
 
     def variants(self) -> Iterator[tuple[str, Recipe]]:
         """``(label, recipe)`` of every output: one per combination of listed values.
@@ -233,43 +281,6 @@ def _named(value: Any) -> Any:
     return _named(value.otherwise) if isinstance(value, Cases) else value
 
 
-def _op_out(each: OpRef) -> Any:
-    params = {key: to_plain(value) for key, value in each.params.items()}
-    return {each.name: params} if params else each.name
-
-
-def _op_in(data: Any, where: str) -> OpRef:
-    if isinstance(data, str):
-        return parse_op(data)
-    if isinstance(data, Mapping) and len(data) == 1:
-        name, params = next(iter(data.items()))
-        # What follows a colon would be parameters once the name stands alone.
-        named = isinstance(name, str) and ":" not in name
-        if named and (params is None or isinstance(params, Mapping)):
-            return OpRef(name, {str(k): v for k, v in (params or {}).items()})
-    raise FormatError(f"{where}: an op is a name or `name: {{parameter: value}}`", got=repr(data))
-
-
-def parse_op(text: str) -> OpRef:
-    """``name:k=v,k=v`` as written after ``--then``."""
-    name, _, rest = text.partition(":")
-    return OpRef(name, dict(parse_assignment(part) for part in rest.split(",") if part))
-
-
-def parse_assignment(text: str) -> tuple[str, str]:
-    """``k=v`` as written after ``-p``.
-
-    Raises
-    ------
-    ParameterError
-        If there is no ``=``.
-    """
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ParameterError("a parameter is written name=value", got=repr(text))
-    return key.strip(), value.strip()
-
-
 def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
     """Check plain data and make a recipe of it.
 
@@ -284,7 +295,7 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
     known = {
         "mergebench", "method", "params", "ops", "models", "then", "tasks", "where", "include",
         "exclude", "base", "compat", "dtype", "as", "shard_size", "lora_alpha", "ignore_saved_base",
-        "part", "target", "rank", "energy", "on_mismatch", "vocab", "chat_template",
+        "part", "target", "rank", "energy", "on_mismatch", "vocab", "chat_template", "parts",
         "allow_base_mismatch", "allow_nonfinite", "out", "block_pattern",
     }  # fmt: skip
     for key in data:
@@ -305,65 +316,57 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
     if not isinstance(params, Mapping):
         raise FormatError(f"{where}: `params` must be a mapping", got=repr(params))
     refs = tuple(_model_in(each, where) for each in models)
-    with _named_file(where):
+    with named_file(where):
         values = {str(k): _value_in(v, str(k)) for k, v in params.items()}
     recipe = Recipe(
         models=refs,
         params=values,
-        method="" if "ops" in data else _text(data, "method", where) or "linear",
-        ops=_ops(data, "ops", where),
-        then=_ops(data, "then", where),
-        tasks=_texts(data, "tasks", where),
-        include=_texts(data, "include", where),
-        exclude=_texts(data, "exclude", where),
-        block_pattern=_text(data, "block_pattern", where),
+        method=_method_in(data, where),
+        ops=ops_in(data, "ops", where),
+        then=ops_in(data, "then", where),
+        tasks=texts_in(data, "tasks", where),
+        parts=parts_in(data, where),
+        include=texts_in(data, "include", where),
+        exclude=texts_in(data, "exclude", where),
+        block_pattern=text_in(data, "block_pattern", where),
         base=_base_in(data, where),
-        compat=_text(data, "compat", where),
+        compat=text_in(data, "compat", where),
         dtype=_choice(data, "dtype", DTYPES, where),
         form=_choice(data, "as", FORMS, where),
-        shard_size=_text(data, "shard_size", where),
+        shard_size=text_in(data, "shard_size", where),
         lora_alpha=_number(data.get("lora_alpha"), "lora_alpha", where),
         ignore_saved_base=_flag(data, "ignore_saved_base", where),
-        part=_text(data, "part", where),
-        target=_text(data, "target", where),
+        part=text_in(data, "part", where),
+        target=text_in(data, "target", where),
         rank=_whole(data.get("rank"), "rank", where),
         energy=_number(data.get("energy"), "energy", where),
         on_mismatch=_choice(data, "on_mismatch", ON_MISMATCH, where),
         vocab=_choice(data, "vocab", VOCAB, where),
-        chat_template=_text(data, "chat_template", where),
+        chat_template=text_in(data, "chat_template", where),
         allow_base_mismatch=_flag(data, "allow_base_mismatch", where),
         allow_nonfinite=_flag(data, "allow_nonfinite", where),
-        out=_text(data, "out", where),
+        out=text_in(data, "out", where),
     )
-    with _named_file(where):
+    with named_file(where):
         _check_count(values)
-        return with_rules(recipe, _texts(data, "where", where))
+        return with_rules(recipe, texts_in(data, "where", where))
+
+
+def _method_in(data: Mapping[str, Any], where: str) -> str:
+    """``linear`` where nothing says what is done with the tensors."""
+    if "ops" in data:
+        return ""
+    return text_in(data, "method", where) or ("" if data.get("parts") else "linear")
 
 
 def _value_in(value: Any, name: str) -> Any:
     """A parameter, or a tuple of values to sweep over."""
     if isinstance(value, list):
+        if any(isinstance(each, list) for each in value):
+            raise ParameterError(f"`{name}`: a list in a list of values", got=repr(value)[:200])
         return tuple(parse_schedule(each, name) if isinstance(each, Mapping) else each
                      for each in value)  # fmt: skip
     return value
-
-
-def _ops(data: Mapping[str, Any], key: str, where: str) -> tuple[OpRef, ...]:
-    value = [] if data.get(key) is None else data[key]
-    if isinstance(value, (str, Mapping)):
-        value = [value]
-    if not isinstance(value, list):
-        raise FormatError(f"{where}: `{key}` must be a list of ops", got=repr(value))
-    with _named_file(f"{where}: `{key}`"):
-        return tuple(_op_in(each, f"{where}: `{key}`") for each in value)
-
-
-def _texts(data: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
-    value = [] if data.get(key) is None else data[key]
-    listed = [value] if isinstance(value, str) else value
-    if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
-        raise FormatError(f"{where}: `{key}` must be a text or a list of texts", got=repr(value))
-    return tuple(listed)
 
 
 def with_rules(recipe: Recipe, rules: Sequence[str]) -> Recipe:
@@ -381,17 +384,6 @@ def with_rules(recipe: Recipe, rules: Sequence[str]) -> Recipe:
     return replace(recipe, params=params, models=models)
 
 
-@contextmanager
-def _named_file(where: str) -> Iterator[None]:
-    """Name the recipe in errors about a value in it."""
-    try:
-        yield
-    except ParameterError as error:
-        raise FormatError(
-            f"{where}: {error.what}", got=error.got, expected=error.expected, fix=error.fix
-        ) from None
-
-
 def _model_in(data: Any, where: str) -> ModelRef:
     if isinstance(data, str):
         return ModelRef(data)
@@ -406,7 +398,7 @@ def _model_in(data: Any, where: str) -> ModelRef:
         weight = data.get("weight")
         if not isinstance(weight, (str, Mapping)):
             weight = _number(weight, "weight", where)
-        with _named_file(where):
+        with named_file(where):
             given = 1.0 if weight is None else parse_weight(weight, path)
         params = data.get("params") or {}
         if not isinstance(params, Mapping):
@@ -441,14 +433,7 @@ def _base_in(data: Mapping[str, Any], where: str) -> str | None:
         if set(base) != {"slices"}:
             raise FormatError(f"{where}: `base` is a path or `{{slices: […]}}`", got=repr(base))
         return _reference(base, where)
-    return _text(data, "base", where)
-
-
-def _text(data: Mapping[str, Any], key: str, where: str) -> str | None:
-    value = data.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int))):
-        raise FormatError(f"{where}: `{key}` must be text", got=repr(value))
-    return None if value is None else str(value)
+    return text_in(data, "base", where)
 
 
 def _choice(data: Mapping[str, Any], key: str, choices: Sequence[str], where: str) -> str:

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 def merge(
     models: o.Models,
     base: o.Base = None,
-    method: o.MethodName = "linear",
+    method: o.MethodName = None,
     param: o.Params = None,
     then: o.Then = None,
+    method_for: o.MethodFor = None,
     where: o.Where = None,
     task: o.Task = None,
     include: o.Include = None,
@@ -69,9 +70,9 @@ def merge(
       mergebench merge ft1:0.5 ft2 --base base -m ties -p density=0.2 -p lam=0.5,1 -o merged
     """
     recipe = _recipe(
-        models, base, method, param, then, compat, dtype, form, shard_size, lora_alpha, out,
-        ignore_saved_base, part, target, rank, energy, where, include, exclude, on_mismatch, vocab,
-        allow_base_mismatch, allow_nonfinite, block_pattern, task,
+        models, base, method, param, then, method_for, compat, dtype, form, shard_size, lora_alpha,
+        out, ignore_saved_base, part, target, rank, energy, where, include, exclude, on_mismatch,
+        vocab, allow_base_mismatch, allow_nonfinite, block_pattern, task,
     )  # fmt: skip
     _do(recipe, force, memory, workers, dry_run, as_json, quiet, check, report)
 
@@ -79,9 +80,10 @@ def merge(
 def plan(
     models: o.Models,
     base: o.Base = None,
-    method: o.MethodName = "linear",
+    method: o.MethodName = None,
     param: o.Params = None,
     then: o.Then = None,
+    method_for: o.MethodFor = None,
     where: o.Where = None,
     task: o.Task = None,
     include: o.Include = None,
@@ -115,9 +117,9 @@ def plan(
       mergebench plan ft1 ft2 --base base --method ties --memory 256MiB --json
     """
     recipe = _recipe(
-        models, base, method, param, then, compat, dtype, form, shard_size, lora_alpha, out,
-        ignore_saved_base, part, target, rank, energy, where, include, exclude, on_mismatch, vocab,
-        allow_base_mismatch, allow_nonfinite, block_pattern, task,
+        models, base, method, param, then, method_for, compat, dtype, form, shard_size, lora_alpha,
+        out, ignore_saved_base, part, target, rank, energy, where, include, exclude, on_mismatch,
+        vocab, allow_base_mismatch, allow_nonfinite, block_pattern, task,
     )  # fmt: skip
     _do(recipe, True, memory, workers, True, as_json, False)
 
@@ -130,10 +132,10 @@ def run(
             show_default=False,
         ),
     ],
-    out: o.Out = None,
-    force: o.Force = False,
     allow_base_mismatch: o.AllowBaseMismatch = False,
     allow_nonfinite: o.AllowNonfinite = False,
+    out: o.Out = None,
+    force: o.Force = False,
     memory: o.Memory = "512MiB",
     workers: o.Workers = None,
     dry_run: o.DryRun = False,
@@ -177,9 +179,10 @@ def run(
 def _recipe(
     models: list[str],
     base: str | None,
-    method: str,
+    method: str | None,
     param: list[str] | None,
     then: list[str] | None,
+    method_for: list[str] | None,
     compat: str | None,
     dtype: str,
     form: str,
@@ -211,6 +214,7 @@ def _recipe(
         Recipe,
         parse_assignment,
         parse_op,
+        parse_part,
         with_rules,
     )
     from mergebench.sources import split_weight
@@ -234,9 +238,10 @@ def _recipe(
         params[key] = parts if len(parts) > 1 else parts[0]
     recipe = Recipe(
         models=tuple(ModelRef(*split_weight(each)) for each in models),
-        method=method,
+        method=method or ("" if method_for else "linear"),
         params=params,
         then=tuple(parse_op(each) for each in then or []),
+        parts=tuple(parse_part(each) for each in method_for or []),
         tasks=tuple(task or ()),
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
@@ -418,6 +423,9 @@ def _show_plan(made: Plan) -> None:
     if not made.package.single_file:
         table.add_row("files", files)
     aligned = made.aligned
+    for each_part in made.parts:
+        what = f"{each_part['select']}: {each_part['method'] or 'a chain'}"
+        table.add_row("part", f"{what}, {each_part['tensors']} tensors")
     table.add_row("merged", f"{len(aligned.items)} tensors, {made.entries:,} entries")
     reasons: dict[str, list[str]] = {}
     for name in aligned.copies:

@@ -21,7 +21,13 @@ Base = Annotated[
     typer.Option("--base", "-b", help="The checkpoint everything was fine-tuned from."),
 ]
 MethodName = Annotated[
-    str, typer.Option("--method", "-m", help="Merge method; see `mergebench methods`.")
+    str | None,
+    typer.Option(
+        "--method",
+        "-m",
+        help="Merge method; see `mergebench methods`. linear, unless there are parts.",
+        show_default=False,
+    ),
 ]
 Params = Annotated[
     list[str] | None,
@@ -39,6 +45,15 @@ Then = Annotated[
         "--then",
         metavar="OP[:K=V,...]",
         help="Op applied after the method, repeatable, in order; see `mergebench methods --ops`.",
+    ),
+]
+MethodFor = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method-for",
+        metavar="SELECTOR:METHOD[:K=V,...]",
+        help="Merge these tensors by a method of their own, repeatable, the first that matches "
+        "wins; the others follow --method, and without it are the base's.",
     ),
 ]
 Where = Annotated[

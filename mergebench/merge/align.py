@@ -25,6 +25,7 @@ from mergebench.core.site import (
 )
 from mergebench.core.tensor import FLOATING, Tensor
 from mergebench.merge.averaged import average
+from mergebench.merge.spaces import Spaces
 from mergebench.merge.stream import Item
 from mergebench.sources import Applied, Source
 
@@ -81,7 +82,7 @@ def align(
     models: Sequence[Source],
     weights: Sequence[float],
     base: Source | None,
-    space: str,
+    spaces: Spaces,
     form: str,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     pattern: re.Pattern[str] = BLOCK_PATTERN,
@@ -95,8 +96,8 @@ def align(
     models : sequence of Source, in canonical order
     base : Source or None
         A checkpoint.
-    space : weight or delta
-        What the method combines.
+    spaces : Spaces
+        What is combined of each tensor.
     form : model, lora or delta
         What is written.
     shapes : mapping of tensor name to shape, optional
@@ -124,7 +125,7 @@ def align(
                 table.kept.setdefault(name, []).append((model.label, tensor))
             own = model.checkpoint.tensors.items()
             added |= {n: t for n, t in own if n not in reference.tensors and _optional(n, t)}
-        found = _displacements(model, base, space, form, added)
+        found = _in_spaces(model, base, spaces, form, added)
         for name, delta in found.items():
             if isinstance(delta, Replacement):
                 table.kept.setdefault(name, []).append((model.label, delta.values))
@@ -142,15 +143,24 @@ def align(
     _check_added(table, reference)
     values = _own_values(table) if apart else {}
     _keep_replacements(table, names, values)
-    items = _items(table, reference, space, form, shapes or {}, pattern)
+    items = _items(table, reference, spaces, form, shapes or {}, pattern)
     present = [n for n in names if n in items or n in table.copies]
     return Aligned(tuple(present), items, table.copies, twins, table.reasons, tuple(notes), values)
+
+
+def _in_spaces(
+    model: Source, base: Source | None, spaces: Spaces, form: str, apart: Mapping[str, Tensor]
+) -> dict[str, Delta]:
+    """What one model contributes to each floating tensor, in that tensor's space."""
+    found = {space: _displacements(model, base, space, form, apart) for space in spaces.used}
+    names = dict.fromkeys(name for each in found.values() for name in each)
+    return {n: found[spaces.at(n)][n] for n in names if n in found[spaces.at(n)]}
 
 
 def _displacements(
     model: Source, base: Source | None, space: str, form: str, apart: Mapping[str, Tensor]
 ) -> dict[str, Delta]:
-    """What one model contributes to each floating tensor, in the method's space."""
+    """What one model contributes to each floating tensor, in one space."""
     own = model.checkpoint
     if own is not None and model.deltas is not None and space == "delta" and base is not None:
         # An adapter on the very base of the merge is that adapter: no rounding in between.
@@ -443,7 +453,7 @@ def in_places(aligned: Aligned, places: tuple[int, ...]) -> Aligned:
 def _items(
     table: _Table,
     reference: Checkpoint | None,
-    space: str,
+    spaces: Spaces,
     form: str,
     every: Mapping[str, tuple[int, ...]],
     pattern: re.Pattern[str],
@@ -463,7 +473,7 @@ def _items(
     wide = False
     for name, row in table.deltas.items():
         under = table.base.tensors.get(name) if table.base is not None else None
-        origin = under if space == "delta" and form == "model" else None
+        origin = under if spaces.at(name) == "delta" and form == "model" else None
         if _untouched(row, origin, table.base, name):
             assert reference is not None
             table.copies[name] = reference.tensors[name]

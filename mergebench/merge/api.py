@@ -17,7 +17,7 @@ from mergebench.core.tensor import ArrayTensor
 from mergebench.merge.engine import Progress, Written, execute, execute_in_memory
 from mergebench.merge.limits import DEFAULT_MEMORY
 from mergebench.merge.plan import Plan, make_plan
-from mergebench.recipe import ModelRef, OpRef, Recipe, parse_op, with_rules
+from mergebench.recipe import ModelRef, OpRef, Part, Recipe, parse_op, part_in, with_rules
 from mergebench.sources import (
     Source,
     fingerprint,
@@ -34,9 +34,10 @@ def merge_models(
     models: Sequence[Model],
     *,
     base: str | PathLike[str] | Mapping[str, Any] | None = None,
-    method: str = "linear",
+    method: str | None = None,
     out: str | PathLike[str] | None = None,
     then: Sequence[str | OpRef] = (),
+    parts: Sequence[str | Part | Mapping[str, Any]] = (),
     where: Sequence[str] = (),
     tasks: Sequence[str] = (),
     include: Sequence[str] = (),
@@ -71,7 +72,7 @@ def merge_models(
         :func:`mergebench.load` returned, or pairs of one of these and a weight. A path may end
         in ``:0.3``, its weight.
     base : path or state dict, optional
-    method : str, default "linear"
+    method : str, default "linear", or none where there are ``parts``
         See :data:`mergebench.methods`; its parameters are further keywords. A list of values
         gives one output per value, from one reading of the inputs; methods such as ``emr`` give
         one per model.
@@ -79,6 +80,10 @@ def merge_models(
         A ``.safetensors`` file or a folder. Without it the result is returned.
     then : sequence of str or OpRef
         Ops applied after the method, such as ``"scale:lam=0.5"``.
+    parts : sequence of str, mapping or Part
+        Tensors that are merged by methods of their own, each by the first part that selects it:
+        ``"class=norm:linear"``, ``"self_attn:ties:density=0.3"``, or what a recipe has under
+        ``parts``. The others follow ``method``; without one they are the base's.
     where : sequence of str
         Other values for selected tensors, such as ``"class=norm:lam=0"`` or
         ``"block=0-3:weight=1/0"``.
@@ -118,9 +123,13 @@ def merge_models(
             ModelRef(_label(model, f"models[{index}]"), weight)
             for index, (model, weight) in enumerate(pairs)
         ),
-        method=method,
+        method=method or ("" if parts else "linear"),
         params={key: tuple(v) if isinstance(v, list) else v for key, v in params.items()},
         then=tuple(parse_op(each) if isinstance(each, str) else each for each in then),
+        parts=tuple(
+            each if isinstance(each, Part) else part_in(each, f"parts[{index}]")
+            for index, each in enumerate(parts)
+        ),
         tasks=(tasks,) if isinstance(tasks, str) else tuple(tasks),
         base=None if base is None else _label(base, "base"),
         include=tuple(include),

@@ -20,6 +20,7 @@ from mergebench.core.site import is_constant, is_counter, is_statistic
 from mergebench.core.tensor import FLOATING, Array, Tensor
 from mergebench.merge.align import Aligned
 from mergebench.merge.averaged import OWN, Mean, average
+from mergebench.merge.spaces import Spaces
 from mergebench.merge.stream import Item
 from mergebench.sources import Source
 
@@ -48,7 +49,7 @@ def settle(
     aligned: Aligned,
     models: Sequence[Source],
     base: Source | None,
-    space: str,
+    spaces: Spaces,
     *,
     allow_nonfinite: bool,
     apart: bool = False,
@@ -64,7 +65,7 @@ def settle(
     models : sequence of Source, in canonical order
     base : Source or None
         Without it constants are those of the first full model.
-    space : weight or delta
+    spaces : Spaces
     allow_nonfinite : bool
         Let entries that are not finite pass through, here and in everything that is merged.
     apart : bool
@@ -85,7 +86,7 @@ def settle(
     for name, item in aligned.items.items():
         found: tuple[Tensor, str] | None = None
         if is_statistic(name):
-            values = _statistics(item, under, space)
+            values = _statistics(item, under, spaces.at(name))
             if values is not None:
                 origin = None if under is None else under.tensors.get(name)
                 found = average(name, values, origin, lenient=allow_nonfinite)

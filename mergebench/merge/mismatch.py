@@ -14,6 +14,7 @@ from mergebench.core.site import is_constant, is_counter, is_statistic, kind_of,
 from mergebench.core.tensor import FLOATING, Tensor
 from mergebench.merge.align import Aligned
 from mergebench.merge.averaged import average
+from mergebench.merge.spaces import Spaces
 from mergebench.sources import Source
 
 
@@ -77,7 +78,7 @@ def even_out(
     weights: Sequence[Any],
     base: Source | None,
     first: Source | None,
-    space: str,
+    spaces: Spaces,
     form: str,
     policy: str,
     *,
@@ -92,7 +93,7 @@ def even_out(
         In the same order.
     base, first : Source or None
         ``first`` is the full model whose config the output gets without a base.
-    space : weight or delta
+    spaces : Spaces
     form : model, lora or delta
         Only models get tensors that the reference lacks.
     lenient : bool
@@ -133,7 +134,7 @@ def even_out(
         for name in found if policy != "base" else everywhere:
             tensors[name] = reference.tensors[name]
             # No displacement keeps a statistic out of a mean.
-            if policy != "base" and (space == "weight" or is_statistic(name)):
+            if policy != "base" and (spaces.at(name) == "weight" or is_statistic(name)):
                 muted.setdefault(name, set()).add(position)
         for name in _extra(own, reference):
             kept = policy == "union" and form == "model"

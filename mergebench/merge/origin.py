@@ -17,6 +17,7 @@ from mergebench.core.errors import MismatchError
 from mergebench.merge.align import Aligned
 from mergebench.merge.configs import FIX
 from mergebench.merge.sampled import Likeness, likeness, task_norms
+from mergebench.merge.spaces import Spaces
 from mergebench.sources import Source, base_fingerprint
 
 #: Mean cosines below UNRELATED stop the merge, those below DISTANT are noted. Fine-tunes measure
@@ -149,7 +150,7 @@ def measure(
     models: Sequence[Source],
     base: Source | None,
     aligned: Aligned,
-    space: str,
+    spaces: Spaces,
     *,
     allow: bool,
 ) -> Origin:
@@ -162,7 +163,7 @@ def measure(
         Without it the models are compared with the first of them, and nothing is refused.
     aligned : Aligned
         With every tensor's weights.
-    space : weight or delta
+    spaces : Spaces
     allow : bool
         Make notes of what would be refused.
 
@@ -186,8 +187,9 @@ def measure(
         for label, groups in table.items():
             notes += _judge(label, reference.label, groups, apart=base is None, allow=allow)
     norms: dict[str, float] = {}
-    if space == "delta" and aligned.items:
-        measured = task_norms(aligned.items)
+    items = {name: e for name, e in aligned.items.items() if spaces.at(name) == "delta"}
+    if items:
+        measured = task_norms(items)
         norms = {label: norm for label, (norm, _) in zip(_labels(models), measured, strict=True)}
         notes += _unequal({k: share for k, (_, share) in zip(norms, measured, strict=True)})
     return Origin(reference.label if table and reference else None, table, norms, tuple(notes))

@@ -121,11 +121,19 @@ class Package:
             title=variant.out.name if variant.out is not None else "merged",
             kind=self.form,
             recipe_yaml=recipe,
-            method=method or "a chain of ops",
+            method=method or ("a chain of ops" if variant.recipe.ops else ""),
             paper=METHODS[method].paper if method else "",
             inputs=self.about["inputs"],
             origins=self.origins,
             library=self.about["library"],
+            parts=[
+                (
+                    each.select,
+                    each.method or "a chain of ops",
+                    METHODS[each.method].paper if each.method else "",
+                )
+                for each in variant.recipe.parts
+            ],
         ).encode()
         return beside
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,12 +28,14 @@ from mergebench.merge.energy import ranks_by_energy
 from mergebench.merge.fit import check_fit
 from mergebench.merge.limits import DEFAULT_MEMORY, check_places, choose_tiling
 from mergebench.merge.lora_layout import in_full
-from mergebench.merge.method import Method
+from mergebench.merge.method import METHODS, Method
 from mergebench.merge.mismatch import Odd, even_out, extended
 from mergebench.merge.origin import Origin, check_saved, measure, named_bases
 from mergebench.merge.package import Package, package
+from mergebench.merge.partition import check_count, methods_of
 from mergebench.merge.precision import coarser
 from mergebench.merge.selecting import place, select
+from mergebench.merge.spaces import Space, Spaces
 from mergebench.merge.tying import tie_alike
 from mergebench.merge.variants import Variant, make_variants, recorded, split, sweeps
 from mergebench.merge.vocab import reconcile
@@ -111,6 +114,15 @@ class Plan:
         return copied + sum(nbytes(t.dtype, t.shape) for t in tensors.values())
 
     @property
+    def parts(self) -> list[dict[str, Any]]:
+        """What the parts of the recipe select, their methods, and how many tensors each has."""
+        counts = Counter(item.part for item in self.aligned.items.values())
+        return [
+            {"select": each.select, "method": each.method, "tensors": counts[str(number)]}
+            for number, each in enumerate(self.recipe.parts, start=1)
+        ]
+
+    @property
     def write_bytes(self) -> int:
         """Bytes of output, over all variants."""
         return self.layout.total_bytes * len(self.variants)
@@ -148,6 +160,7 @@ class Plan:
                 "copied": {name: self.aligned.reasons[name] for name in self.aligned.copies},
                 "tied": {name: list(twins) for name, twins in self.aligned.twins.items()},
             },
+            "parts": self.parts,
             "entries": self.entries,
             "passes": self.passes,
             "read_bytes": self.read_bytes * self.passes,
@@ -201,7 +214,7 @@ def make_plan(
         options = with_base(options, base.checkpoint)
     opened = _open_models(recipe, sources, options)
     form = _form(recipe, opened, base)
-    space = _space(method, form, base)
+    space = _space(recipe, form, base)
     if base is None and (named := _named_base(opened, form, space)) is not None:
         base = _open_base(str(named), options)
         assert base.checkpoint is not None
@@ -209,7 +222,7 @@ def make_plan(
         # Adapters are read again, now that the names and shapes of the base are known.
         options = with_base(options, base.checkpoint)
         opened = _open_models(recipe, sources, options)
-        space = _space(method, form, base)
+        space = _space(recipe, form, base)
     models, weights, order = _canonical(opened, recipe, weights_given)
     first = next((each for each in opened if each.checkpoint is not None), None)
     notes += [
@@ -218,21 +231,20 @@ def make_plan(
         *check_configs(models, base, allow=recipe.allow_base_mismatch),
     ]
     models, base, tied = tie_alike(models, base)
-    if base is None and space == "weight" and any(m.checkpoint is None for m in models):
-        space = "delta"
-    _check_base(recipe, models, base, form, space)
-    _check_count(method, models, variants)
+    space = _check_base(recipe, models, base, form, space)
+    check_count(method, len(models))
     leader = _leader(recipe, form, first if base is None else None, models)
     variants = split(variants, recipe, models, order)
     variants = recorded(variants, models, weights, base, order, leader)
     chosen = select(recipe, models, base)
+    spaces = _spaces(recipe, form, base, space, chosen.parts)
     spoken = reconcile(models, chosen.models, base, _same(first, chosen.models), form, recipe.vocab)
     evened = even_out(
         spoken.models,
         weights,
         spoken.base,
         spoken.first,
-        space,
+        spaces,
         form,
         recipe.on_mismatch,
         lenient=recipe.allow_nonfinite,
@@ -240,15 +252,15 @@ def make_plan(
     models, base, first = evened.models, spoken.base, spoken.first
     pattern = parse_pattern(recipe.block_pattern)
     apart = all(each.tail for each in variants)
-    aligned = align(models, weights, base, space, form, chosen.shapes, pattern, apart=apart)
+    aligned = align(models, weights, base, spaces, form, chosen.shapes, pattern, apart=apart)
     if not aligned.items and not aligned.copies:
         raise MismatchError("the inputs have no floating-point tensor to merge")
-    aligned, variants = place(aligned, variants, weights, chosen.apart, evened)
+    aligned, variants = place(aligned, variants, weights, chosen, evened)
     aligned = in_places(extended(aligned, evened), order)
     aligned = settle(
-        aligned, models, base, space, allow_nonfinite=recipe.allow_nonfinite, apart=apart
+        aligned, models, base, spaces, allow_nonfinite=recipe.allow_nonfinite, apart=apart
     )
-    origin = measure(models, base, aligned, space, allow=recipe.allow_base_mismatch)
+    origin = measure(models, base, aligned, spaces, allow=recipe.allow_base_mismatch)
     aligned = in_full(aligned, variants) if form == "lora" else aligned
     pack = partial(
         package, recipe, form, aligned, models, weights, base, first, variants, spoken.sides
@@ -263,7 +275,7 @@ def make_plan(
         *origin.notes,
         *aligned.notes,
         *built.notes,
-        *coarser(kept, built.stored, space),
+        *coarser(kept, built.stored, spaces),
     ]
     plan = Plan(
         recipe, method, models, weights, base, aligned, form, variants, built, tiling, needed,
@@ -371,10 +383,18 @@ def _canonical(
     marks = [source.fingerprint for source in opened]
     # A fingerprint samples; models that differ elsewhere only are told apart by all they hold.
     full = [content(s) if marks.count(s.fingerprint) > 1 else "" for s in opened]
-    own = [repr(sorted(each.to_dict().get("params", {}).items())) for each in recipe.models]
+    own = [
+        repr([sorted(each.to_dict().get("params", {}).items()), _of_parts(recipe, place)])
+        for place, each in enumerate(recipe.models)
+    ]
     keys = list(zip(marks, full, map(_rank, weights), own, strict=True))
     order = tuple(sorted(range(len(opened)), key=lambda place: (*keys[place], place)))
     return tuple(opened[i] for i in order), tuple(weights[i] for i in order), order
+
+
+def _of_parts(recipe: Recipe, place: int) -> list[str]:
+    """The weights of a model that are for single parts."""
+    return [str(part.weights[place]) for part in recipe.parts if part.weights]
 
 
 def _left(apart: frozenset[str], order: Sequence[str], form: str) -> list[str]:
@@ -427,8 +447,24 @@ def _wanted_form(recipe: Recipe, models: Sequence[Source], base: Source | None) 
     return "lora" if factored else "delta"
 
 
-def _space(method: Method | None, form: str, base: Source | None) -> str:
-    """What is combined: weights or displacements."""
+def _space(recipe: Recipe, form: str, base: Source | None) -> Space:
+    """What is combined: displacements, if anything needs them, or weights."""
+    found = {_space_of(method, form, base) for method in methods_of(recipe)}
+    return "delta" if "delta" in found else "weight"
+
+
+def _spaces(
+    recipe: Recipe, form: str, base: Source | None, space: Space, parts: Mapping[str, int]
+) -> Spaces:
+    """What is combined of each tensor, where that differs between parts."""
+    own = [_space_of(method, form, base) for method in methods_of(recipe)]
+    if base is None or len(set(own)) == 1:
+        return Spaces(space)
+    of_parts = own[-len(recipe.parts) :]
+    return Spaces(own[0], {name: of_parts[number] for name, number in parts.items()})
+
+
+def _space_of(method: Method | None, form: str, base: Source | None) -> Space:
     if method is None or form != "model":
         # What is written is a displacement, so displacements are combined.
         return "delta"
@@ -461,12 +497,17 @@ def _origin(model: Source) -> str | None:
 
 
 def _check_base(
-    recipe: Recipe, models: Sequence[Source], base: Source | None, form: str, space: str
-) -> None:
+    recipe: Recipe, models: Sequence[Source], base: Source | None, form: str, space: Space
+) -> Space:
+    """The space, which without full models can only be that of displacements."""
     if base is not None:
-        return
+        return space
+    if any(model.checkpoint is None for model in models):
+        space = "delta"
     full = [model.label for model in models if model.checkpoint is not None]
-    what = recipe.method or "this chain"
+    names = [recipe.method, *(part.method for part in recipe.parts)]
+    needing = [name for name in names if name and METHODS[name].space == "delta"]
+    what = next(iter(needing), recipe.method) or "this chain"
     if full and space == "delta":
         raise MismatchError(
             f"{what} combines task vectors (fine-tuned minus base), and {full[0]} is a full "
@@ -483,16 +524,4 @@ def _check_base(
             "task vectors alone do not make a model",
             fix="add --base, or leave out --as model to write an adapter",
         )
-
-
-def _check_count(
-    method: Method | None, models: Sequence[Source], variants: Sequence[Variant]
-) -> None:
-    if method is None:
-        return
-    least, most = method.models
-    if len(models) < least or (most is not None and len(models) > most):
-        limit = f"{least} or more" if most is None else f"{least} to {most}"
-        raise ParameterError(
-            f"{method.name}: number of models", got=str(len(models)), expected=limit
-        )
+    return space

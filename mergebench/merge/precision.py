@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from mergebench.core.delta import Dense, Difference
 from mergebench.merge.lora_layout import stored_dtype
+from mergebench.merge.spaces import Spaces
 from mergebench.merge.stream import Item
 
 #: Bits behind the point.
@@ -13,7 +14,7 @@ _DIGITS = {"F8_E5M2": 2, "F8_E4M3": 3, "BF16": 7, "F16": 10, "F32": 23, "F64": 5
 _ASKED = {"F16": "f32", "F32": "f32", "F64": "f64"}
 
 
-def coarser(items: Mapping[str, Item], stored: Mapping[str, str], space: str) -> list[str]:
+def coarser(items: Mapping[str, Item], stored: Mapping[str, str], spaces: Spaces) -> list[str]:
     """Notes on models whose weights have more digits than the output keeps.
 
     Parameters
@@ -21,14 +22,14 @@ def coarser(items: Mapping[str, Item], stored: Mapping[str, str], space: str) ->
     items : mapping of name to Item
     stored : mapping of name to dtype
         Of the output, where nobody has asked for a dtype.
-    space : weight or delta
+    spaces : Spaces
         Displacements that were stored as such are finer than weights by nature and not noted.
     """
     found: dict[tuple[str, str, str], int] = {}
     for name, item in items.items():
         for label, delta in zip(item.labels, item.deltas, strict=True):
             whole = isinstance(delta, Difference) or (
-                space == "weight" and isinstance(delta, Dense)
+                spaces.at(name) == "weight" and isinstance(delta, Dense)
             )
             if whole and _DIGITS[own := stored_dtype(delta)] > _DIGITS[stored[name]]:
                 key = label, own, stored[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -161,7 +162,7 @@ def _passed(name: str) -> str:
 
 
 class _Known(dict[tuple[Chain, str], Any]):
-    """Measured values by (ops up to the one that asked, tensor name); new ones are noted."""
+    """Measured values by (ops up to the one that asked, tensor or part); new ones are noted."""
 
     def __init__(self, outputs: Sequence[tuple[Variant, Output]]) -> None:
         super().__init__()
@@ -175,9 +176,10 @@ class _Known(dict[tuple[Chain, str], Any]):
         except TypeError:
             return
         for variant, output in self._outputs:
-            # What is measured over the whole model has no name; all chains begin alike there.
-            chain = variant.at(name) if name else variant.distinct[0]
-            if chain[: len(ops)] == ops:
+            asked = ops[-1].statistic
+            whole = asked is not None and asked.scope == "model"
+            chains = variant.distinct if whole else (variant.at(name),)
+            if any(chain[: len(ops)] == ops for chain in chains):
                 output.settle(_statistic(ops, name), data)
 
     def recall(self, key: tuple[Chain, str], value: Any) -> None:
@@ -270,8 +272,11 @@ class Ledger:
 
 
 def _asked(plan: Plan, variant: Variant) -> Iterator[tuple[Chain, str, int]]:
-    """Every statistic that a variant needs: ops, tensor name or nothing, entries it reads."""
-    whole: set[Chain] = set()
+    """Every statistic that a variant needs: ops, tensor or part, entries it reads."""
+    whole: set[tuple[Chain, str]] = set()
+    sizes: Counter[str] = Counter()
+    for item in plan.aligned.items.values():
+        sizes[item.part] += item.site.size
     for name, item in plan.aligned.items.items():
         chain = variant.at(name)
         for end, op in enumerate(chain, start=1):
@@ -280,6 +285,6 @@ def _asked(plan: Plan, variant: Variant) -> Iterator[tuple[Chain, str, int]]:
                 continue
             if op.statistic.scope == "tensor":
                 yield ops, name, item.site.size
-            elif ops not in whole:
-                whole.add(ops)
-                yield ops, "", plan.entries
+            elif (ops, item.part) not in whole:
+                whole.add((ops, item.part))
+                yield ops, item.part, sizes[item.part]

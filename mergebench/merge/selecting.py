@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mergebench.checkpoints.layout import Checkpoint
 from mergebench.core.errors import MismatchError, ParameterError
 from mergebench.core.schedule import is_schedule, selectors, value_at
-from mergebench.core.selector import Selector
 from mergebench.core.site import Site, make_sites, parse_pattern
 from mergebench.core.tensor import Tensor
 from mergebench.merge.align import Aligned
 from mergebench.merge.mismatch import Evened
-from mergebench.merge.op import check_models, coefficients, is_linear, needs_base
+from mergebench.merge.op import Chain, check_models, coefficients, is_linear, needs_base
+from mergebench.merge.partition import assign, check_matches, selected, spelled
 from mergebench.merge.stream import Item
 from mergebench.merge.variants import Variant, build
 from mergebench.recipe import Recipe
@@ -36,18 +36,21 @@ class Selected:
         Of all inputs, whether selected or not.
     apart : frozenset of tensor names
         Not selected.
+    parts : mapping of tensor name to int
+        Which part of the recipe a tensor belongs to, counted from 0; without those of none.
     """
 
     models: tuple[Source, ...]
     shapes: Mapping[str, tuple[int, ...]]
     apart: frozenset[str] = frozenset()
+    parts: Mapping[str, int] = field(default_factory=dict)
 
 
 def select(recipe: Recipe, models: Sequence[Source], base: Source | None) -> Selected:
     """Take the tensors that the filters do not select out of the inputs.
 
-    Full checkpoints get the base's tensors in their place, so that nothing downstream needs to know
-    of filters.
+    So are tensors of no part, where nothing says how else they are merged. Full checkpoints get
+    the base's tensors in their place, so that nothing downstream needs to know of filters.
 
     Raises
     ------
@@ -57,8 +60,6 @@ def select(recipe: Recipe, models: Sequence[Source], base: Source | None) -> Sel
     MismatchError
         If full checkpoints are to be merged without a base to take the other tensors from.
     """
-    include = [Selector(text) for text in recipe.include]
-    exclude = [Selector(text) for text in recipe.exclude]
     shapes, pattern = _shapes(models, base), parse_pattern(recipe.block_pattern)
     if recipe.block_pattern is not None and not any(map(pattern.search, shapes)):
         raise ParameterError(
@@ -66,19 +67,15 @@ def select(recipe: Recipe, models: Sequence[Source], base: Source | None) -> Sel
             got=recipe.block_pattern,
             fix="`mergebench inspect --tensors` lists the names",
         )
-    if not include and not exclude:
+    if not recipe.include and not recipe.exclude and not recipe.parts:
         return Selected(tuple(models), shapes)
-    sites = make_sites(shapes, pattern=pattern)
-    for option, each in [*(("include", s) for s in include), *(("exclude", s) for s in exclude)]:
-        _check_matches(f"{option}: {each}", each, sites.values())
-    wanted = {name for name, site in sites.items() if any(s.matches(site) for s in include)}
-    unwanted = {name for name, site in sites.items() if any(s.matches(site) for s in exclude)}
-    # Names that are tied are one tensor, whichever of them is meant.
-    for names in _tied(models, base):
-        for meant in (wanted, unwanted):
-            if not meant.isdisjoint(names):
-                meant.update(names)
-    chosen = (wanted if include else set(sites)) - unwanted
+    sites, tied = make_sites(shapes, pattern=pattern), list(_tied(models, base))
+    chosen = selected(sites, tied, recipe.include, recipe.exclude)
+    parts = assign(recipe, sites, tied)
+    if not recipe.method and not recipe.ops:
+        chosen &= parts.keys()
+    if chosen == set(sites):
+        return Selected(tuple(models), shapes, parts=parts)
     if not chosen:
         raise ParameterError(
             "include and exclude leave nothing to merge",
@@ -94,7 +91,8 @@ def select(recipe: Recipe, models: Sequence[Source], base: Source | None) -> Sel
                 fix="add --base with the model to take them from",
             )
     apart = frozenset(sites) - chosen
-    return Selected(tuple(_without(model, apart, under) for model in models), shapes, apart)
+    left = tuple(_without(model, apart, under) for model in models)
+    return Selected(left, shapes, apart, parts)
 
 
 def _shapes(models: Sequence[Source], base: Source | None) -> dict[str, tuple[int, ...]]:
@@ -114,15 +112,6 @@ def _tied(models: Sequence[Source], base: Source | None) -> Iterator[set[str]]:
         if source.checkpoint is not None:
             for alias, origin in source.checkpoint.aliases.items():
                 yield {alias, origin}
-
-
-def _check_matches(what: str, selector: Selector, sites: Iterable[Site]) -> None:
-    if not any(selector.matches(site) for site in sites):
-        raise ParameterError(
-            f"{what} matches no tensor",
-            fix="`mergebench inspect --tensors` lists the names; a regular expression, class=norm "
-            "or block=0-3 selects",
-        )
 
 
 def _without(model: Source, apart: frozenset[str], base: Checkpoint | None) -> Source:
@@ -153,7 +142,7 @@ def place(
     aligned: Aligned,
     variants: Sequence[Variant],
     weights: Sequence[Any],
-    apart: frozenset[str],
+    chosen: Selected,
     evened: Evened,
 ) -> tuple[Aligned, tuple[Variant, ...]]:
     """Give every merged tensor its weights and its chains.
@@ -164,8 +153,8 @@ def place(
     variants : sequence of Variant
     weights : sequence of float, Gradient or Cases
         Of the models, in the order of their displacements.
-    apart : frozenset of tensor names
-        As :func:`select` returned them.
+    chosen : Selected
+        As :func:`select` returned it.
     evened : Evened
         Models that take no part in a tensor, and tensors beyond those that are merged.
 
@@ -175,18 +164,18 @@ def place(
         If an op cannot work on a tensor, a selector matches no merged tensor, a threshold over the
         whole model differs between tensors, or weights cannot be normalised.
     """
-    items = dict(aligned.items)
+    apart, parts = chosen.apart, chosen.parts
+    items = {
+        name: _weighed(item, weights, variants[0].recipe, parts.get(name))
+        for name, item in aligned.items.items()
+    }
     sites = [item.site for item in items.values()]
-    meant = [*sites, *make_sites({name: t.shape for name, (t, _) in evened.added.items()}).values()]
-    for what, value in [*_scheduled(variants), *(("weight", weight) for weight in weights)]:
-        for selector in selectors(value):
-            _check_matches(f"{what}: {selector}", selector, meant)
-    if any(map(is_schedule, weights)):
-        items = {name: _weighed(item, weights) for name, item in items.items()}
+    more = make_sites({name: t.shape for name, (t, _) in evened.added.items()}).values()
+    _check_schedules(variants, weights, [*sites, *more], parts)
     for name, positions in evened.muted.items():
         if name in items:
-            parts = enumerate(items[name].weights)
-            muted = tuple(0.0 if place in positions else weight for place, weight in parts)
+            found = enumerate(items[name].weights)
+            muted = tuple(0.0 if place in positions else weight for place, weight in found)
             items[name] = replace(items[name], weights=muted)
     if apart and not items and not evened.added:
         raise ParameterError(
@@ -194,7 +183,7 @@ def place(
             got="no selected tensor that an input changes",
             fix="relax one of them",
         )
-    placed = tuple(_placed(each, sites) for each in variants)
+    placed = tuple(_placed(each, sites, parts) for each in variants)
     for each in placed:
         for site in sites:
             for op in each.at(site.name):
@@ -207,43 +196,79 @@ def place(
     return replace(aligned, items=items, reasons=reasons), placed
 
 
-def _scheduled(variants: Sequence[Variant]) -> Iterator[tuple[str, Any]]:
-    """``(parameter, value)`` wherever a value differs between tensors."""
-    for variant in variants:
-        recipe = variant.recipe
-        parts: list[Mapping[str, Any]] = [recipe.params, *(ref.params for ref in recipe.models)]
-        parts += [ref.params for ref in (*recipe.ops, *recipe.then)]
-        for params in parts:
-            for name, value in params.items():
-                if is_schedule(value):
-                    yield name, value
+def _scheduled(recipe: Recipe) -> Iterator[tuple[str, Any, int | None]]:
+    """``(parameter, value, part)`` wherever a value differs between tensors."""
+    own = [*(ref.params for ref in recipe.models), *(r.params for r in (*recipe.ops, *recipe.then))]
+    given: list[tuple[Mapping[str, Any], int | None]] = [
+        *((params, None) for params in (recipe.params, *own)),
+        *(
+            (params, number)
+            for number, part in enumerate(recipe.parts)
+            for params in (part.params, *(ref.params for ref in (*part.ops, *part.then)))
+        ),
+    ]
+    for params, number in given:
+        for name, value in params.items():
+            if is_schedule(value):
+                yield name, value, number
 
 
-def _weighed(item: Item, weights: Sequence[Any]) -> Item:
+def _check_schedules(
+    variants: Sequence[Variant],
+    weights: Sequence[Any],
+    sites: Sequence[Site],
+    parts: Mapping[str, int],
+) -> None:
+    """Every selector must match a tensor that its value could be for."""
+    recipe = variants[0].recipe
+    found = [each for variant in variants for each in _scheduled(variant.recipe)]
+    for place, part in enumerate(recipe.parts):
+        found += [("weight", weight, place) for weight in part.weights]
+    for what, value, number in found:
+        within = [site for site in sites if parts.get(site.name) == number]
+        where = what if number is None else f"{spelled(recipe, number)}: {what}"
+        for selector in selectors(value):
+            check_matches(f"{where}: {selector}", selector, within)
+    for selector in (selector for weight in weights for selector in selectors(weight)):
+        check_matches(f"weight: {selector}", selector, sites)
+
+
+def _weighed(item: Item, weights: Sequence[Any], recipe: Recipe, part: int | None) -> Item:
+    """An item with its part and its weights as numbers."""
+    if part is not None:
+        weights = recipe.parts[part].weights or weights
+        item = replace(item, part=str(part + 1))
     return replace(item, weights=tuple(float(value_at(each, item.site)) for each in weights))
 
 
-def _placed(variant: Variant, sites: Sequence[Site]) -> Variant:
-    if not any(True for _ in _scheduled([variant])):
+def _placed(variant: Variant, sites: Sequence[Site], parts: Mapping[str, int]) -> Variant:
+    recipe = variant.recipe
+    if not parts and not any(True for _ in _scheduled(recipe)):
         return variant
-    chains = {site.name: (*build(variant.recipe, site), *variant.tail) for site in sites}
+    own = {name: recipe.parts[number] for name, number in parts.items()}
+    chains = {
+        site.name: (*build(recipe, site, own.get(site.name)), *variant.tail) for site in sites
+    }
     return replace(variant, chains=chains)
 
 
 def _check_thresholds(variant: Variant, items: Mapping[str, Item]) -> None:
-    """What is measured over the whole model needs the same beginning of every chain."""
-    for name in items if variant.chains else ():
-        ops = variant.at(name)
-        for end, op in enumerate(ops, start=1):
-            if op.statistic is None or op.statistic.scope != "model":
-                continue
-            if any(other[:end] != ops[:end] for other in variant.distinct):
-                raise ParameterError(
-                    f"{op.name} looks at the whole model at once, and its parameters differ "
-                    "between tensors",
-                    fix="give scope=tensor or scope=row (for sign election tie=plus), or the same "
-                    "value everywhere",
-                )
+    """What is measured over the whole model needs the same beginning of every chain of a part."""
+    chains: dict[str, dict[Chain, None]] = {}
+    for name, item in items.items() if variant.chains else ():
+        chains.setdefault(item.part, {})[variant.at(name)] = None
+    for distinct in chains.values():
+        for ops in distinct:
+            for end, op in enumerate(ops, start=1):
+                if op.statistic is None or op.statistic.scope != "model":
+                    continue
+                if any(other[:end] != ops[:end] for other in distinct):
+                    raise ParameterError(
+                        f"{op.name} looks at the whole model at once, and its parameters differ "
+                        "between tensors",
+                        fix="give scope=tensor or scope=row (for sign election tie=plus), or the "
+                        "same value everywhere",
+                    )
 
 
 def _check_weights(variant: Variant, items: Mapping[str, Item]) -> None:
@@ -253,8 +278,7 @@ def _check_weights(variant: Variant, items: Mapping[str, Item]) -> None:
         ops = variant.at(name)
         if item.origin is None and needs_base(ops):
             raise MismatchError(
-                f"{name}: {variant.recipe.method or 'a chain'} looks at the base, and none has "
-                "this tensor",
+                f"{name}: {_method_at(variant, item)} looks at the base, and none has this tensor",
                 fix="add --base with the model the inputs were fine-tuned from",
             )
         if (ops, item.weights) not in seen:
@@ -262,3 +286,9 @@ def _check_weights(variant: Variant, items: Mapping[str, Item]) -> None:
             check_models(ops, item.weights)
             if is_linear(ops):
                 coefficients(ops, item.site, item.weights)
+
+
+def _method_at(variant: Variant, item: Item) -> str:
+    recipe = variant.recipe
+    method = recipe.parts[int(item.part) - 1].method if item.part else recipe.method
+    return method or "a chain"

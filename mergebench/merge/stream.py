@@ -61,6 +61,9 @@ class Item:
         Per model, for counter-based randomness.
     places : tuple of int
         Per model, its place in the order of the user.
+    part : str
+        Names the part of the model that it belongs to: what is measured over the whole model is
+        measured over the items of one part.
     """
 
     site: Site
@@ -73,6 +76,7 @@ class Item:
     origin: Tensor | None = None
     keys: tuple[int, ...] = ()
     places: tuple[int, ...] = ()
+    part: str = ""
 
     def at(self, start: int, stop: int) -> At:
         """Entries ``start:stop`` of all models, before any op."""
@@ -282,8 +286,8 @@ def nonfinite(item: Item) -> MergebenchError:
 class Evaluator:
     """Runs chains over items, measuring what their ops need first.
 
-    Measurements are kept by (the ops up to and including the one that asked, tensor name), so
-    that chains with a common beginning share them; so is what ops report.
+    Measurements are kept by (the ops up to and including the one that asked, name of the tensor
+    or of the part), so that chains with a common beginning share them; so is what ops report.
     """
 
     items: Mapping[str, Item]
@@ -299,12 +303,13 @@ class Evaluator:
             statistic = each.statistic
             if statistic is None:
                 continue
-            name = item.site.name if statistic.scope == "tensor" else ""
+            name = item.site.name if statistic.scope == "tensor" else item.part
             if (ops[:end], name) in self.known:
                 continue
             scope = [item]
             if statistic.scope == "model":
-                scope = [self.items[n] for n in sorted(self.items, key=str.encode)]
+                names = sorted(self.items, key=str.encode)
+                scope = [self.items[n] for n in names if self.items[n].part == item.part]
             if isinstance(each, Abreast) and end == 1:
                 self.known[ops[:end], name] = self._apart(each, scope)
                 continue
@@ -351,7 +356,7 @@ class Evaluator:
             if end > begin:
                 value = None
                 if (statistic := each.statistic) is not None:
-                    name = item.site.name if statistic.scope == "tensor" else ""
+                    name = item.site.name if statistic.scope == "tensor" else item.part
                     value = self.known[ops[:end], name]
                 models = origin if each.spec.needs_models else None
                 base = at.base if each.spec.needs_base else None

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.core.errors import ParameterError
-from mergebench.core.params import ALIASES, bind
+from mergebench.core.params import ALIASES
 from mergebench.core.schedule import is_schedule, leaves, value_at
 from mergebench.core.site import Site
 from mergebench.merge.apart import chosen, names_of, pick
 from mergebench.merge.method import METHODS, Method
 from mergebench.merge.op import OPS, Chain, Op, abreast, chain, combines, is_apart
-from mergebench.recipe import ModelRef, OpRef, Recipe
+from mergebench.merge.partition import expanded_op, expanded_part
+from mergebench.recipe import ModelRef, OpRef, Part, Recipe
 from mergebench.sources import Source
 
 _UNSAFE = re.compile(r"[^\w.,=+~-]|\.{3,}|^\.+")
@@ -38,7 +39,7 @@ class Variant:
         Of tensors that no schedule singles out.
     out : Path or None
     chains : mapping of tensor name to Chain
-        Where schedules give a tensor a chain of its own; empty without schedules.
+        Where schedules or parts give a tensor a chain of its own; else empty.
     ordered : bool
         Whether an op of some tensor depends on the order in which the user names the models.
     tail : Chain
@@ -60,8 +61,7 @@ class Variant:
     @property
     def stored(self) -> Recipe:
         """The recipe as outputs hold it."""
-        models = self.recipe.models
-        return replace(self.recipe, models=tuple(models[i] for i in self.listed) or models)
+        return self.recipe.with_order(self.listed) if self.listed else self.recipe
 
     def at(self, name: str) -> Chain:
         """The chain of one tensor."""
@@ -83,7 +83,10 @@ def make_variants(recipe: Recipe) -> tuple[Method | None, tuple[Variant, ...]]:
     """
     method = METHODS[recipe.method] if recipe.method else None
     if method is None and not recipe.ops:
-        raise ParameterError("neither a method nor ops are given", fix="add --method")
+        if not recipe.parts:
+            raise ParameterError("neither a method nor ops are given", fix="add --method")
+        if recipe.then:
+            raise ParameterError("`then` follows a method", fix="write it into the parts")
     if method is None and recipe.compat is not None:
         raise ParameterError("`compat` belongs to a method", fix="leave it out beside `ops`")
     if method is None and recipe.params:
@@ -97,14 +100,11 @@ def make_variants(recipe: Recipe) -> tuple[Method | None, tuple[Variant, ...]]:
             each,
             params=params,
             models=tuple(_own_params(ref, method, each) for ref in each.models),
-            ops=tuple(_expanded(ref) for ref in each.ops),
-            then=tuple(_expanded(ref) for ref in each.then),
+            ops=tuple(expanded_op(ref) for ref in each.ops),
+            then=tuple(expanded_op(ref) for ref in each.then),
+            parts=tuple(expanded_part(number, each) for number in range(len(each.parts))),
         )
-        whole = build(expanded, None)
-        if not combines(whole) and not is_apart(whole):
-            raise ParameterError(
-                "the ops leave several task vectors", fix="add a combining op such as `sum`"
-            )
+        whole = _whole(expanded)
         if recipe.tasks and not is_apart(whole):
             raise ParameterError(
                 f"{recipe.method or 'this chain'} gives one result for all models, and tasks are "
@@ -133,6 +133,8 @@ def _choices(recipe: Recipe) -> Iterator[Chain]:
         for params in _worded(ref.params):
             with suppress(ParameterError):
                 yield build(Recipe((), "", ops=(OpRef(ref.name, params),)), None)
+    for part in recipe.parts:
+        yield from _choices(Recipe((), part.method, part.params, part.ops, part.then))
 
 
 def _worded(params: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -203,11 +205,25 @@ def _own_params(ref: ModelRef, method: Method | None, recipe: Recipe) -> ModelRe
     return replace(ref, params={name: bound[name] for name in names})
 
 
-def _expanded(ref: OpRef) -> OpRef:
-    return OpRef(ref.name, bind(ref.name, OPS[ref.name].params, ref.params))
+def _whole(recipe: Recipe) -> Chain:
+    """The chain of some tensor that no selector matches; those of parts are checked too."""
+    chains = [build(recipe, None, part) for part in recipe.parts]
+    if recipe.method or recipe.ops:
+        chains.insert(0, build(recipe, None))
+    for each in chains:
+        if not combines(each) and not is_apart(each):
+            raise ParameterError(
+                "the ops leave several task vectors", fix="add a combining op such as `sum`"
+            )
+    if recipe.parts and any(map(is_apart, chains)):
+        raise ParameterError(
+            "a method that gives every model a result of its own cannot be mixed with others",
+            fix="merge without parts",
+        )
+    return chains[0]
 
 
-def build(recipe: Recipe, site: Site | None) -> Chain:
+def build(recipe: Recipe, site: Site | None, part: Part | None = None) -> Chain:
     """The chain of a recipe with expanded parameters at one tensor.
 
     Parameters
@@ -215,20 +231,23 @@ def build(recipe: Recipe, site: Site | None) -> Chain:
     recipe : Recipe
     site : Site or None
         ``None`` for some tensor that no selector matches.
+    part : Part, optional
+        Of the recipe, where the tensor is one of its own.
     """
+    said = recipe if part is None else part
 
     def here(params: Mapping[str, Any]) -> dict[str, Any]:
         place = site or Site("", ())
         return {key: value_at(value, place) for key, value in params.items()}
 
     ops: list[Op] = []
-    if recipe.method:
-        method, own = METHODS[recipe.method], [each.params for each in recipe.models]
-        if any(own):
-            ops += abreast([method(**here({**recipe.params, **each})) for each in own])
+    if said.method:
+        method, own = METHODS[said.method], [each.params for each in recipe.models]
+        if part is None and any(own):
+            ops += abreast([method(**here({**said.params, **each})) for each in own])
         else:
-            ops += method(**here(recipe.params))
-    return chain(*ops, *(OPS[ref.name](**here(ref.params)) for ref in (*recipe.ops, *recipe.then)))
+            ops += method(**here(said.params))
+    return chain(*ops, *(OPS[ref.name](**here(ref.params)) for ref in (*said.ops, *said.then)))
 
 
 def _place(out: str | None, label: str) -> Path | None:
@@ -276,10 +295,10 @@ def recorded(
             ModelRef(model.label, weight, each.recipe.models[given].params)
             for model, weight, given in zip(models, weights, order, strict=True)
         )
-        recipe = replace(each.recipe, models=refs, base=place)
+        recipe = replace(each.recipe.with_order(order), models=refs, base=place)
         # Parameters of single models stand in the order of the stack.
         own = any(ref.params for ref in refs)
-        ops = (*build(recipe, None), *each.tail) if own else each.ops
+        ops = (*_whole(recipe), *each.tail) if own else each.ops
         listed = user if each.ordered else led
         found.append(replace(each, recipe=recipe, ops=ops, listed=listed))
     return tuple(found)

@@ -12,7 +12,7 @@ import numpy as np
 
 from mergebench.merge.engine import check_outputs, execute
 from mergebench.merge.plan import make_plan
-from mergebench.recipe import ModelRef, Recipe
+from mergebench.recipe import ModelRef, Part, Recipe
 from tests.faults.machine import Machine
 from tests.helpers.files import BF16, Array, tree, write
 
@@ -70,6 +70,8 @@ def _full(inputs: Path, **options: Any) -> Recipe:
     return _merge(inputs, models, base=str(inputs / "base"), **{"params": {}, **options})
 
 
+#: With the very chain of the rest, and a threshold of its own.
+_BLOCK = Part(include=("block=0",), method="ties")
 OLD = {"model-00001-of-00009.safetensors": b"an old shard", "config.json": b"{}"}
 MERGES = {
     "file": Merge(_full, "out.safetensors"),
@@ -78,6 +80,7 @@ MERGES = {
     "sweep": Merge(lambda inputs: _full(inputs, params={"lam": (0.5, 1.0)}), "deep/out"),
     "tasks": Merge(lambda inputs: _full(inputs, method="emr"), "deep/out"),
     "tensor scope": Merge(lambda inputs: _full(inputs, params={"scope": "tensor"}), "out"),
+    "parts": Merge(lambda inputs: _full(inputs, parts=(_BLOCK,)), "out.safetensors"),
     "replace": Merge(_full, "out", OLD),
     # The same files with the same headers and other values.
     "renew": Merge(_full, "out", lambda inputs: _full(inputs, params={"density": 0.6})),

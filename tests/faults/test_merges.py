@@ -157,9 +157,12 @@ def facts(one: Written) -> Any:
     return one.label, one.bytes, measured, list(one.digests.items())
 
 
-def test_a_resumed_run_says_how_much_was_done(inputs: Path, tmp_path: Path) -> None:
-    """And a fresh one says nothing."""
-    merge = MERGES["file"]
+@pytest.mark.parametrize(("name", "measured"), [("file", 2), ("parts", 4)])
+def test_a_resumed_run_says_how_much_was_done(
+    inputs: Path, tmp_path: Path, name: str, measured: int
+) -> None:
+    """And a fresh one says nothing. Each part has measurements of its own."""
+    merge = MERGES[name]
     place = merge.prepare(tmp_path / "place", inputs)
     kill_after(2, "pwrite", merge, inputs, place)
     notes: list[str] = []
@@ -167,7 +170,7 @@ def test_a_resumed_run_says_how_much_was_done(inputs: Path, tmp_path: Path) -> N
     merge.run(inputs, place, notes)
 
     assert notes == [
-        "resuming an interrupted run: 2 of 4 tensors and 2 measurements are done already"
+        f"resuming an interrupted run: 2 of 4 tensors and {measured} measurements are done already"
     ]
     fresh: list[str] = []
     merge.run(inputs, merge.prepare(tmp_path / "fresh", inputs), fresh)
