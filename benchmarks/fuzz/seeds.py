@@ -126,7 +126,34 @@ def valid() -> Seeds:
             "json": dumps({"models": ["a", "b"], "ops": ["sum", {"scale": {"factor": 2}}]}),
             "rules": b"models: [a, b]\nmethod: linear\nwhere: 'class=norm:lam=0,weight=1/0'\n"
             b"params: {lam: {cases: [{select: block=0-3, value: 2}], else: 1}}\n",
+            "line-end": b'{"models":["a\\u0085b"],"base":"\\u2028"}',
             "anchor": b"models:\n- &a {path: a, weight: 1}\n- {<<: *a, path: b}\n",
+            "parts": b"models: [a, {path: b, params: {density: 0.5}}]\nmethod: ties\nparts:\n"
+            b"- {select: class=norm, method: linear, weights: [1, 0..1]}\n"
+            b"- 'mlp:ties:density=0.3'\n"
+            b"- select: {include: [a, b], exclude: block=0}\n  ops: [weigh, sum]\n"
+            b"  then: {scale: {lam: 2}}\n",
+            "slices": b"models:\n- slices: [{path: a, blocks: 0-3}, {path: b, blocks: 2}]\n"
+            b"base: {slices: [{path: c, blocks: 0-4}]}\nchat_template: auto\n",
+        },
+        "mergekit": {
+            "models": b"merge_method: ties\nbase_model: x\nmodels:\n- model: a\n  parameters:\n"
+            b"    weight: [0, 0.5, 1]\n    density: [{filter: mlp, value: 0.5}, {value: 1}]\n"
+            b"- {model: b, parameters: {weight: 1}}\nparameters: {normalize: true}\n"
+            b"dtype: bfloat16\ntokenizer_source: union\n",
+            "slices": b"merge_method: passthrough\nslices:\n"
+            b"- sources: [{model: a, layer_range: [0, 2]}]\n"
+            b"- sources: [{model: b, layer_range: [1, 3], parameters: {scale: [0, 1]}}]\n",
+            "json": dumps(
+                {
+                    "merge_method": "slerp",
+                    "base_model": {"model": {"path": "x"}, "lora": {"path": "l"}},
+                    "models": [{"model": "a+l"}],
+                    "parameters": {"t": [{"filter": "attn", "value": [0, 1]}, {"value": 0.5}]},
+                    "tokenizer": {"source": "base"},
+                    "chat_template": "chatml",
+                }
+            ),
         },
         "journal": {
             "two": b"\1"
@@ -244,6 +271,7 @@ def regressions() -> Seeds:
             "surrogate": b'{"models":["\\ud800"]}',
             "sweep": two + b"params: {a: [%s], b: [%s]}\n" % (values, values),
             "sweep-none": two + b"params: {a: []}\n",
+            "list": two + b"where: 'class=norm:lam=0'\nparams: {lam: [[]]}\n",
             "block": two + b"where: 'block=" + digits + b":lam=1'\n",
         },
         "journal": {

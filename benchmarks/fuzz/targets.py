@@ -190,6 +190,23 @@ def recipe(data: bytes, folder: Path) -> bool:
     return True
 
 
+def mergekit(data: bytes, folder: Path) -> bool:
+    """A configuration of mergekit; the recipe that is made of it is written and read again."""
+    from mergebench.merge.method import METHODS
+    from mergebench.mergekit import read_either
+    from mergebench.recipe import read_recipe
+
+    path = folder / "mergekit.yaml"
+    path.write_bytes(data)
+    try:
+        found = read_either(path, METHODS).recipe
+    except MergebenchError as error:
+        return _refused(error, path)
+    (folder / "again.yaml").write_text(found.to_yaml(), encoding="utf-8")
+    assert read_recipe(folder / "again.yaml").to_yaml() == found.to_yaml()
+    return True
+
+
 def journal(data: bytes, folder: Path) -> bool:
     """A journal whose lines have sound checksums, after a first byte that is odd, or not."""
     from mergebench.checkpoints.journal import read_journal
@@ -297,6 +314,6 @@ TARGETS: Mapping[str, Callable[[bytes, Path], bool]] = {
     each.__name__: each
     for each in (
         header, whole, index, config, tokenizer, adapter, keys, metadata, manifest, made, recipe,
-        journal, gguf, pickled, archive, dcp,
+        mergekit, journal, gguf, pickled, archive, dcp,
     )
 }  # fmt: skip

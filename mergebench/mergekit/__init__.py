@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoints.documents import read_bounded
+from mergebench.core.errors import FormatError
 from mergebench.core.plain import parse_yaml
 from mergebench.mergekit.document import is_mergekit, parse
 from mergebench.mergekit.translate import Translation, translate
@@ -39,4 +40,11 @@ def read_either(path: Path, methods: Any) -> Translation:
         return Translation(read_recipe(path))
     if not is_mergekit(data):
         return Translation(read_recipe(path))
-    return translate(parse(text, str(path)), methods)
+    found = translate(parse(text, str(path)), methods)
+    if (size := len(found.recipe.to_yaml().encode(errors="replace"))) > LARGEST:
+        raise FormatError(
+            f"{path}: asks for different values in too many layers",
+            got=f"a recipe of {size} bytes",
+            expected=f"at most {LARGEST}",
+        )
+    return found

@@ -10,6 +10,9 @@ from typing import Any
 from mergebench.checkpoints.stacking import Slice
 from mergebench.mergekit.document import Document, Path
 
+#: Layers of an output: more than any model has, and few enough for a value of each.
+MOST = 2000
+
 
 @dataclass(frozen=True)
 class Input:
@@ -184,6 +187,7 @@ def references(document: Document, data: Mapping[str, Any]) -> Layers:
 
 def _slices(document: Document, path: Path, data: Any) -> tuple[Level, ...]:
     found: list[Level] = []
+    count = 0
     for place, each in enumerate(document.listed(path, data)):
         here: Path = (*path, place)
         parts = document.mapping(here, each, ("sources", "parameters"))
@@ -195,6 +199,9 @@ def _slices(document: Document, path: Path, data: Any) -> tuple[Level, ...]:
         _check_slice(document, here, inputs, found)
         parameters = _parameters(document, here, parts)
         found.append(Level(here, tuple(inputs), parameters))
+        count += 1 if inputs[0].layers is None else inputs[0].layers[1] - inputs[0].layers[0] + 1
+        if count > MOST:
+            raise document.refuse(here, "number of layers", got=count, expected=f"at most {MOST}")
     return tuple(found)
 
 

@@ -103,3 +103,14 @@ def test_errors_are_one_line(scene: Scene) -> None:
     ran = call("run", "mergekit.yml", "-o", "out", cwd=scene.path)
     assert_refused(ran, "`density` must be a number in (0, 1], got 1.7")
     assert not (scene.path / "out").exists()
+
+
+def test_what_would_be_no_recipe_is_refused(scene: Scene) -> None:
+    """Values of their own in more layers than a recipe can hold."""
+    weight = [{"filter": f"part{number}", "value": [0, 1]} for number in range(20)]
+    sources = [{"model": "ft1", "layer_range": [0, 200]}]
+    slices = [{"sources": sources, "parameters": {"weight": [*weight, {"value": 1}]}}] * 2
+    text = yaml.safe_dump({"merge_method": "linear", "slices": slices})
+    (scene.path / "mergekit.yml").write_text(text)
+    ran = call("run", "mergekit.yml", "--print-recipe", cwd=scene.path)
+    assert_refused(ran, "mergekit.yml: asks for different values in too many layers")

@@ -22,3 +22,20 @@ def test_recipes_broken_field_by_field(data: bytes) -> None:
 def test_recipes_with_other_bytes(data: bytes) -> None:
     """Mostly YAML."""
     assert_holds("recipe", data)
+
+
+CONFIGURATIONS = [yaml.safe_load(data) for data in files("mergekit")]
+
+
+@CHECKED
+@given(data=broken_json(CONFIGURATIONS))
+def test_configurations_of_mergekit_broken_field_by_field(data: bytes) -> None:
+    """Translated to a recipe that can be read, or refused with their line."""
+    assert_holds("mergekit", data)
+
+
+@CHECKED
+@given(data=broken_bytes(files("mergekit")))
+def test_configurations_of_mergekit_with_other_bytes(data: bytes) -> None:
+    """Mostly YAML."""
+    assert_holds("mergekit", data)
