@@ -41,18 +41,33 @@ def agreed(
     size = coordinates.shape[1]
     if size == 0:
         return coordinates[:1, :]
+    coordinates = real(coordinates)
     magnitudes = xp.abs(coordinates)
     largest = xp.max(magnitudes)
-    real = magnitudes > RANK * largest
     # Coordinates that are equal but for rounding tie, so that rounding does not choose among them.
     steps = xp.round(magnitudes / (RANK * largest + xp.astype(largest == 0, largest.dtype)))
     kept = max(int(density * size), 1)
-    trimmed = silence(coordinates, real & row_ranks_mask(steps, size, 0, kept))
-    elected = sum_rows(trimmed)
-    agreeing = ((trimmed > 0) & (elected > 0)) | ((trimmed < 0) & (elected < 0))
-    shares = xp.asarray(weights, dtype=trimmed.dtype, device=trimmed.device)[:, None]
-    total = sum_rows(silence(trimmed, agreeing) * shares)
+    trimmed = silence(coordinates, row_ranks_mask(steps, size, 0, kept))
+    return elected(trimmed, weights, divisor)
+
+
+def real(coordinates: Any) -> Any:
+    """Coordinates with those that are rounding of zeros at zero, (n, d)."""
+    xp = namespace(coordinates)
+    if 0 in coordinates.shape:
+        return coordinates
+    magnitudes = xp.abs(coordinates)
+    return silence(coordinates, magnitudes > RANK * xp.max(magnitudes))
+
+
+def elected(coordinates: Any, weights: Sequence[float], divisor: Divisor = "count") -> Any:
+    """Elect a sign per coordinate and combine what agrees; the last steps of :func:`agreed`."""
+    xp = namespace(coordinates)
+    sign = sum_rows(coordinates)
+    agreeing = ((coordinates > 0) & (sign > 0)) | ((coordinates < 0) & (sign < 0))
+    shares = xp.asarray(weights, dtype=coordinates.dtype, device=coordinates.device)[:, None]
+    total = sum_rows(silence(coordinates, agreeing) * shares)
     if divisor == "none":
         return total
-    behind = sum_rows(xp.astype(agreeing, trimmed.dtype))
-    return total / (behind + xp.astype(behind == 0, trimmed.dtype))
+    behind = sum_rows(xp.astype(agreeing, coordinates.dtype))
+    return total / (behind + xp.astype(behind == 0, coordinates.dtype))

@@ -179,6 +179,7 @@ class OpSpec:
     apart: Apart = ""
     chooses: bool = False
     alone: bool = False
+    equal_norms: bool = False
 
     @property
     def summary(self) -> str:
@@ -382,6 +383,7 @@ def op(
     report: Callable[..., tuple[Reading, ...]] | None = None,
     apart: Apart = "",
     alone: bool = False,
+    equal_norms: bool = False,
 ) -> Callable[[Callable[Concatenate[Stack, At, P], Stack]], Callable[P, Op]]:
     """Register a function ``(stack, at, **params) -> stack`` and return its factory.
 
@@ -431,6 +433,9 @@ def op(
     alone : bool
         Whether the function, and its statistic, treat every model by itself, so that models may
         have parameters of their own.
+    equal_norms : bool
+        Whether the op is known to fail where task vectors differ in length, so that the plan
+        warns earlier.
     """
 
     def register(function: Callable[Concatenate[Stack, At, P], Stack]) -> Callable[P, Op]:
@@ -456,6 +461,7 @@ def op(
             report,
             apart,
             alone=alone,
+            equal_norms=equal_norms,
         )
         return cast("Callable[P, Op]", OPS.add(name, spec))
 

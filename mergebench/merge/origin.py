@@ -29,6 +29,8 @@ LONG = 1.0
 SIGMAS = 6
 #: Longest over shortest task vector above which a note is written.
 UNEQUAL = 3.0
+#: The same for ops that are known to fail there: just above what healthy fine-tunes measured.
+FRAGILE = 2.0
 
 _HUB = re.compile(r"models--([^/\\]+?)--([^/\\]+)")
 
@@ -153,6 +155,7 @@ def measure(
     spaces: Spaces,
     *,
     allow: bool,
+    fragile: Sequence[str] = (),
 ) -> Origin:
     """Compare full models with the base on a sample of their matrices, and task vectors' norms.
 
@@ -166,6 +169,8 @@ def measure(
     spaces : Spaces
     allow : bool
         Make notes of what would be refused.
+    fragile : sequence of str, default none
+        The ops that are known to fail where task vectors differ in length.
 
     Raises
     ------
@@ -191,7 +196,8 @@ def measure(
     if items:
         measured = task_norms(items)
         norms = {label: norm for label, (norm, _) in zip(_labels(models), measured, strict=True)}
-        notes += _unequal({k: share for k, (_, share) in zip(norms, measured, strict=True)})
+        shares = {k: share for k, (_, share) in zip(norms, measured, strict=True)}
+        notes += _unequal(shares, fragile)
     return Origin(reference.label if table and reference else None, table, norms, tuple(notes))
 
 
@@ -235,17 +241,19 @@ def _judge(
             )
 
 
-def _unequal(shares: Mapping[str, float]) -> list[str]:
+def _unequal(shares: Mapping[str, float], fragile: Sequence[str]) -> list[str]:
     some = {label: share for label, share in shares.items() if share}
     if len(some) < 2:
         return []
     long, short = max(some, key=lambda k: some[k]), min(some, key=lambda k: some[k])
     ratio = some[long] / some[short]
-    if ratio <= UNEQUAL:
+    if ratio <= (FRAGILE if fragile else UNEQUAL):
         return []
     text = (
         f"task vectors differ in length: ‖wτ‖ {some[long]:.3g} ({long}) is {ratio:.1f} times "
         f"{some[short]:.3g} ({short}) and will outweigh it; {1 / ratio:.2g} of its weight for "
         f"{long} would even them out"
     )
+    if fragile:
+        text += f"; {', '.join(fragile)} is known to fail where they differ (docs/safety.md)"
     return [text]

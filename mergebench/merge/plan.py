@@ -260,7 +260,9 @@ def make_plan(
     aligned = settle(
         aligned, models, base, spaces, allow_nonfinite=recipe.allow_nonfinite, apart=apart
     )
-    origin = measure(models, base, aligned, spaces, allow=recipe.allow_base_mismatch)
+    origin = measure(
+        models, base, aligned, spaces, allow=recipe.allow_base_mismatch, fragile=_fragile(variants)
+    )
     aligned = in_full(aligned, variants) if form == "lora" else aligned
     pack = partial(
         package, recipe, form, aligned, models, weights, base, first, variants, spoken.sides
@@ -293,6 +295,12 @@ def _leader(
     if first is None or form != "model" or (single and alike):
         return None
     return next(place for place, each in enumerate(models) if each.label == first.label)
+
+
+def _fragile(variants: Sequence[Variant]) -> list[str]:
+    """The ops in use that need task vectors of like length."""
+    ops = (op for each in variants for chain in each.distinct for op in chain)
+    return sorted({op.name for op in ops if op.spec.equal_norms})
 
 
 def _same(first: Source | None, models: Sequence[Source]) -> Source | None:

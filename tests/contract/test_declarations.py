@@ -31,7 +31,9 @@ def op_of(data: st.DataObject, name: str) -> Op:
 
 def run(op: Op, stack: np.ndarray, models: np.ndarray, **where: Any) -> np.ndarray:
     """The op on matrices, (n, rows, columns)."""
-    at = At(SITE, 0, stack[0].size, (1.0,) * len(models), models=models.reshape(3, -1), **where)
+    count = len(models)
+    named = {"models": models.reshape(3, -1), "keys": tuple(range(count)), **where}
+    at = At(SITE, 0, stack[0].size, (1.0,) * count, **named)
     out = np.asarray(op.apply(stack.reshape(len(stack), -1), at))
     return out.reshape(-1, *stack.shape[1:])
 

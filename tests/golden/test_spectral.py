@@ -161,6 +161,31 @@ def test_equal_coordinates_are_trimmed_alike(seed: int) -> None:
     assert_near(got, turn @ kept * 0.75)
 
 
+def test_knots_dare_ties_without_chance() -> None:
+    """At density 1 nothing is dropped; at any, zero and opposite updates leave nothing."""
+    one, other = 2 * np.outer(E1, E2), 5 * np.outer(E2, E1)
+    for density in (0.3, 1.0):
+        got = merged("knots_dare_ties", 0 * one, 0 * one, density=density)
+        assert np.array_equal(got, 0 * one)
+    got = merged("knots_dare_ties", one, other, density=1.0)
+    assert np.allclose(got, one + other, atol=1e-6)
+    assert np.allclose(merged("knots_dare_ties", one, -one, density=1.0), 0, atol=1e-6)
+    assert np.allclose(merged("knots_dare_ties", one, density=1.0), one)
+
+
+def test_knots_dare_ties_rescales() -> None:
+    """Of an update of rank 1 each coordinate is gone or twice as large, by the seed alone."""
+    row = np.array([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]])
+    seen = set()
+    for seed in range(6):
+        got = np.asarray(merged("knots_dare_ties", row, density=0.5, seed=seed)) / row
+        assert np.allclose(got * (got - 2.0), 0, atol=1e-5)
+        seen.add(tuple(np.round(got[0])))
+        again = np.asarray(merged("knots_dare_ties", row, density=0.5, seed=seed)) / row
+        assert np.array_equal(again, got)
+    assert len(seen) > 3
+
+
 def test_truncation_after_a_merge() -> None:
     """``--then truncate:rank=1`` keeps the larger singular value."""
     got = merged("task_arithmetic", np.diag([2.0, 1.0]), then=["truncate:rank=1"])

@@ -227,3 +227,27 @@ def wudi_exact(taus: Sequence[Matrix]) -> Matrix:
         torch.zeros_like(total),
     )
     return total + (R - total @ S) @ torch.linalg.pinv(S, hermitian=True, rtol=1e-11)
+
+
+def knots_dare_ties(
+    taus: Sequence[Matrix],
+    weights: Sequence[float],
+    numbers: Sequence[Sequence[float]],
+    density: float = 0.5,
+    divisor: str = "count",
+) -> Matrix:
+    """DARE-TIES on coordinates in the eigenvectors of Σ τ τᵀ; number j decides on coordinate j."""
+    basis = leading_vectors(sum((tau @ tau.T for tau in taus), torch.zeros(())))
+    coordinates = torch.stack([(basis.T @ tau).reshape(-1) for tau in taus])
+    least = ZERO * float(coordinates.abs().max())
+    merged = torch.zeros(coordinates.shape[1], dtype=coordinates.dtype)
+    for j in range(len(merged)):
+        kept = [
+            float(own[j]) / density if numbers[i][j] < density and abs(own[j]) > least else 0.0
+            for i, own in enumerate(coordinates)
+        ]
+        sign = sum(kept)
+        own = [i for i, value in enumerate(kept) if value * sign > 0]
+        total = sum(weights[i] * kept[i] for i in own)
+        merged[j] = total / len(own) if own and divisor == "count" else total
+    return basis @ merged.reshape(basis.shape[1], -1)

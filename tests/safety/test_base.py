@@ -551,6 +551,25 @@ def test_unequal_task_vectors_are_noted(place: Path) -> None:
     assert "longest / shortest 5" in shown
 
 
+def test_fragile_methods_warn_earlier_of_unequal_norms(place: Path) -> None:
+    """WUDI, as a method or an op, warns above a ratio of two; others do not there."""
+    base, step = model(0), model(8)
+    for name, size in (("short", 0.04), ("long", 0.1), ("like", 0.075)):
+        tuned = {
+            key: (array + size * step[key]).astype(F32) if array.ndim > 1 else array
+            for key, array in base.items()
+        }
+        save_folder(place / name, tuned)
+    for name, method, noted in (
+        ("long", "wudi", True),
+        ("like", "wudi", False),
+        ("long", "tsv_merge", False),
+    ):
+        ran = assert_done(call("plan", "short", name, "-b", "base", "-m", method, cwd=place))
+        assert ("is known to fail" in ran.out) is noted
+        assert ("2.5 times" in " ".join(ran.out.split())) is noted
+
+
 def test_norms_of_adapters_are_exact(tmp_path: Path) -> None:
     """Factors give the norm of their product, scale included."""
     save_peft(tmp_path / "a", factors(1), alpha=8.0)

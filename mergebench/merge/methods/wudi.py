@@ -47,7 +47,8 @@ def wudi(
 
     Notes
     -----
-    Fragile where the norms of the task vectors differ much.
+    Fragile where the norms of the task vectors differ: 85.5 % to 49.2 % in one report. The plan
+    warns above a ratio of two.
 
     Deviations
     ----------

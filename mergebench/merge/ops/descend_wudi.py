@@ -31,6 +31,7 @@ def _workspace(models: int, rows: int, columns: int) -> int:
     equivariant=_sides,
     workspace=_workspace,
     tolerance=TOLERANCE,
+    equal_norms=True,
 )
 def descend_wudi(
     stack: Stack,
