@@ -12,9 +12,10 @@ import numpy as np
 
 from mergebench.adapters_zoo.adapter import AdapterSource
 from mergebench.adapters_zoo.dialects import dotted, kohya
+from mergebench.adapters_zoo.scattered import Scattered
 from mergebench.adapters_zoo.targets import TARGETS, refusals, served_with
 from mergebench.checkpoints.documents import is_file, read_object
-from mergebench.core.delta import Delta, LowRank, Replacement, factors, tile
+from mergebench.core.delta import Delta, Dense, LowRank, Replacement, factors, tile
 from mergebench.core.errors import MergebenchError
 from mergebench.core.site import make_sites
 from mergebench.core.tensor import Tensor, nbytes, size_of
@@ -105,10 +106,14 @@ def _of_deltas(source: Source) -> dict[str, Any]:
     scales: set[float] = set()
     alphas: set[float] = set()
     kinds: Counter[str] = Counter()
-    entries = 0
+    entries = stored = 0
     for delta in source.deltas.values():
-        kinds[type(delta).__name__.lower()] += 1
         entries += size_of(delta.shape)
+        if isinstance(delta, Dense) and isinstance(delta.values, Scattered):
+            kinds["sparse"] += 1
+            stored += delta.values.stored
+        else:
+            kinds[type(delta).__name__.lower()] += 1
         if isinstance(delta, LowRank):
             ranks[delta.rank] += 1
             scales.add(round(delta.scale, 8))
@@ -120,6 +125,8 @@ def _of_deltas(source: Source) -> dict[str, Any]:
         "displaced_parameters": entries,
         "deltas": dict(kinds),
     }
+    if kinds["sparse"]:
+        data["stored_entries"] = stored
     if ranks:
         data["ranks"] = {str(rank): count for rank, count in sorted(ranks.items())}
         data["alphas"] = sorted(alphas)

@@ -19,7 +19,7 @@ from mergebench.adapters_zoo.adapter import (
     parse_object,
     read_adapter,
 )
-from mergebench.checkpoints.containers import DCP, open_weights
+from mergebench.checkpoints.containers import DCP, SFT, open_weights
 from mergebench.checkpoints.documents import read_object
 from mergebench.checkpoints.layout import Checkpoint, open_checkpoint
 from mergebench.checkpoints.stacking import Slice, parse_slices, stack
@@ -30,9 +30,11 @@ from mergebench.core.task_vector import TaskVector
 from mergebench.core.tensor import FLOATING, Array, Tensor, size_of
 
 _PIECE = 1 << 20
-#: Files that make a folder a task vector or an adapter without a config: ours, and diffusers'.
+#: Files that make a folder a task vector or an adapter without a config: ours, published sparse
+#: ones, and diffusers'.
 _ALONE = (
     "delta.safetensors",
+    SFT,
     "pytorch_lora_weights.safetensors",
     "pytorch_lora_weights.bin",
 )

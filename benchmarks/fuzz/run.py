@@ -26,6 +26,7 @@ _INSTRUMENTED = ["mergebench", "yaml", "torch._weights_only_unpickler"]
 # Loaded when first needed, which must be while atheris looks.
 _MODULES = (
     *("checkpoints.distributed", "checkpoints.gguf", "checkpoints.journal", "checkpoints.pickled"),
+    "checkpoints.sft",
     *("describe", "recipe"),
 )
 

@@ -10,7 +10,7 @@ import json
 import pickle
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -169,6 +169,19 @@ def valid() -> Seeds:
             "wrapped": b"\0" + pickle_of({"state_dict": {"a": (2, 2)}, "epoch": 3}),
             "legacy": b"\1" + torch_file({"a": (2, 2)}, zipped=False),
         },
+        "sparse": {
+            "plain": sparse_pickle([b"K\2", b"K\3"]),
+            "numpy": sparse_pickle(
+                [
+                    (
+                        b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\nX\2\0\0\0i8K\0K\1\x87R"
+                        b"(K\3X\1\0\0\0<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb"
+                        b"c_codecs\nencode\nX\x08\0\0\0\2\0\0\0\0\0\0\0X\6\0\0\0latin1\x86RtR"
+                    ),
+                    b"K\3",
+                ]
+            ),
+        },
         "archive": {"torch": torch_file({"a": (2, 2)}, zipped=True)},
         "dcp": {"plain": dcp_metadata(len(chunk()))},
     }
@@ -299,6 +312,15 @@ def regressions() -> Seeds:
             "name": b"\0\x80\x02X\3\0\0\0a\nbX\1\0\0\0c\x93.",
             "text": b"\1\x80\x02X\xff\xff\xff\x7fa.",
         },
+        "sparse": {
+            "far": sparse_pickle([b"K\2", b"\x8a\x08" + b"\xff" * 7 + b"\x7f"]),
+            "twice": sparse_pickle([b"K\2", b"K\0"]),
+            "size": sparse_pickle([b"K\2", b"K\3"], size=b"\x8a\x09" + b"\xff" * 8 + b"\0"),
+            "numbers": sparse_pickle([b"K\2", b"K\3"], count=b"J\xff\xff\xff\x7f"),
+            "strides": sparse_pickle([b"K\2", b"K\3"], stride=b"J\xff\xff\xff\x7f"),
+            "calls": b"\x80\2}X\5\0\0\0diffscposix\nsystem\nX\2\0\0\0id\x85Rs.",
+            "tuples": b"\x80\x02}(K\0\x85q\0" + b"0h\0h\0\x86q\0" * 60 + b"K\1u.",
+        },
         "archive": {
             "bomb": zipped({"a/data.pkl": b"\x80\x02}.", "a/data/0": bytes(4 << 20)}, packed=True),
             "bomb-pickle": zipped({"a/data.pkl": b"\x80\x02" + bytes(4 << 20)}, packed=True),
@@ -375,6 +397,24 @@ def zipped(records: Mapping[str, bytes], *, packed: bool = False) -> bytes:
             about.compress_type = ZIP_DEFLATED if packed else ZIP_STORED
             archive.writestr(about, data)
     return raw.getvalue()
+
+
+def sparse_pickle(
+    steps: Sequence[bytes], *, size: bytes = b"K\3", count: bytes = b"", stride: bytes = b"K\1"
+) -> bytes:
+    """``{"diffs": {"w": …}}`` with a tensor of 2 x ``size``, from instructions for the steps."""
+
+    def text(value: str) -> bytes:
+        return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+    many = count or b"K" + bytes([len(steps)])
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + many
+    values = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"tQK\0" + many + b"\x85" + stride
+    values += b"\x85\x89ccollections\nOrderedDict\n)RtR"
+    shape = b"ctorch\nSize\n(K\2" + size + b"t\x85R"
+    entry = b"}(" + text("size") + shape + text("index_steps") + b"](" + b"".join(steps) + b"e"
+    entry += text("values") + values + b"u"
+    return b"\x80\2}" + text("diffs") + b"}" + text("w") + entry + b"ss."
 
 
 def gguf_file(*, array: bool = False) -> bytes:

@@ -248,6 +248,18 @@ def pickled(data: bytes, folder: Path) -> bool:
     return _source(path, read=True)
 
 
+def sparse(data: bytes, folder: Path) -> bool:
+    """The pickle of a published sparse fine-tuning, beside 64 bytes of numbers."""
+    raw = BytesIO()
+    with zipfile.ZipFile(raw, "w") as archive:
+        archive.writestr("a/data.pkl", data)
+        archive.writestr("a/byteorder", b"little")
+        archive.writestr("a/data/0", bytes(64))
+    path = folder / "pytorch_diff.bin"
+    path.write_bytes(raw.getvalue())
+    return _source(path, read=True)
+
+
 def archive(data: bytes, folder: Path) -> bool:
     """A zip archive as it is, named as a PyTorch file."""
     path = folder / "pytorch_model.bin"
@@ -314,6 +326,6 @@ TARGETS: Mapping[str, Callable[[bytes, Path], bool]] = {
     each.__name__: each
     for each in (
         header, whole, index, config, tokenizer, adapter, keys, metadata, manifest, made, recipe,
-        mergekit, journal, gguf, pickled, archive, dcp,
+        mergekit, journal, gguf, pickled, sparse, archive, dcp,
     )
 }  # fmt: skip

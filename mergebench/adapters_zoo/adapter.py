@@ -22,6 +22,8 @@ from mergebench.core.tensor import Tensor
 CONFIG_KEY = "mergebench_adapter_config"
 #: Metadata entry in which a file written by mergebench says what it is.
 FILE_KEY = "mergebench"
+#: What a task vector is saved as: every entry, or some with their places.
+SAVED = ("delta", "sparse")
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +144,7 @@ def is_adapter(
     """
     if config is not None and "peft_type" in config:
         return True
-    if CONFIG_KEY in metadata or is_saved_delta(metadata):
+    if CONFIG_KEY in metadata or saved_kind(metadata) in SAVED:
         return True
     held = {peft.strip(name) for name in names}
     for name in held:
@@ -157,12 +159,18 @@ def is_adapter(
 
 
 def is_saved_delta(metadata: Mapping[str, str]) -> bool:
-    """Whether the metadata are those of a task vector saved by mergebench."""
+    """Whether the metadata are those of a task vector saved by mergebench, whole or sparse."""
+    return saved_kind(metadata) in SAVED
+
+
+def saved_kind(metadata: Mapping[str, str]) -> str | None:
+    """The kind of adapter that metadata written by mergebench name."""
     try:
         about = parse_json(metadata.get(FILE_KEY, "null"))
     except ValueError:
-        return False
-    return isinstance(about, dict) and about.get("kind") == "delta"
+        return None
+    kind = about.get("kind") if isinstance(about, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def read_adapter(source: AdapterSource, options: ReadOptions | None = None) -> TaskVector:

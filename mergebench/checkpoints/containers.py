@@ -17,6 +17,8 @@ from mergebench.core.tensor import Tensor
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 #: The file that makes a folder a checkpoint of ``torch.distributed.checkpoint``.
 DCP = ".metadata"
+#: A published sparse fine-tuning.
+SFT = "pytorch_diff.bin"
 _GGUF = ".gguf"
 _SNIFF = 512
 # Longest name of a tensor, and most dots in one. Names are taken apart at their dots, so without
@@ -104,7 +106,9 @@ def is_container(name: str) -> bool:
 
 
 def open_weights(path: Path) -> SafetensorsFile | Container:
-    """Open one file of weights by its name: PyTorch, GGUF, DCP ``.metadata``, else safetensors.
+    """Open one file of weights by its name.
+
+    ``pytorch_diff.bin`` (sparse), PyTorch, GGUF, DCP ``.metadata``, else safetensors.
 
     Raises
     ------
@@ -127,6 +131,10 @@ def open_weights(path: Path) -> SafetensorsFile | Container:
 
 def _open(path: Path) -> SafetensorsFile | Container:
     suffix = path.suffix.lower()
+    if path.name == SFT:
+        from mergebench.checkpoints.sft import open_sft
+
+        return open_sft(path)
     if path.name == DCP:
         from mergebench.checkpoints.distributed import open_dcp
 

@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mergebench.cli import checking, console, looking, merging, reports, spectra, trying, zoo
+from mergebench.cli import (
+    checking,
+    console,
+    editing,
+    looking,
+    merging,
+    reports,
+    spectra,
+    trying,
+    zoo,
+)
 from mergebench.core.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, MergebenchError
 
 _UNWRITABLE = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG)
@@ -58,6 +68,7 @@ app.command("doctor")(checking.doctor)
 app.command("methods")(looking.methods)
 app.command("adapters")(zoo.adapters)
 app.command("make-basis")(zoo.make_basis)
+app.add_typer(editing.app, name="edit")
 
 
 def _version(wanted: bool) -> None:

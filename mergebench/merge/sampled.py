@@ -9,6 +9,7 @@ from math import inf, isfinite, sqrt
 import numpy as np
 
 from mergebench.adapters_zoo.computed import Computed
+from mergebench.adapters_zoo.scattered import Scattered
 from mergebench.core.delta import Delta, Dense, Difference, LowRank, factors, reads, resident
 from mergebench.core.site import kind_of
 from mergebench.core.tensor import FLOATING, Array, Tensor, size_of
@@ -246,12 +247,15 @@ def _is_computed(delta: Delta) -> bool:
 
 
 def _square(delta: Delta, each: int) -> float:
-    """Estimate of ``‖τ‖²``; exact for factors."""
+    """Estimate of ``‖τ‖²``; exact for factors and for a few stored entries."""
     size = size_of(delta.shape)
     if isinstance(delta, LowRank):
         left, right = factors(delta, np.dtype(np.float64))
         # ‖LR‖² = ⟨LᵀL, RRᵀ⟩, without the product itself.
         square = float(np.sum((left.T @ left) * (right @ right.T)))
+    elif isinstance(delta, Dense) and isinstance(delta.values, Scattered):
+        values = delta.values.values.read(0, delta.values.stored).astype(np.float64)
+        square = _dot(values, values)
     else:
         places = list(runs(size, min(each, FEW) if _is_computed(delta) else each))
         values = _entries(_values(reads(delta)[0]), places)

@@ -14,7 +14,14 @@ from tests.helpers.libraries import llama, save_tuned
 from tests.helpers.running import Ran, assert_done, call
 from tests.helpers.scene import Scene
 
+GROUPS = {group.name: group.typer_instance for group in app.registered_groups}
 PAGES = {command.name: getdoc(command.callback) for command in app.registered_commands}
+PAGES |= {
+    f"{name} {command.name}": getdoc(command.callback)
+    for name, group in GROUPS.items()
+    for command in group.registered_commands
+}
+PAGES |= {name: group.info.help for name, group in GROUPS.items()}
 EXAMPLE = re.compile(r"^ +(mergebench .*)$", re.MULTILINE)
 EXAMPLES = {page: EXAMPLE.findall(text) for page, text in PAGES.items()} | {
     "": EXAMPLE.findall(app.info.help)
@@ -68,6 +75,8 @@ def test_commands_are_documented(scene: Scene) -> None:
     lines = call("--help", cwd=scene.path).out.splitlines()
 
     for page, text in PAGES.items():
+        if " " in page:
+            continue
         (line,) = [line for line in lines if line.startswith(f"  {page} ")]
         assert line.split(None, 1)[1][:30] == text[:30]
 

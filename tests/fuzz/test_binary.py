@@ -19,7 +19,7 @@ from .support import CHECKED, assert_holds, broken_bytes, broken_json, documents
 
 
 @pytest.mark.parametrize(
-    "target", ["whole", "header", "gguf", "pickled", "archive", "dcp", "journal"]
+    "target", ["whole", "header", "gguf", "pickled", "sparse", "archive", "dcp", "journal"]
 )
 @CHECKED
 @given(data=st.data())

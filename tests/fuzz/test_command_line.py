@@ -11,7 +11,7 @@ from tests.helpers.running import assert_done, assert_refused, assert_safe, call
 from .support import seeds, targets
 
 OPENED = ("header", "index", "config", "adapter", "keys", "metadata", "manifest", "gguf", "pickled",
-          "archive", "dcp")  # fmt: skip
+          "sparse", "archive", "dcp")  # fmt: skip
 CASES = [(t, name) for t in OPENED for name in seeds.regressions()[t]]
 
 

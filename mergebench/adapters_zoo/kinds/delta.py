@@ -12,8 +12,8 @@ from mergebench.adapters_zoo.adapter import (
     AdapterSource,
     Kind,
     ReadOptions,
-    is_saved_delta,
     parse_object,
+    saved_kind,
 )
 from mergebench.core.delta import Delta, Dense, Replacement
 from mergebench.core.errors import FormatError
@@ -44,7 +44,7 @@ def delta_metadata(
 
 
 def _detect(source: AdapterSource) -> frozenset[str]:
-    return frozenset(source.tensors) if is_saved_delta(source.metadata) else frozenset()
+    return frozenset(source.tensors) if saved_kind(source.metadata) == "delta" else frozenset()
 
 
 def _read(source: AdapterSource, options: ReadOptions) -> dict[str, Delta]:

@@ -23,7 +23,7 @@ def graft(
     """Graft the entries that moved most of one fine-tune onto the base: θ = θ0 + γ ⊙ τ.
 
     The mask γ holds the largest magnitudes over all merged tensors: the starting mask of the paper,
-    and its baseline without data.
+    and its baseline without data. ``mergebench edit extract-sparse`` stores what is grafted.
 
     Parameters
     ----------

@@ -1,0 +1,126 @@
+"""``edit``: one model or task vector in, another one out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated
+
+import typer
+
+from mergebench.cli import console
+from mergebench.cli import options as o
+
+app = typer.Typer(
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="Make something else of one model or task vector.\n\n"
+    "Examples:\n\n\b\n"
+    "  mergebench edit extract-sparse ft1 --base base --density 0.01 -o diff.safetensors\n"
+    "  mergebench edit extract-sparse ft1 --base base --count 500 --format sft -o language",
+)
+
+
+@app.callback()
+def edit() -> None:
+    """Make something else of one model or task vector."""
+
+
+@app.command("extract-sparse")
+def extract_sparse(
+    model: Annotated[
+        str, typer.Argument(help="What was fine-tuned, or a task vector.", show_default=False)
+    ],
+    base: Annotated[
+        str, typer.Option("--base", "-b", help="The checkpoint it was fine-tuned from.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="A .safetensors file; a folder for --format sft."),
+    ],
+    density: Annotated[
+        float | None, typer.Option("--density", help="Share of entries to keep, in (0, 1].")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option("--count", help="How many entries to keep instead.", min=1)
+    ] = None,
+    scope: Annotated[
+        str, typer.Option("--scope", help="Largest entries of the model, or of each tensor.")
+    ] = "model",
+    whole: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--whole",
+            metavar="SELECTOR",
+            help="Store these tensors in full, as new values, repeatable: class=head.",
+        ),
+    ] = None,
+    form: Annotated[
+        str,
+        typer.Option("--format", help="safetensors, or sft: the published pytorch_diff.bin."),
+    ] = "safetensors",
+    include: o.Include = None,
+    exclude: o.Exclude = None,
+    allow_base_mismatch: o.AllowBaseMismatch = False,
+    force: o.Force = False,
+    memory: o.Memory = "512MiB",
+    workers: o.Workers = None,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Keep the entries in which a fine-tune has moved most, as a sparse difference to its base.
+
+    The result is an adapter: any number of them compose with `merge --base`, and base+diff is the
+    model. Selecting entries after training is a baseline of lottery-ticket sparse fine-tuning,
+    which trains those entries once more.
+
+    Examples:
+
+    \b
+      mergebench edit extract-sparse ft1 --base base --density 0.01 -o diff.safetensors
+      mergebench edit extract-sparse ft1 --base base --count 500 --format sft -o language
+    """
+    from mergebench.core.errors import ParameterError
+    from mergebench.merge.sparse import check_place, extract_sparse, write_sparse
+
+    started = perf_counter()
+    if density is not None and not 0 < density <= 1:
+        raise ParameterError("--density", got=str(density), expected="a number in (0, 1]")
+    check_place(out.expanduser(), form, force=force, inputs=(model, base))
+    with console.bar(quiet or as_json) as progress:
+        made = extract_sparse(
+            model,
+            base,
+            density=density,
+            count=count,
+            scope=scope,
+            whole=whole or (),
+            include=include or (),
+            exclude=exclude or (),
+            allow_base_mismatch=allow_base_mismatch,
+            memory=o.size("--memory", memory),
+            workers=workers,
+            progress=progress,
+        )
+    size = write_sparse(made, out.expanduser(), form, force=force)
+    if as_json:
+        console.say_json(
+            {
+                "path": str(out),
+                "bytes": size,
+                "entries": made.entries,
+                "stored": made.stored,
+                "tensors": {name: int(each[1].size) for name, each in made.diffs.items()},
+                "whole": sorted(made.whole),
+                "notes": list(made.notes),
+                "seconds": round(perf_counter() - started, 3),
+            }
+        )
+        return
+    if quiet:
+        return
+    for text in made.notes:
+        console.note(text)
+    kept = f"{made.stored} of {made.entries} entries in {len(made.diffs)} tensors"
+    more = f", {len(made.whole)} tensors in full" if made.whole else ""
+    console.say(f"{out}: {kept}{more}, {console.size(size)}")
