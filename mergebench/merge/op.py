@@ -180,6 +180,7 @@ class OpSpec:
     chooses: bool = False
     alone: bool = False
     equal_norms: bool = False
+    of_updates: bool = False
 
     @property
     def summary(self) -> str:
@@ -384,6 +385,7 @@ def op(
     apart: Apart = "",
     alone: bool = False,
     equal_norms: bool = False,
+    of_updates: bool = False,
 ) -> Callable[[Callable[Concatenate[Stack, At, P], Stack]], Callable[P, Op]]:
     """Register a function ``(stack, at, **params) -> stack`` and return its factory.
 
@@ -436,6 +438,9 @@ def op(
     equal_norms : bool
         Whether the op is known to fail where task vectors differ in length, so that the plan
         warns earlier.
+    of_updates : bool
+        Whether the op means something for displacements from a base alone: after a method that
+        combines weights it is refused.
     """
 
     def register(function: Callable[Concatenate[Stack, At, P], Stack]) -> Callable[P, Op]:
@@ -462,6 +467,7 @@ def op(
             apart,
             alone=alone,
             equal_norms=equal_norms,
+            of_updates=of_updates,
         )
         return cast("Callable[P, Op]", OPS.add(name, spec))
 

@@ -233,6 +233,7 @@ def make_plan(
     models, base, tied = tie_alike(models, base)
     space = _check_base(recipe, models, base, form, space)
     check_count(method, len(models))
+    _check_updates(recipe, variants, space)
     leader = _leader(recipe, form, first if base is None else None, models)
     variants = split(variants, recipe, models, order)
     variants = recorded(variants, models, weights, base, order, leader)
@@ -533,3 +534,15 @@ def _check_base(
             fix="add --base, or leave out --as model to write an adapter",
         )
     return space
+
+
+def _check_updates(recipe: Recipe, variants: Sequence[Variant], space: str) -> None:
+    """Refuse ops on updates that would get whole weights."""
+    if space != "weight":
+        return
+    for op in (op for each in variants for op in each.ops):
+        if op.spec.of_updates:
+            raise ParameterError(
+                f"{op.name} works on updates, and {recipe.method} gives whole weights here",
+                fix="use a method on task vectors: --method task_arithmetic with --base",
+            )

@@ -112,7 +112,7 @@ def _check(site: Site, weights: str, base: float, net: Net) -> None:
         )
 
 
-@op(linear=True, check=_check)
+@op(linear=True, check=_check, of_updates=True)
 def block_weights(
     stack: Stack,
     at: At,

@@ -11,7 +11,7 @@ from mergebench.compute.namespace import namespace
 from mergebench.merge.op import At, Stack, op
 
 
-@op(needs_models=True)
+@op(needs_models=True, of_updates=True)
 def consensus(
     stack: Stack,
     at: At,

@@ -132,6 +132,7 @@ def _statistic(form: Form, low: float, middle: float, high: float) -> Statistic:
     needs_base=True,
     workspace=_workspace,
     tolerance=TOLERANCE,
+    of_updates=True,
 )
 def larv(
     stack: Stack,

@@ -79,7 +79,7 @@ def _is_linear(alpha: str = NORMS, **_: object) -> bool:
     return alpha != NORMS
 
 
-@op(statistic=_statistic, linear=_is_linear, needs_models=True, check=_check)
+@op(statistic=_statistic, linear=_is_linear, needs_models=True, check=_check, of_updates=True)
 def lines(
     stack: Stack,
     at: At,

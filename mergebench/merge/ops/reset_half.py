@@ -57,7 +57,7 @@ def is_reset(site: Site, seed: int) -> bool:
     return bool(kind) and _module(site.name) in _reset(site, kind, seed)
 
 
-@op(linear=True)
+@op(linear=True, of_updates=True)
 def reset_half(stack: Stack, at: At, seed: Seed = 0) -> Stack:
     """Take half of the modules of every block back to the base (HFT).
 

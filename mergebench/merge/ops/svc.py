@@ -23,6 +23,7 @@ def _workspace(models: int, rows: int, columns: int) -> int:
     equivariant="both",
     workspace=_workspace,
     tolerance=TOLERANCE,
+    of_updates=True,
 )
 def svc(
     stack: Stack,

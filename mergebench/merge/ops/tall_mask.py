@@ -11,7 +11,7 @@ from mergebench.compute.namespace import namespace
 from mergebench.merge.op import At, Stack, op
 
 
-@op(needs_models=True, apart="again")
+@op(needs_models=True, apart="again", of_updates=True)
 def tall_mask(stack: Stack, at: At, mask_lam: Annotated[float, Ge(0)] = 0.4) -> Stack:
     """Keep, for every task, the merged entries that it uses (TALL masks).
 
