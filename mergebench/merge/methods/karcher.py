@@ -31,6 +31,11 @@ def karcher(
     tol : float >= 0, default 1e-5
         Stop where the move is shorter, in radians.
 
+    Notes
+    -----
+    After H. Karcher, *Riemannian center of mass and mollifier smoothing*, Communications on Pure
+    and Applied Mathematics 30, 1977; the use on models is mergekit's.
+
     Deviations
     ----------
     mergekit gives all models one weight; here weights are honoured, negative ones refused. Where

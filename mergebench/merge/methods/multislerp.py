@@ -29,6 +29,12 @@ def multislerp(tangent: Literal["log", "projection"] = "log", normalize: bool = 
     normalize : true or false, default true
         Divide the weights by their sum.
 
+    Notes
+    -----
+    One step of the averaging of S. R. Buss and J. P. Fillmore, *Spherical averages and applications
+    to spherical splines and interpolation*, ACM Transactions on Graphics 20, 2001; the use on
+    models is mergekit's.
+
     Deviations
     ----------
     mergekit maps by projection (preset ``mergekit-0.1.5``), which takes models far from the mean

@@ -33,6 +33,11 @@ def nuslerp(
     scope : row or tensor, default tensor
         What counts as a vector. A row is the last dimension; a vector is one row.
 
+    Notes
+    -----
+    After K. Shoemake, *Animating rotation with quaternion curves*, SIGGRAPH 1985; the use on task
+    vectors is mergekit's.
+
     Deviations
     ----------
     mergekit interpolates linearly only between vectors that are far nearer to parallel than in its

@@ -37,7 +37,8 @@ def slerp(
     Notes
     -----
     t is the second model's share of the weights: ``merge a:0.7 b:0.3`` goes three tenths of the
-    way from a to b. A single model is itself.
+    way from a to b. A single model is itself. After K. Shoemake, *Animating rotation with
+    quaternion curves*, SIGGRAPH 1985.
 
     Deviations
     ----------
