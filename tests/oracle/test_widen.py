@@ -32,7 +32,10 @@ def widen(base: Array, tuned: list[Array], ratio: float, calibration: float) -> 
     """The merged matrix whose columns are axis 1, or vector."""
     tau = np.array([each - base for each in tuned])
     if base.ndim == 1:
-        return base + (scores(np.abs(tau), ratio, calibration) * tau).sum(axis=0)
+        moved = np.abs(tau)
+        soft = np.exp(moved) / np.exp(moved).sum(axis=0)
+        bars = ratio * moved.mean(axis=1, keepdims=True)
+        return base + (np.where(moved > bars, calibration, soft) * tau).sum(axis=0)
     length = np.linalg.norm(base, axis=0)
     lengths = np.array([np.linalg.norm(each, axis=0) for each in tuned])
     cosines = np.array(

@@ -42,8 +42,11 @@ def widen(
     Deviations
     ----------
     Models need not share a tokenizer's order only: rows of embeddings are matched before merging.
-    Entries of biases are weighed like those of norms, by |τ|; kernels of convolutions like
-    matrices of out × (in · ∏ kernel). The authors rank in the dtype of the checkpoint, here it is
-    float64. Columns that did not move have turned by exactly nothing. A single model is itself.
+    Entries of biases are weighed like those of norms, by |τ| as it is, without ranks, so that their
+    softmax depends on the unit of the weights; kernels of convolutions like matrices of
+    out × (in · ∏ kernel). The authors subtract lengths and cosines that are nearly equal in the
+    dtype of the checkpoint, here both are computed from τ in float64. Columns that did not move
+    have turned by exactly nothing; one of zeros is at right angles to any other, where the
+    authors' code divides by zero. A single model is itself.
     """
     return chain(disentangle(ratio, calibration), weigh(), sum_(), scale(lam))
