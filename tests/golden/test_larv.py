@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from mergebench import merge_models
 from mergebench.merge.ops.larv import conflict, effective_rank, gate
+from tests.helpers.adapters import factors, save_peft
+from tests.helpers.running import assert_done, assert_refused, call
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -104,3 +109,59 @@ def test_nothing_to_scale() -> None:
     got = merge_models([moved], base=base, method="task_arithmetic", then=["larv"])
     for name, array in moved.items():
         np.testing.assert_array_equal(got[name], array)
+
+
+def test_conflicts_that_are_equal_but_for_rounding() -> None:
+    """The same update at other sizes in every block: scores differ by depth alone, ĉ is 0."""
+    random = np.random.default_rng(0)
+    weight, update = random.normal(size=(2, 6, 5))
+    names = [f"model.layers.{block}.w.weight" for block in range(4)]
+    base = {name: weight.copy() for name in names}
+    tuned = {
+        name: weight + size * update
+        for name, size in zip(names, (0.1, 0.07, 0.3, 0.011), strict=True)
+    }
+    plain = merge_models([tuned], base=base, method="task_arithmetic")
+    got = merge_models([tuned], base=base, method="task_arithmetic", then=["larv"])
+
+    def rank(matrix: np.ndarray) -> float:
+        shares = np.linalg.svd(matrix, compute_uv=False) ** 2
+        shares /= shares.sum()
+        return float(np.exp(-np.sum(shares * np.log(shares))))
+
+    for block, name in enumerate(names):
+        score = rank(weight) / rank(update) * ((block + 1) / 4) ** 0.5 / (1 + np.log(2.0))
+        factor = 1 + np.tanh(3 * (score - 1)) / 2
+        moved = (got[name] - weight) / (plain[name] - weight)
+        assert np.abs(moved - factor).max() < 1e-6
+
+
+def test_files_and_command_line(tmp_path: Path) -> None:
+    """The same from files, for an adapter on its base; without a base it is refused."""
+    random = np.random.default_rng(0)
+    made = factors(1, 4)
+    save_peft(tmp_path / "lora", made, alpha=8.0)
+    base = {
+        f"{module}.weight": random.normal(size=(B.shape[0], A.shape[1])).astype(np.float32)
+        for module, (B, A) in made.items()
+    }
+    save_file(base, tmp_path / "base.safetensors")
+    common = ("merge", "lora", "-m", "task_arithmetic", "--then", "larv:form=tiers,high=2")
+    assert_done(call(*common, "-b", "base.safetensors", "-o", "out.safetensors", cwd=tmp_path))
+    got = load_file(tmp_path / "out.safetensors")
+    update = {name: (got[name] - base[name]) for name in base}
+    ratios = set()
+    for module, (B, A) in made.items():
+        whole = 2.0 * B.astype(float) @ A.astype(float)
+        ratio = float(np.sum(update[f"{module}.weight"] * whole) / np.sum(whole * whole))
+        ratios.add(round(ratio, 3))
+    assert ratios <= {0.5, 0.75, 2.0}
+    assert len(ratios) > 1
+    assert_refused(call(*common, "-o", "none.safetensors", cwd=tmp_path), "--base")
+    assert not (tmp_path / "none.safetensors").exists()
+    for bad in ("larv:form=deep", "larv:low=x", "larv:tiers=3"):
+        assert_refused(call(*common[:4], "--then", bad, "-b", "base.safetensors", cwd=tmp_path))
+    plan = json.loads(
+        assert_done(call("plan", *common[1:], "-b", "base.safetensors", "--json", cwd=tmp_path)).out
+    )
+    assert plan["passes"] == 2

@@ -13,6 +13,8 @@ from mergebench.core.site import Site
 from mergebench.merge.op import At, Stack, Statistic, Sweep, op
 
 Form = Literal["continuous", "tiers"]
+#: A spread of conflicts below this is rounding.
+_SPREAD = 1e-6
 #: A numbered block: its stack and its index.
 Layer = tuple[str, int]
 
@@ -109,10 +111,11 @@ def _scales(
     xp = namespace(ratios[0])
     centre = _mean(conflicts)
     variance = _mean([(each - centre) ** 2 for each in conflicts])
-    even = xp.astype(variance == 0, variance.dtype)
+    # Blocks whose conflicts differ by rounding alone conflict alike.
+    even = xp.astype(variance <= _SPREAD**2, variance.dtype)
     spread = xp.sqrt(variance + even)
     scores = [
-        ratio * depth**0.5 / (1 + xp.log1p(xp.exp((each - centre) / spread)))
+        ratio * depth**0.5 / (1 + xp.log1p(xp.exp((1 - even) * (each - centre) / spread)))
         for ratio, each, depth in zip(ratios, conflicts, depths, strict=True)
     ]
     if form == "continuous":
