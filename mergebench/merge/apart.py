@@ -85,7 +85,8 @@ def _parts(label: str) -> list[str]:
     path = Path(label.rpartition("+")[2] or label)
     path = path if path.name not in ("", "..") else path.resolve()
     whole = [*path.parts[:-1], path.stem if path.suffix in _SUFFIXES else path.name]
-    return [safe for part in whole if (safe := _UNSAFE.sub("_", part).strip("_"))] or ["model"]
+    safe = [_UNSAFE.sub("_", part).strip("_") for part in whole]
+    return [part for part in safe if part.strip(".")] or ["model"]
 
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json")

@@ -109,6 +109,7 @@ def test_a_recipe_names_tasks(scene: Scene) -> None:
         (["models[0]", "models[1]"], ["models_0", "models_1"]),
         (["…/ü x", "a,b"], ["ü_x", "a_b"]),
         (["!", "?"], ["model", "model-2"]),
+        ([":.", "x/:.."], ["model", "x"]),
     ],
 )
 def test_names(labels: list[str], expected: list[str]) -> None:

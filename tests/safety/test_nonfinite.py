@@ -41,6 +41,7 @@ PARAMS: Mapping[str, Mapping[str, Any]] = {
     "dare": {"density": 1.0},
     "dare_linear": {"density": 1.0},
     "dare_ties": {"density": 1.0},
+    "knots_dare_ties": {"density": 1.0},
     "della": {"density": 1.0, "epsilon": 0.0},
     "della_linear": {"density": 1.0, "epsilon": 0.0},
 }
