@@ -133,5 +133,8 @@ def test_the_grids_are_those_of_the_table():
 
 def test_each_lambda_has_a_folder_of_its_own():
     swept = Merge("TIES", "ties", ("0.4", "1"))
-    assert outputs(swept, Path("o")) == {"0.4": Path("o/lam=0.4"), "1": Path("o/lam=1")}
-    assert outputs(Merge("Soup", "linear"), Path("o")) == {"": Path("o")}
+    assert outputs(swept, [], Path("o")) == {"0.4": Path("o/lam=0.4"), "1": Path("o/lam=1")}
+    assert outputs(Merge("Soup", "linear"), [], Path("o")) == {"": Path("o")}
+    apart = Merge("EMR", "emr", based=True, apart=True)
+    found = outputs(apart, [Path("x/ft-a"), Path("x/ft-b")], Path("o"))
+    assert found == {"ft-a": Path("o/ft-a"), "ft-b": Path("o/ft-b")}

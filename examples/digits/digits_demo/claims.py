@@ -42,6 +42,8 @@ CLAIMS = (
     Claim("2502.04959", "iso_c-full", "tsv_merge-full"),
     Claim("2502.04959", "iso_cts-full", "iso_c-full"),
     Claim("2503.08099", "wudi-full", "tsv_merge-full"),
+    Claim("2405.17461", "emr-full", "tsv_merge-full"),
+    Claim("2412.00081", "tsv_compress-full", "experts-full", margin=3.0),
     Claim("2410.19735", "knots_ties-lora16", "ties-lora16"),
     Claim("2509.17786", "core_ties-lora16", "knots_ties-lora16"),
 )

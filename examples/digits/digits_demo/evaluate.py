@@ -109,17 +109,27 @@ def score_single(settings: Settings, work: Path, seed: int) -> Score:
 def score_merge(settings: Settings, work: Path, seed: int, merge: Merge) -> Score:
     """Merge, choose λ by the mean validation accuracy of the six domains, and test that one."""
     base = Expert(seed).folder(settings, work)
-    experts = list(expert_folders(settings, work, seed, merge.rank).values())
+    experts = expert_folders(settings, work, seed, merge.rank)
     out = work / "merged" / f"seed{seed}" / merge.name
-    models = {
-        lam: load_model(folder) for lam, folder in run_merge(merge, experts, base, out).items()
-    }
+    made = run_merge(merge, list(experts.values()), base, out)
+    if merge.apart:
+        return _score_apart(merge, seed, {d: made[path.name] for d, path in experts.items()})
+    models = {lam: load_model(folder) for lam, folder in made.items()}
     val = evaluation_sets(seed, "val")
     validation = {lam: domain_mean(accuracies(model, val)) for lam, model in models.items()}
     lam = best(validation)
     test = accuracies(models[lam], evaluation_sets(seed, "test"))
     reference = family(merge.rank)
     return Score(merge.title, merge.name, "merge", reference, test, lam, validation)
+
+
+def _score_apart(merge: Merge, seed: int, folders: Mapping[str, Path]) -> Score:
+    """Test each domain's own model on that domain; upright is the mean over them."""
+    sets = evaluation_sets(seed, "test")
+    matrix = {domain: accuracies(load_model(each), sets) for domain, each in folders.items()}
+    own = {domain: matrix[domain][domain] for domain in DOMAINS}
+    own[UPRIGHT] = fmean(row[UPRIGHT] for row in matrix.values())
+    return Score(merge.title, merge.name, "apart", family(merge.rank), own, matrix=matrix)
 
 
 def _load_experts(

@@ -20,7 +20,7 @@ class Merge:
     ``grid`` holds the values of λ as text, or those of the parameter ``over``; empty means that
     nothing is searched. ``rank`` None merges the full fine-tunes, a number merges the LoRAs of
     that rank. ``then`` names ops that follow, and ``based`` is for methods without λ that need
-    the base.
+    the base. ``apart`` methods give every domain a model of its own.
     """
 
     title: str
@@ -31,6 +31,7 @@ class Merge:
     then: tuple[str, ...] = ()
     based: bool = False
     over: str = "lam"
+    apart: bool = False
 
     @property
     def name(self) -> str:
@@ -87,6 +88,9 @@ def every(settings: Settings) -> list[Merge]:
         Merge("TIES, LiNeS", "ties", means, density, then=("lines:beta=0.5",)),
         Merge("Task arithmetic, SVC", "task_arithmetic", sums, then=("svc",)),
         Merge("TIES, SVC", "ties", ties, density, then=("svc",)),
+        Merge("WIDEN", "widen", sums),
+        Merge("Orthogonal, sequential", "orthogonal", sums),
+        Merge("TIES, LARV", "ties", ties, density, then=("larv",)),
         Merge("STAR", "star", means),
         Merge("CART", "cart", means),
         Merge("TSV-M", "tsv_merge", means),
@@ -95,6 +99,13 @@ def every(settings: Settings) -> list[Merge]:
         Merge("WUDI", "wudi", means),
         Merge("WUDI, closed form", "wudi", means, ("solver=exact",)),
     ]
+    per_task = [
+        Merge("EMR", "emr", based=True, apart=True),
+        Merge("TALL masks", "tall_masks", based=True, apart=True),
+        Merge("TSV-Compress", "tsv_compress", based=True, apart=True),
+        Merge("Twin-Merging", "twin_merging", based=True, apart=True),
+        Merge("FlexMerge, size 2", "flexmerge", based=True, apart=True),
+    ]
     rank = settings.ranks[-1]
     adapters = [
         Merge(f"KnOTS TIES, LoRA r={rank}", "knots_ties", ties, density, rank),
@@ -102,7 +113,7 @@ def every(settings: Settings) -> list[Merge]:
         Merge(f"TSV-M, LoRA r={rank}", "tsv_merge", means, (), rank),
         Merge(f"Iso-C, LoRA r={rank}", "iso_c", means, (), rank),
     ]
-    return full + adapters
+    return full + per_task + adapters
 
 
 def find_command() -> str:
@@ -131,8 +142,13 @@ def arguments(merge: Merge, experts: Sequence[Path], base: Path, out: Path) -> l
     return [*line, "-o", str(out), "--quiet"]
 
 
-def outputs(merge: Merge, out: Path) -> dict[str, Path]:
-    """Map each λ of ``merge`` (or ``""``) to the folder that the command fills."""
+def outputs(merge: Merge, experts: Sequence[Path], out: Path) -> dict[str, Path]:
+    """Map each λ of ``merge`` (or ``""``) to the folder that the command fills.
+
+    Where every domain has a result of its own, map the name of each expert's folder instead.
+    """
+    if merge.apart:
+        return {expert.name: out / expert.name for expert in experts}
     if len(merge.grid) > 1:
         return {value: out / f"{merge.over}={value}" for value in merge.grid}
     return {(merge.grid[0] if merge.grid else ""): out}
@@ -146,4 +162,4 @@ def run_merge(merge: Merge, experts: Sequence[Path], base: Path, out: Path) -> d
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(line)}\nexited {done.returncode}:\n{done.stderr}")
-    return outputs(merge, out)
+    return outputs(merge, experts, out)

@@ -16,7 +16,13 @@ from .summary import Row
 _EXAMPLES = 4
 #: Inches of a bar, and how many curves can be told apart.
 _ROW, _CURVES = 0.24, 12
-_COLOURS = {"base": "#777777", "experts": "#4c78a8", "single": "#9ecae9", "merge": "#e45756"}
+_COLOURS = {
+    "base": "#777777",
+    "experts": "#4c78a8",
+    "single": "#9ecae9",
+    "merge": "#e45756",
+    "apart": "#54a24b",
+}
 
 
 def draw(rows: Sequence[Row], seed: int, path: Path) -> None:

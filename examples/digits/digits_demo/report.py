@@ -22,8 +22,9 @@ from .summary import Measure, Row, summarise
 _UNLIMITED = 1000
 CAPTION = (
     "Test accuracy in %, mean ± standard deviation over {seeds} seed(s). Experts are measured "
-    "each on its own domain; normalised is the mean over the six domains of accuracy / accuracy "
-    "of that domain's expert (of the same rank for LoRA merges); upright is the pretraining task."
+    "each on its own domain, and so are methods with one model per task; normalised is the mean "
+    "over the six domains of accuracy / accuracy of that domain's expert (of the same rank for "
+    "LoRA merges); upright is the pretraining task."
 )
 
 
