@@ -41,6 +41,7 @@ CLAIMS = (
     Claim("2412.00081", "tsv_merge-full", "consensus_ta-full"),
     Claim("2502.04959", "iso_c-full", "tsv_merge-full"),
     Claim("2502.04959", "iso_cts-full", "iso_c-full"),
+    Claim("2602.09413", "iso_c+larv-full", "iso_c-full"),
     Claim("2503.08099", "wudi-full", "tsv_merge-full"),
     Claim("2405.17461", "emr-full", "tsv_merge-full"),
     Claim("2412.00081", "tsv_compress-full", "experts-full", margin=3.0),
