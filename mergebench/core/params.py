@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from annotated_types import Interval
 
 from mergebench.core.errors import ParameterError, did_you_mean
-from mergebench.core.schedule import Cases, each_leaf, parse_schedule
+from mergebench.core.schedule import ByName, Cases, each_leaf, parse_schedule
 
 #: The seed of everything that is random.
 Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
@@ -137,9 +137,13 @@ class Param:
 
 def _checked(param: Param, value: Any, owner: str, default: Any) -> Any:
     """The value with every plain value in it checked."""
-    if "cases" in value if isinstance(value, Mapping) else param.kind in (float, int):
+    if (
+        {"cases", "by_name"} & set(value)
+        if isinstance(value, Mapping)
+        else param.kind in (float, int)
+    ):
         value = parse_schedule(value, param.name)
-    if isinstance(value, Cases) and value.otherwise is None and default is None:
+    if isinstance(value, (Cases, ByName)) and value.otherwise is None and default is None:
         raise ParameterError(
             f"{owner}: `{param.name}` has values for some tensors only, and no default",
             fix=f"give {param.name}=…, {param.describe()}",

@@ -1,14 +1,15 @@
 """Schedules: values that differ between the tensors of a model.
 
-A parameter or a weight is a plain value, a :class:`Gradient` over the depth of the model, or
-:class:`Cases` for selected tensors. All are frozen values, so they can be hashed, stored in a
-recipe and printed.
+A parameter or a weight is a plain value, a :class:`Gradient` over the depth of the model,
+:class:`Cases` for selected tensors, or a :class:`ByName`. All are frozen values, so they can be
+hashed, stored in a recipe and printed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import isfinite
 from typing import Any
 
@@ -76,18 +77,45 @@ class Cases:
         )
 
 
+@dataclass(frozen=True)
+class ByName:
+    """A number for each tensor that is named: what is learned tensor by tensor.
+
+    Attributes
+    ----------
+    pairs : tuple of (str, float)
+        Names of tensors in the base's layout, each once.
+    otherwise : float or None
+        For all other tensors; ``None`` stands for the parameter's default.
+    """
+
+    pairs: tuple[tuple[str, Any], ...]
+    otherwise: Any = None
+
+    @cached_property
+    def _numbers(self) -> dict[str, Any]:
+        return dict(self.pairs)
+
+    def at(self, site: Site) -> Any:
+        """The number at one tensor."""
+        return self._numbers.get(site.name, self.otherwise)
+
+    def __str__(self) -> str:
+        return f"{len(self.pairs)} numbers by tensor"
+
+
 def _short(number: float) -> str:
     return str(int(number)) if number == int(number) else repr(number)
 
 
 def is_schedule(value: Any) -> bool:
     """Whether a value differs between tensors."""
-    return isinstance(value, (Gradient, Cases))
+    return isinstance(value, (Gradient, Cases, ByName))
 
 
 def value_at(value: Any, site: Site) -> Any:
     """A value at one tensor; plain values are the same everywhere."""
-    return value.at(site) if isinstance(value, (Gradient, Cases)) else value
+    return value.at(site) if is_schedule(value) else value
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -98,6 +126,9 @@ def leaves(value: Any) -> Iterator[Any]:
         for _, case in value.cases:
             yield from leaves(case)
         yield from leaves(value.otherwise)
+    elif isinstance(value, ByName):
+        yield from (number for _, number in value.pairs)
+        yield value.otherwise
     else:
         yield value
 
@@ -112,6 +143,9 @@ def each_leaf(value: Any, function: Callable[[Any], Any], default: Any = None) -
         )
         rest = default if value.otherwise is None else each_leaf(value.otherwise, function, default)
         return Cases(cases, rest)
+    if isinstance(value, ByName):
+        rest = default if value.otherwise is None else function(value.otherwise)
+        return ByName(tuple((name, function(number)) for name, number in value.pairs), rest)
     return function(value)
 
 
@@ -123,13 +157,22 @@ def selectors(value: Any) -> tuple[Selector, ...]:
     return (*(each for each, _ in value.cases), *inner, *selectors(value.otherwise))
 
 
+def names(value: Any) -> tuple[str, ...]:
+    """The tensors that a value names."""
+    if isinstance(value, Cases):
+        inner = [each for _, case in value.cases for each in names(case)]
+        return (*inner, *names(value.otherwise))
+    return tuple(name for name, _ in value.pairs) if isinstance(value, ByName) else ()
+
+
 def parse_schedule(data: Any, name: str) -> Any:
     """A value from recipe data or text: plain values are returned as they are.
 
     Parameters
     ----------
     data : object
-        ``"0..0.5..1"``, or ``{"cases": [{"select": …, "value": …}], "else": …}``.
+        ``"0..0.5..1"``, ``{"cases": [{"select": …, "value": …}], "else": …}`` or
+        ``{"by_name": {name: number}, "else": …}``.
     name : str
         Of the parameter, for messages.
 
@@ -138,7 +181,7 @@ def parse_schedule(data: Any, name: str) -> Any:
     ParameterError
         For a malformed gradient, mapping or selector.
     """
-    if isinstance(data, (Gradient, Cases)):
+    if is_schedule(data):
         return data
     if isinstance(data, str) and ".." in data:
         parts = data.split("..")
@@ -149,7 +192,7 @@ def parse_schedule(data: Any, name: str) -> Any:
             )
         return Gradient(tuple(value for value in values if value is not None))
     if isinstance(data, Mapping):
-        return _cases(data, name)
+        return _by_name(data, name) if "by_name" in data else _cases(data, name)
     return data
 
 
@@ -182,6 +225,21 @@ def _cases(data: Mapping[Any, Any], name: str) -> Cases:
     return Cases(tuple(cases), _inner(data.get("else"), name))
 
 
+def _by_name(data: Mapping[Any, Any], name: str) -> ByName:
+    listed, rest = data["by_name"], data.get("else")
+    if set(data) - {"by_name", "else"} or not isinstance(listed, Mapping) or not listed:
+        raise ParameterError(
+            f"`{name}`: numbers by tensor are {{by_name: {{tensor: number, …}}, else: number}}",
+            got=repr(dict(data))[:200],
+        )
+    for tensor, number in [*listed.items(), ("else", 0.0 if rest is None else rest)]:
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise ParameterError(
+                f"`{name}`: the value at tensor {str(tensor)!r} is no number", got=repr(number)[:99]
+            )
+    return ByName(tuple((str(tensor), number) for tensor, number in listed.items()), rest)
+
+
 def _inner(data: Any, name: str) -> Any:
     if isinstance(data, list):
         raise ParameterError(
@@ -201,4 +259,7 @@ def to_plain(value: Any) -> Any:
             ]
         }
         return data if value.otherwise is None else data | {"else": to_plain(value.otherwise)}
+    if isinstance(value, ByName):
+        table: dict[str, Any] = {"by_name": dict(value.pairs)}
+        return table if value.otherwise is None else table | {"else": value.otherwise}
     return value

@@ -25,11 +25,11 @@ from mergebench.merge.align import Aligned, align, in_places
 from mergebench.merge.buffers import settle
 from mergebench.merge.configs import check_configs
 from mergebench.merge.energy import ranks_by_energy
-from mergebench.merge.fit import check_fit
 from mergebench.merge.limits import DEFAULT_MEMORY, check_places, choose_tiling
 from mergebench.merge.lora_layout import in_full
 from mergebench.merge.method import METHODS, Method
 from mergebench.merge.mismatch import Odd, even_out, extended
+from mergebench.merge.on_base import check_fit
 from mergebench.merge.origin import Origin, check_saved, measure, named_bases
 from mergebench.merge.package import Package, package
 from mergebench.merge.partition import check_count, methods_of

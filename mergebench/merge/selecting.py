@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mergebench.checkpoints.layout import Checkpoint
-from mergebench.core.errors import MismatchError, ParameterError
-from mergebench.core.schedule import is_schedule, selectors, value_at
+from mergebench.core.errors import MismatchError, ParameterError, did_you_mean
+from mergebench.core.schedule import is_schedule, names, selectors, value_at
 from mergebench.core.site import Site, make_sites, parse_pattern
 from mergebench.core.tensor import Tensor
 from mergebench.merge.align import Aligned
@@ -229,8 +229,23 @@ def _check_schedules(
         where = what if number is None else f"{spelled(recipe, number)}: {what}"
         for selector in selectors(value):
             check_matches(f"{where}: {selector}", selector, within)
-    for selector in (selector for weight in weights for selector in selectors(weight)):
-        check_matches(f"weight: {selector}", selector, sites)
+        _check_names(where, value, within)
+    for weight in weights:
+        for selector in selectors(weight):
+            check_matches(f"weight: {selector}", selector, sites)
+        _check_names("weight", weight, sites)
+
+
+def _check_names(what: str, value: Any, sites: Sequence[Site]) -> None:
+    """Every tensor that a value names must be one that is merged."""
+    given = names(value)
+    known = {site.name for site in sites} if given else set()
+    if missing := [name for name in given if name not in known]:
+        raise ParameterError(
+            f"{what}: numbers for {len(missing)} tensors that are not merged, such as "
+            f"{missing[0]!r}",
+            fix=did_you_mean(missing[0], known),
+        )
 
 
 def _weighed(item: Item, weights: Sequence[Any], recipe: Recipe, part: int | None) -> Item:

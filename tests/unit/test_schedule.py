@@ -7,9 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mergebench import merge_models
 from mergebench.core.errors import ParameterError
-from mergebench.core.rules import add_rules, parse_rule
-from mergebench.core.schedule import Cases, Gradient, parse_schedule, to_plain, value_at
+from mergebench.core.rules import add_rules, parse_rule, parse_weight
+from mergebench.core.schedule import (
+    ByName,
+    Cases,
+    Gradient,
+    parse_schedule,
+    to_plain,
+    value_at,
+)
 from mergebench.core.selector import Selector
 from mergebench.core.site import Site, make_sites
 from mergebench.core.unet import unet_block
@@ -221,3 +229,47 @@ def test_block_presets() -> None:
         factors_of("1/2", 0, "sd15")
     with pytest.raises(ParameterError, match="no preset 'GRAD_B'; did you mean 'GRAD_"):
         factors_of("GRAD_B", 0, "sd15")
+
+
+def test_numbers_by_name() -> None:
+    """A tensor's own number, or what is said of the others; round trip through plain data."""
+    value = ByName((("layers.0.mlp.up.weight", 0.25), ("lm_head.weight", -1.0)), 0.5)
+    assert value.at(SITES["layers.0.mlp.up.weight"]) == 0.25
+    assert value_at(value, SITES["lm_head.weight"]) == -1.0
+    assert value.at(SITES["embed_tokens.weight"]) == 0.5
+    assert parse_schedule(to_plain(value), "weight") == value
+    alone = ByName((("a", 2.0),))
+    assert to_plain(alone) == {"by_name": {"a": 2.0}}
+    assert parse_weight(to_plain(alone), "a model") == ByName((("a", 2.0),), 1.0)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"by_name": {}},
+        {"by_name": [1.0]},
+        {"by_name": {"a": "1"}},
+        {"by_name": {"a": True}},
+        {"by_name": {"a": 1.0}, "cases": []},
+        {"by_name": {"a": 1.0}, "else": "x"},
+    ],
+)
+def test_numbers_by_name_are_numbers(data: Any) -> None:
+    """Anything else is refused with the name of the parameter."""
+    with pytest.raises(ParameterError, match="weight"):
+        parse_weight(data, "a model")
+
+
+def test_numbers_by_name_reach_their_tensors() -> None:
+    """In a merge, and a name that no merged tensor has is refused."""
+    base = {"a": np.zeros(2, np.float32), "b": np.zeros(2, np.float32)}
+    tuned = {"a": np.ones(2, np.float32), "b": np.ones(2, np.float32)}
+    weight = {"by_name": {"a": 0.25}, "else": 2.0}
+    merged = merge_models([(tuned, weight)], base=base, method="task_arithmetic", lam=1.0)
+    np.testing.assert_array_equal(merged["a"], [0.25, 0.25])
+    np.testing.assert_array_equal(merged["b"], [2.0, 2.0])
+    lam = {"by_name": {"b": 0.5}, "else": 0.0}
+    scaled = merge_models([tuned], base=base, method="task_arithmetic", lam=lam)
+    assert (scaled["a"].tolist(), scaled["b"].tolist()) == ([0.0, 0.0], [0.5, 0.5])
+    with pytest.raises(ParameterError, match="not merged, such as 'aa'"):
+        merge_models([(tuned, {"by_name": {"aa": 1.0}})], base=base, method="task_arithmetic")
