@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -82,3 +83,24 @@ def read_object(path: Path, *, strict: bool = False) -> dict[str, Any]:
             fix="download it again or correct it",
         )
     return parsed
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or none, in place of what stood there.
+
+    Raises
+    ------
+    MergebenchError
+        If it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise cannot("written", path, error) from None

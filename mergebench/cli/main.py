@@ -14,6 +14,7 @@ from mergebench.cli import (
     checking,
     console,
     editing,
+    fitting,
     looking,
     merging,
     reports,
@@ -58,6 +59,7 @@ app = typer.Typer(
 app.command("merge")(merging.merge)
 app.command("plan")(merging.plan)
 app.command("run")(merging.run)
+app.command("compare")(fitting.compare)
 app.command("inspect")(looking.inspect)
 app.command("diff")(looking.diff)
 app.command("crosstalk")(reports.crosstalk)
@@ -69,6 +71,7 @@ app.command("methods")(looking.methods)
 app.command("adapters")(zoo.adapters)
 app.command("make-basis")(zoo.make_basis)
 app.add_typer(editing.app, name="edit")
+app.add_typer(fitting.app, name="fit")
 
 
 def _version(wanted: bool) -> None:

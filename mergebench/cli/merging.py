@@ -212,7 +212,6 @@ def _recipe(
         VOCAB,
         ModelRef,
         Recipe,
-        parse_assignment,
         parse_op,
         parse_part,
         with_rules,
@@ -229,17 +228,10 @@ def _recipe(
             raise ParameterError(f"{option}: {value!r}", fix=did_you_mean(value, known))
     if shard_size is not None:
         o.size("--shard-size", shard_size)
-    params: dict[str, Any] = {}
-    for text in param or []:
-        key, value = parse_assignment(text)
-        if key in params:
-            raise ParameterError(f"parameter {key!r} is given twice", fix=f"write -p {key}=a,b")
-        parts = tuple(part.strip() for part in value.split(","))
-        params[key] = parts if len(parts) > 1 else parts[0]
     recipe = Recipe(
         models=tuple(ModelRef(*split_weight(each)) for each in models),
         method=method or ("" if method_for else "linear"),
-        params=params,
+        params=parse_params(param or []),
         then=tuple(parse_op(each) for each in then or []),
         parts=tuple(parse_part(each) for each in method_for or []),
         tasks=tuple(task or ()),
@@ -264,6 +256,27 @@ def _recipe(
         out=out,
     )
     return _with_out(with_rules(recipe, where or ()))
+
+
+def parse_params(texts: list[str]) -> dict[str, Any]:
+    """Values of ``-p``; several are a tuple.
+
+    Raises
+    ------
+    ParameterError
+        If one is given twice, or is no assignment.
+    """
+    from mergebench.core.errors import ParameterError
+    from mergebench.recipe import parse_assignment
+
+    params: dict[str, Any] = {}
+    for text in texts:
+        key, value = parse_assignment(text)
+        if key in params:
+            raise ParameterError(f"parameter {key!r} is given twice", fix=f"write -p {key}=a,b")
+        parts = tuple(part.strip() for part in value.split(","))
+        params[key] = parts if len(parts) > 1 else parts[0]
+    return params
 
 
 def _with_out(recipe: Recipe) -> Recipe:

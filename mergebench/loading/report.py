@@ -15,7 +15,13 @@ from mergebench.packages import install_line
 
 Shape = tuple[int, ...]
 #: Library -> the extra that brings it along.
-EXTRAS = {"transformers": "eval", "diffusers": "diffusers", "peft": "peft", "accelerate": "eval"}
+EXTRAS = {
+    "transformers": "eval",
+    "diffusers": "diffusers",
+    "peft": "peft",
+    "accelerate": "eval",
+    "lm_eval": "eval",
+}
 
 
 class NotCheckedError(MergebenchError):

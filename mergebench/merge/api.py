@@ -161,7 +161,7 @@ def merge_models(
         return written if _several(plan) else written[0]
     results = execute_in_memory(plan, progress)
     if any(_is_torch(model) for model, _ in pairs):
-        results = [_to_torch(each) for each in results]
+        results = [to_torch(each) for each in results]
     return results if _several(plan) else results[0]
 
 
@@ -225,7 +225,8 @@ def _is_torch(model: Any) -> bool:
     return isinstance(model, Mapping) and any(hasattr(v, "detach") for v in model.values())
 
 
-def _to_torch(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def to_torch(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Torch tensors that share memory with numpy arrays, bfloat16 and float8 included."""
     import torch
 
     special = {

@@ -1,0 +1,1 @@
+"""What needs data: soups, searches and learned coefficients. Fitting writes numbers, as recipes."""

@@ -1,0 +1,113 @@
+"""Recipes under test: merged in memory, or in a folder that is gone afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Self
+
+from mergebench.core.errors import ParameterError
+from mergebench.core.tensor import Array
+from mergebench.merge.engine import execute, execute_in_memory
+from mergebench.merge.limits import DEFAULT_MEMORY
+from mergebench.merge.plan import Plan, make_plan
+from mergebench.merge.resume import resume_key
+from mergebench.recipe import ModelRef, Recipe
+
+
+class Candidate:
+    """One recipe, with one result.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Without lists of values; ``out`` and ``form`` do not matter: a whole model is made.
+    label : str
+    memory : int, bytes
+    workers : int, optional
+    scratch : Path, optional
+        Where a folder may be written; the system's place for temporary files by default.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        label: str,
+        *,
+        memory: int = DEFAULT_MEMORY,
+        workers: int | None = None,
+        scratch: Path | None = None,
+    ) -> None:
+        self.recipe = replace(recipe, form="model", out=None, shard_size=None)
+        self.label = label
+        self._memory, self._workers, self._scratch = memory, workers, scratch
+        self._place: TemporaryDirectory[str] | None = None
+        self._arrays: dict[str, Array] | None = None
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What the recipe comes to; every error of the recipe shows here."""
+        made = make_plan(self.recipe, memory=self._memory, workers=self._workers)
+        if len(made.variants) != 1:
+            raise ParameterError(
+                f"{self.recipe.method or 'the recipe'} gives {len(made.variants)} models",
+                expected="one to be scored",
+                fix="name one of its tasks, or a method that gives one model",
+            )
+        return made
+
+    @cached_property
+    def key(self) -> str:
+        """Names the bytes of the model, 32 hex digits."""
+        return resume_key(self.plan, self.plan.variants[0])
+
+    def arrays(self) -> dict[str, Array]:
+        """Tensor name -> values."""
+        if self._arrays is None:
+            (self._arrays,) = execute_in_memory(self.plan)
+        return self._arrays
+
+    def folder(self) -> Path:
+        """A folder of the whole model; the model's own where it is merely one."""
+        if (given := self._as_given()) is not None:
+            return given
+        if self._place is None:
+            self._place = TemporaryDirectory(prefix="mergebench-fit-", dir=self._scratch)
+            out = Path(self._place.name) / "model"
+            execute(make_plan(replace(self.recipe, out=str(out)), memory=self._memory,
+                              workers=self._workers))  # fmt: skip
+        return Path(self._place.name) / "model"
+
+    def _as_given(self) -> Path | None:
+        """The folder of a recipe that is one whole model and nothing else."""
+        if self.recipe != only(self.recipe.models[0].path):
+            return None
+        path = Path(self.recipe.models[0].path).expanduser()
+        whole = (path / "config.json").is_file() and not (path / "adapter_config.json").exists()
+        return path if whole else None
+
+    def close(self) -> None:
+        """Give memory and disk back."""
+        self._arrays = None
+        if self._place is not None:
+            self._place.cleanup()
+            self._place = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def only(path: str, base: str | None = None) -> Recipe:
+    """The recipe of one model as it is; an adapter with its base."""
+    return Recipe(models=(ModelRef(path),), method="linear", form="model", base=base)

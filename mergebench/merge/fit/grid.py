@@ -1,0 +1,89 @@
+"""Every combination of listed values, scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mergebench.core.errors import ParameterError
+from mergebench.merge.fit.scores import Outcome, Scores, mean_value
+from mergebench.merge.fit.soups import Make
+from mergebench.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One recipe that was scored.
+
+    Attributes
+    ----------
+    label : str
+        Such as ``lam=0.3,density=0.2``.
+    recipe : Recipe
+    outcomes : tuple of Outcome
+        One per task.
+    """
+
+    label: str
+    recipe: Recipe
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def value(self) -> float | None:
+        """Mean over tasks of the metric that counts, more always better."""
+        return mean_value(self.outcomes)
+
+    @property
+    def seconds(self) -> float:
+        """What scoring took."""
+        return sum(each.seconds for each in self.outcomes)
+
+
+def best_of(trials: Sequence[Trial]) -> Trial:
+    """The trial of the highest value; the first among equals.
+
+    Raises
+    ------
+    ParameterError
+        If none has one.
+    """
+    scored = [each for each in trials if each.value is not None]
+    if not scored:
+        why = trials[0].outcomes[0].problem if trials and trials[0].outcomes else "nothing tried"
+        raise ParameterError("no trial has a score", got=why)
+    return max(scored, key=lambda each: each.value or 0.0)
+
+
+def grid(
+    recipe: Recipe,
+    scores: Scores,
+    split: str,
+    make: Make,
+    tell: Callable[[str], None] | None = None,
+) -> list[Trial]:
+    """Score every variant of a recipe, in the order of its lists of values.
+
+    Every recipe is planned before the first is scored: an error in the last costs nothing.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        With lists of values among its parameters; without any it is the only trial.
+    scores, split, make, tell
+        As for :func:`~mergebench.merge.fit.soups.greedy_soup`.
+
+    Raises
+    ------
+    MergebenchError
+        If a variant cannot be merged.
+    ScorerError
+        As :meth:`~mergebench.merge.fit.scores.Scores.of`.
+    """
+    candidates = [(label, each, make(each, label or "merge")) for label, each in recipe.variants()]
+    for _, _, candidate in candidates:
+        _ = candidate.plan
+    trials = []
+    for label, each, candidate in candidates:
+        with candidate:
+            trials.append(Trial(label, each, tuple(scores.of(candidate, split, tell))))
+    return trials

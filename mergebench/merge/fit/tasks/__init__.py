@@ -1,0 +1,1 @@
+"""Built-in kinds of tasks, one to a file."""
