@@ -12,9 +12,11 @@ from typer.core import TyperGroup
 
 from mergebench.cli import (
     checking,
+    comparing,
     console,
     editing,
     fitting,
+    learning,
     looking,
     merging,
     reports,
@@ -59,7 +61,7 @@ app = typer.Typer(
 app.command("merge")(merging.merge)
 app.command("plan")(merging.plan)
 app.command("run")(merging.run)
-app.command("compare")(fitting.compare)
+app.command("compare")(comparing.compare)
 app.command("inspect")(looking.inspect)
 app.command("diff")(looking.diff)
 app.command("crosstalk")(reports.crosstalk)
@@ -71,6 +73,8 @@ app.command("methods")(looking.methods)
 app.command("adapters")(zoo.adapters)
 app.command("make-basis")(zoo.make_basis)
 app.add_typer(editing.app, name="edit")
+fitting.app.command("atlas")(learning.atlas)
+fitting.app.command("adamerging")(learning.adamerging)
 app.add_typer(fitting.app, name="fit")
 
 
