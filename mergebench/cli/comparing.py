@@ -51,7 +51,7 @@ def compare(
     Examples:
 
     \b
-      mergebench compare ft1 ft2 --base base --task classify:a.json --task classify:b.json
+      mergebench compare ft1 ft2 --base base --task eval.py
       mergebench compare ft1 ft2 --base base --task eval.py -m ties:lam=0.5/1 -m iso_c+svc
     """
     from mergebench.merge.fit.compare import compare as run

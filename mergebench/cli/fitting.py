@@ -16,8 +16,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Choose what to merge with data; the result is a recipe for `mergebench run`.\n\n"
     "Examples:\n\n\b\n"
-    "  mergebench fit grid ft1 ft2 --base base -m ties -p lam=0.5,1 --task 'eval.py {path}'\n"
-    "  mergebench fit soup ft1 ft2 ft3 --base base --task classify:data.json -o soup.yaml",
+    "  mergebench fit grid ft1 ft2 --base base -m ties -p lam=0.5,1 --task eval.py\n"
+    "  mergebench fit soup ft1 ft2 --task 'python score.py {path}' -o soup.yaml",
 )
 
 
@@ -49,8 +49,8 @@ def grid(
     Examples:
 
     \b
-      mergebench fit grid ft1 ft2 --base base -p lam=0.2,0.4,0.6 -m task_arithmetic --task eval.py
-      mergebench fit grid ft1 ft2 --base base -m ties -p lam=0.5,1 --task 'python eval.py {path}'
+      mergebench fit grid ft1 ft2 --base base -m lines -p beta=0.2,0.4 --task eval.py -o a.yaml
+      mergebench fit grid ft1 ft2 -b base -m ties -p lam=0.5,1 -t 'python score.py {path}' -o b.yaml
     """
     from mergebench.merge.fit.grid import Trial, best_of
     from mergebench.merge.fit.grid import grid as run
@@ -106,8 +106,8 @@ def soup(
     Examples:
 
     \b
-      mergebench fit soup ft1 ft2 ft3 --task classify:data.json --base base
-      mergebench fit soup runs/a runs/b --task 'python eval.py {path}' --accept '>='
+      mergebench fit soup ft1 ft2 --task eval.py -o soup.yaml
+      mergebench fit soup ft1 ft2 --task 'python score.py {path}' --accept '>=' -o b.yaml
     """
     from mergebench.core.errors import ParameterError, did_you_mean
     from mergebench.merge.fit.soups import greedy_soup

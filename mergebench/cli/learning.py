@@ -58,8 +58,8 @@ def atlas(
     Examples:
 
     \b
-      mergebench fit atlas ft1 ft2 --base base --task a=classify:a.json --task b=classify:b.json
-      mergebench fit atlas ft1 ft2 --base base --task classify:a.json --setting test-time
+      mergebench fit atlas ft1 ft2 --base base --task eval.py -o atlas.yaml
+      mergebench fit atlas ft1 ft2 --base base --task eval.py --setting test-time -o b.yaml
     """
     from mergebench.core.errors import ParameterError, did_you_mean
     from mergebench.merge.fit.atlas import SETTINGS
@@ -100,8 +100,8 @@ def adamerging(
     Examples:
 
     \b
-      mergebench fit adamerging ft1 ft2 --base base --task a=classify:a.json -t b=classify:b.json
-      mergebench fit adamerging ft1 ft2 --base base --task classify:a.json --by task
+      mergebench fit adamerging ft1 ft2 --base base --task eval.py -o learned.yaml
+      mergebench fit adamerging ft1 ft2 --base base --task eval.py --by task -o b.yaml
     """
     from mergebench.core.errors import ParameterError, did_you_mean
     from mergebench.merge.fit.adamerging import SETTINGS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +109,8 @@ def maker(memory: str, workers: int | None) -> Callable[[Recipe, str], Candidate
 
 def teller(quiet: bool) -> Callable[[str], None] | None:
     """What is told of every model that is scored."""
-    return None if quiet else lambda text: console.note(f"scoring {text}")
+    shown = not quiet and sys.stderr.isatty()
+    return (lambda text: console.note(f"scoring {text}")) if shown else None
 
 
 def check_free(path: Path, force: bool) -> None:

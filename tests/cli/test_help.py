@@ -11,6 +11,7 @@ import pytest
 
 from mergebench.cli.main import app
 from tests.helpers.libraries import llama, save_tuned
+from tests.helpers.models import base_model
 from tests.helpers.running import Ran, assert_done, call
 from tests.helpers.scene import Scene
 
@@ -22,6 +23,35 @@ PAGES |= {
     for command in group.registered_commands
 }
 PAGES |= {name: group.info.help for name, group in GROUPS.items()}
+#: A task as the examples of ``fit`` name it: a norm of the small model, looked at and learned.
+TASK = """
+class Task:
+    def score(self, model, split):
+        return {"norm": -float((model.arrays()["model.norm.weight"] ** 2).sum())}
+
+    def module(self):
+        import torch
+
+        root, middle = torch.nn.Module(), torch.nn.Module()
+        root.model, middle.norm = middle, torch.nn.LayerNorm(SIZE, bias=False)
+        root.forward = lambda x: middle.norm.weight * x
+        return root
+
+    def batches(self, split):
+        import torch
+
+        return [{"x": torch.ones(())}]
+
+    def loss(self, outputs, batch):
+        return (outputs**2).sum()
+
+    def logits(self, outputs, batch):
+        return outputs[None]
+
+
+def task():
+    return Task()
+"""
 EXAMPLE = re.compile(r"^ +(mergebench .*)$", re.MULTILINE)
 EXAMPLES = {page: EXAMPLE.findall(text) for page, text in PAGES.items()} | {
     "": EXAMPLE.findall(app.info.help)
@@ -51,13 +81,16 @@ def test_examples_run_as_printed(scene: Scene, page: str) -> None:
         shutil.copytree(scene.path / f"lora{number}", scene.path / name)
     kit = "{merge_method: slerp, base_model: base, models: [{model: ft1}], parameters: {t: 0.5}}"
     (scene.path / "mergekit.yml").write_text(kit)
+    size = base_model()["model.norm.weight"].size
+    (scene.path / "eval.py").write_text(TASK.replace("SIZE", str(size)))
+    (scene.path / "score.py").write_text("print('{\"score\": 1.0}')")
     different = ("mergebench diff",)
 
     for example in EXAMPLES[page]:
         words = shlex.split(example)[1:]
         if "-o" in words:
             shutil.rmtree(scene.path / words[words.index("-o") + 1], ignore_errors=True)
-        ran = call(*words, cwd=scene.path)
+        ran = call(*words, cwd=scene.path, env={"XDG_CACHE_HOME": str(scene.path / "cache")})
         assert ran.code == (1 if example.startswith(different) else 0), ran
         assert ran.out
         assert ran.err == ""

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergebench.checkpoints.descriptors import cannot
 from mergebench.checkpoints.documents import read_bounded
 from mergebench.core.errors import FormatError, MergebenchError, ParameterError
 from mergebench.core.plain import parse_json
@@ -55,7 +56,10 @@ class Classify:
                 fix="give --base with config and tokenizer",
             )
         need("transformers")
-        raw = read_bounded(file, _LARGEST)
+        try:
+            raw = read_bounded(file, _LARGEST)
+        except OSError as error:
+            raise cannot("read", file, error) from None
         self.identity = hashlib.blake2b(raw, digest_size=8).hexdigest()
         self.base, self.setting = setting.base, setting
         self.prompts, self.splits, self.tokens, self.scale = _parsed(raw, str(file))

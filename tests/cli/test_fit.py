@@ -1,0 +1,186 @@
+"""``fit`` and ``compare`` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.fit.support import save_model, task_file
+from tests.helpers.files import read
+from tests.helpers.running import Ran, assert_done, assert_refused, call
+
+TARGET = [[1.5, 0.0], [0.25, 1.0]]
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Path:
+    """A base, two models that move it apart, and a task between them."""
+    save_model(tmp_path / "base", np.zeros((2, 2)))
+    save_model(tmp_path / "one", [[3.0, 0.0], [0.0, 0.0]])
+    save_model(tmp_path / "two", [[0.0, 0.0], [0.5, 2.0]])
+    task_file(tmp_path / "near.py", TARGET)
+    return tmp_path
+
+
+def run(scene: Path, *args: str) -> Ran:
+    """With a cache of its own."""
+    return call(*args, cwd=scene, env={"XDG_CACHE_HOME": str(scene / "cache")})
+
+
+def test_grid(scene: Path) -> None:
+    """The best combination becomes a recipe that `run` merges; nothing is measured twice."""
+    args = ("fit", "grid", "one", "two", "-b", "base", "-m", "task_arithmetic", "-p",
+            "lam=0.25,0.5,1", "--task", "near.py", "-o", "best.yaml")  # fmt: skip
+    ran = assert_done(run(scene, *args, "--json"))
+    assert ran.json["chosen"] == "lam=0.5"
+    values = {each["label"]: each["value"] for each in ran.json["val"]}
+    assert values["lam=0.5"] == pytest.approx(0.0, abs=1e-12)
+    assert values["lam=1"] == pytest.approx(-(1.5**2 + 0.25**2 + 1.0))
+    assert_refused(run(scene, *args), "best.yaml exists", "--force")
+    again = assert_done(run(scene, *args, "--json", "--force"))
+    assert all(task["kept"] for each in again.json["val"] for task in each["tasks"])
+    stored = yaml.safe_load((scene / "best.yaml").read_text())
+    assert stored["params"]["lam"] == 0.5
+    assert_done(run(scene, "run", "best.yaml", "-o", "out"))
+    np.testing.assert_array_equal(read(scene / "out")["w"], np.array(TARGET, np.float32))
+
+
+def test_soup(scene: Path) -> None:
+    """Greedy: here both together are nearest."""
+    ran = assert_done(
+        run(scene, "fit", "soup", "one", "two", "--task", "near=near.py", "-o", "soup.yaml")
+    )
+    assert "taken" in ran.out
+    assert "on test: near near=" in ran.out
+    stored = yaml.safe_load((scene / "soup.yaml").read_text())
+    assert [each["path"] for each in stored["models"]] in (["one", "two"], ["two", "one"])
+    assert stored["method"] == "linear"
+
+
+def test_atlas(scene: Path) -> None:
+    """Coefficients of every tensor stand in the recipe, and it merges to what was learned."""
+    ran = assert_done(
+        run(
+            scene,
+            "fit",
+            "atlas",
+            "one",
+            "two",
+            "-b",
+            "base",
+            "--task",
+            "near.py",
+            "--epochs",
+            "600",
+            "--rate",
+            "0.01",
+            "-o",
+            "learned.yaml",
+            "--json",
+        )
+    )
+    assert ran.json["history"][-1] < 1e-2 < ran.json["history"][0]
+    assert ran.json["test"][0]["scores"]["near"] > -1e-2
+    stored = yaml.safe_load((scene / "learned.yaml").read_text())
+    assert set(stored["models"][0]["weight"]["by_name"]) == {"w"}
+    assert_done(run(scene, "run", "learned.yaml", "-o", "out"))
+    np.testing.assert_allclose(read(scene / "out")["w"], TARGET, atol=0.1)
+
+
+def test_adamerging(scene: Path) -> None:
+    """Needs no labels, and stays within its bounds."""
+    ran = assert_done(
+        run(scene, "fit", "adamerging", "one", "two", "-b", "base", "--task", "near.py", "--json")
+    )
+    assert all(0 <= low <= high <= 1 for low, _, high in ran.json["coefficients"].values())
+
+
+def test_compare(scene: Path) -> None:
+    """Base, models, methods: chosen on one split, measured on the other, in every form."""
+    args = ("compare", "one", "two", "-b", "base", "--task", "near.py", "-m", "linear",
+            "-m", "task_arithmetic:lam=0.25/0.5+scale:lam=2", "-m", "karcher")  # fmt: skip
+    ran = assert_done(run(scene, *args, "--json", "--markdown", "table.md"))
+    lines = {each["model"]: each for each in ran.json}
+    assert [each["role"] for each in ran.json] == ["base", "expert", "expert"] + ["merge"] * 3
+    far = -(1.5**2 + 0.25**2 + 1.0)
+    assert lines["base"]["average"] == pytest.approx(far)
+    assert lines["linear"]["average"] == pytest.approx(0.0)
+    chosen = lines["task_arithmetic:lam=0.25/0.5+scale:lam=2"]
+    assert (chosen["chosen"], chosen["trials"]) == ("lam=0.25", 2)
+    assert chosen["average"] == pytest.approx(0.0)
+    table = (scene / "table.md").read_text().splitlines()
+    assert len(table) == 2 + 6
+    assert all(line.count("|") == table[0].count("|") for line in table)
+    assert "linear" in assert_done(run(scene, *args)).out
+
+
+def test_a_method_that_cannot(scene: Path) -> None:
+    """Is a line without numbers and a note, and the others are measured."""
+    args = ("compare", "one", "two", "-b", "base", "--task", "near.py", "-m", "emr", "-m", "ties")
+    ran = assert_done(run(scene, *args, "--json"))
+    assert "gives 2 models" in ran.json[-2]["problem"]
+    assert ran.json[-1]["average"] is not None
+    assert_refused(run(scene, *args, "--on-error", "stop", "-q", "--json"), "gives 2 models")
+
+
+def test_refusals(scene: Path) -> None:
+    """One line, exit code 2, nothing written."""
+    (scene / "bad.py").write_text("def task():\n    raise RuntimeError('no data')\n")
+    (scene / "nan.py").write_text(
+        "class T:\n    def score(self, model, split):\n        return {'x': float('nan')}\n"
+        "def task():\n    return T()\n"
+    )
+    grid = ("fit", "grid", "one", "two", "-b", "base", "-m", "ties", "-p", "lam=0.5,1")
+    for args, words in (
+        (grid, ("tasks: one or more",)),
+        ((*grid, "--task", "what"), ("is no task",)),
+        ((*grid, "--task", "bad.py"), ("could not be made", "no data")),
+        ((*grid, "--task", "nan.py", "-q"), ("task nan: x is not finite", "lam=0.5")),
+        ((*grid, "--task", "near.py", "--on-error", "go"), ("--on-error", "stop")),
+        ((*grid, "--task", "near.py", "-p", "lamda=1"), ("lamda",)),
+        (("fit", "soup", "one", "--task", "near.py", "--accept", "="), ("--accept",)),
+        (("fit", "atlas", "one", "--task", "near.py"), ("add --base",)),
+        (
+            ("fit", "atlas", "one", "-b", "base", "--task", "near.py", "--forget", "far"),
+            ("--forget: no task 'far'", "near"),
+        ),
+        (
+            ("fit", "atlas", "one", "-b", "base", "--task", "near.py", "--learn-on", "test"),
+            ("--learn-on and --report-on",),
+        ),
+        (
+            ("fit", "atlas", "one", "-b", "base", "--task", "t=program {path}"),
+            ("task t: cannot be learned from",),
+        ),
+        (("compare", "one", "--task", "near.py", "-m", "tees"), ("no merge method 'tees'", "ties")),
+    ):
+        assert_refused(run(scene, *args), *words)
+    assert not list(scene.glob("*.yaml"))
+
+
+def test_kept_scores_survive_a_failure(scene: Path) -> None:
+    """What was measured before the scorer failed is not measured again."""
+    (scene / "odd.py").write_text(
+        "import pathlib\n"
+        "class T:\n"
+        "    def score(self, model, split):\n"
+        "        calls = pathlib.Path('calls')\n"
+        "        count = len(calls.read_text()) if calls.exists() else 0\n"
+        "        calls.write_text('x' * (count + 1))\n"
+        "        if count == 1:\n"
+        "            raise ValueError('lost the data')\n"
+        "        return {'w': float(model.arrays()['w'][0, 0])}\n"
+        "def task():\n    return T()\n"
+    )
+    args = ("fit", "grid", "one", "two", "-b", "base", "-m", "task_arithmetic", "-p", "lam=0.5,1",
+            "--task", "odd.py", "-q")  # fmt: skip
+    assert_refused(run(scene, *args), "lost the data", "what is scored is kept")
+    assert_done(run(scene, *args))
+    # Two on val of which one failed, that one again, and the best on test.
+    assert (scene / "calls").read_text() == "xxxx"
+    kept = (scene / "cache" / "mergebench" / "scores.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["scores"]["w"] for line in kept) == [1.5, 3.0, 3.0]

@@ -1,0 +1,1 @@
+"""Fits: soups, searches, learned coefficients."""

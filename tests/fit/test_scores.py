@@ -1,0 +1,200 @@
+"""What scorers may do, and what is made of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mergebench.core.errors import MergebenchError, ParameterError
+from mergebench.merge.fit.find import Setting, parse_task
+from mergebench.merge.fit.grid import best_of, grid
+from mergebench.merge.fit.scores import ScorerError, Scores
+from mergebench.merge.fit.task import Task
+from tests.fit.support import Scored, make, recipe_of, save_model, scores_of, task_file
+
+
+def first(w: Any) -> dict[str, float]:
+    """The first entry."""
+    return {"w": float(w[0])}
+
+
+def test_scores_are_kept(tmp_path: Path) -> None:
+    """By what decides the bytes of the model, by task and by split; damaged lines are passed."""
+    place = save_model(tmp_path / "a", [0.5])
+    kept = tmp_path / "cache" / "scores.jsonl"
+    scorer = Scored(first)
+    for turn in range(2):
+        scores = Scores([Task("t", scorer, "spec")], kept=kept)
+        with make(recipe_of(place), "a") as candidate:
+            (found,) = scores.of(candidate, "val")
+        assert (found.scores, found.kept) == ({"w": 0.5}, turn == 1)
+        kept.write_text(kept.read_text() + "{cut\n" + '{"key": 1}\n')
+    assert scorer.calls == ["a val"]
+    scores = Scores([Task("t", scorer, "spec")], kept=kept)
+    with make(recipe_of(place), "a") as candidate:
+        scores.of(candidate, "test")
+    other = Scores([Task("t", scorer, "another spec")], kept=kept)
+    with make(recipe_of(place), "a") as candidate:
+        other.of(candidate, "val")
+    save_model(tmp_path / "a", [0.75])
+    with make(recipe_of(place), "a") as candidate:
+        (found,) = Scores([Task("t", scorer, "spec")], kept=kept).of(candidate, "val")
+    assert found.scores == {"w": 0.75}
+    assert scorer.calls == ["a val", "a test", "a val", "a val"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (float("nan"), "w is not finite"),
+        (float("inf"), "w is not finite"),
+        ("many", "w is no number"),
+        (None, "w is no number"),
+    ],
+)
+def test_what_is_no_score(tmp_path: Path, answer: Any, words: str) -> None:
+    """Stops with the name of task, metric and candidate, or counts as no score."""
+    place = save_model(tmp_path / "a", [0.5])
+    with make(recipe_of(place), "model a") as candidate:
+        with pytest.raises(ScorerError, match=f"task t: {words}.* on model a.*--on-error skip"):
+            scores_of(lambda w: {"w": answer}).of(candidate, "val")
+        (found,) = scores_of(lambda w: {"w": answer}, on_error="skip").of(candidate, "val")
+    assert (found.scores, found.value) == ({}, None)
+    assert words in found.problem
+
+
+def test_a_scorer_that_hangs(tmp_path: Path) -> None:
+    """Is stopped when its time is over."""
+    place = save_model(tmp_path / "a", [0.5])
+
+    def hang(w: Any) -> dict[str, float]:
+        time.sleep(60)
+        return first(w)
+
+    with make(recipe_of(place), "a") as candidate:
+        started = time.monotonic()
+        (found,) = scores_of(hang, timeout=0.2, on_error="skip").of(candidate, "val")
+    assert "took longer than 0.2 s" in found.problem
+    assert time.monotonic() - started < 30
+
+
+def test_less_may_be_better(tmp_path: Path) -> None:
+    """Of a loss by its name, of what a scorer says, and the metric it names counts."""
+    place = save_model(tmp_path / "a", [0.5])
+    cases: list[tuple[dict[str, Any], dict[str, float], float]] = [
+        ({}, {"loss": 2.0, "accuracy": 0.5}, -2.0),
+        ({}, {"accuracy": 0.5, "loss": 2.0}, 0.5),
+        ({"metric": "accuracy"}, {"loss": 2.0, "accuracy": 0.5}, 0.5),
+        ({"lower_is_better": ("steps",)}, {"steps": 3.0}, -3.0),
+    ]
+    for about, answer, expected in cases:
+        task = Task("t", Scored(lambda w, answer=answer: answer, **about), "t")
+        with make(recipe_of(place), "a") as candidate:
+            (found,) = Scores([task]).of(candidate, "val")
+        assert found.value == expected
+    with pytest.raises(MergebenchError, match="task t: has no metric 'f1'"):
+        Task("t", Scored(first, metric="f1"), "t").value({"accuracy": 1.0})
+
+
+def test_tasks_have_names_of_their_own() -> None:
+    """One or more."""
+    for tasks in ([], [Task("t", Scored(first), "a"), Task("t", Scored(first), "b")]):
+        with pytest.raises(ParameterError, match="each with a name of its own"):
+            Scores(tasks)
+
+
+def test_grid(tmp_path: Path) -> None:
+    """Every combination, in the order given; the best is the first of equals."""
+    base, tuned = save_model(tmp_path / "base", [0.0]), save_model(tmp_path / "a", [1.0])
+    recipe = recipe_of(
+        tuned, method="task_arithmetic", base=str(base), params={"lam": ("0.5", "2", "1.5")}
+    )
+    scores = scores_of(lambda w: {"near": -abs(float(w[0]) - 1.75)})
+    trials = grid(recipe, scores, "val", make)
+    assert [each.label for each in trials] == ["lam=0.5", "lam=2", "lam=1.5"]
+    assert [each.value for each in trials] == [-1.25, -0.25, -0.25]
+    assert best_of(trials).label == "lam=2"
+    wrong = recipe_of(tuned, method="ties", base=str(base), params={"density": ("0.5", "7")})
+    counted = Scored(first)
+    with pytest.raises(ParameterError, match="density"):
+        grid(wrong, Scores([Task("t", counted, "t")]), "val", make)
+    assert counted.calls == []
+
+
+def test_commands(tmp_path: Path) -> None:
+    """The whole output or its last JSON line; paths are one word whatever they hold."""
+    place = save_model(tmp_path / "a b", [0.5])
+    (place / "config.json").write_text("{}")
+    script = tmp_path / "score.py"
+    script.write_text(
+        "import json, sys, safetensors.numpy as s\n"
+        "w = s.load_file(sys.argv[1] + '/model.safetensors')['w']\n"
+        "print('loading')\n"
+        "print(json.dumps({'w': float(w[0]), 'split ' + sys.argv[2]: 1}))\n"
+        "print('done')\n"
+    )
+    import sys
+
+    spec = f"mine={sys.executable} {script} {{path}} {{split}}"
+    task = parse_task(spec, Setting())
+    assert task.name == "mine"
+    with make(recipe_of(place), "a") as candidate:
+        assert Scores([task]).of(candidate, "val")[0].scores == {"w": 0.5, "split val": 1.0}
+    for text, words in (
+        ("raise SystemExit('oh no')", "exit code 1.*oh no"),
+        ("print('no json')", "printed no JSON object.*no json"),
+        ("import time; time.sleep(60)", "took longer than 0.5 s"),
+    ):
+        script.write_text(text)
+        failing = parse_task(spec, Setting(timeout=0.5 if "sleep" in text else None))
+        with (
+            make(recipe_of(place), "a") as candidate,
+            pytest.raises(ScorerError, match=words),
+        ):
+            Scores([failing]).of(candidate, "val")
+    missing = parse_task("no-such-program {path}", Setting())
+    with (
+        make(recipe_of(place), "a") as candidate,
+        pytest.raises(ScorerError, match="cannot be run"),
+    ):
+        Scores([missing]).of(candidate, "val")
+
+
+def test_specs(tmp_path: Path) -> None:
+    """Files and modules by factory; what is none of the known forms lists them."""
+    path = task_file(tmp_path / "near.py", [1.0, 2.0])
+    assert parse_task(str(path), Setting()).name == "near"
+    task = parse_task(f"x={path}:Near", Setting())
+    assert task.name == "x"
+    np.testing.assert_array_equal(task.scorer.target, [[1.0, 2.0]])
+    before = parse_task(str(path), Setting()).spec
+    task_file(path, [1.0, 3.0])
+    assert parse_task(str(path), Setting()).spec != before
+    for spec, words in (
+        ("nonsense", "is no task.*classify:…, lm_eval:…, perplexity:…"),
+        (f"{tmp_path}/none.py", "cannot be read"),
+        (f"{path}:none", "could not be made.*AttributeError"),
+        ("json:JSONDecoder", "has no method `score"),
+        ("no_such_module_at_all:task", "could not be made.*ModuleNotFoundError"),
+        ("classify:data.json", "needs the folder of the base"),
+        (f"perplexity:{tmp_path}/none.txt", "has no text"),
+        ("'{path}", "is no command"),
+    ):
+        with pytest.raises(MergebenchError, match=words):
+            parse_task(spec, Setting())
+
+
+def test_kept_scores_are_json_lines(tmp_path: Path) -> None:
+    """One to a line, so that they can be read by anything."""
+    place, kept = save_model(tmp_path / "a", [0.5]), tmp_path / "scores.jsonl"
+    with make(recipe_of(place), "a") as candidate:
+        Scores([Task("t", Scored(first), "spec")], kept=kept).of(candidate, "val")
+        (line,) = kept.read_text().splitlines()
+        data = json.loads(line)
+        assert data["key"] == f"{candidate.key} val spec"
+        assert data["scores"] == {"w": 0.5}
