@@ -10,6 +10,7 @@ import typer
 
 from mergebench.cli import console
 from mergebench.cli import options as o
+from mergebench.cli.deintruding import deintrude
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -17,13 +18,16 @@ app = typer.Typer(
     help="Make something else of one model or task vector.\n\n"
     "Examples:\n\n\b\n"
     "  mergebench edit extract-sparse ft1 --base base --density 0.01 -o diff.safetensors\n"
-    "  mergebench edit extract-sparse ft1 --base base --count 500 --format sft -o language",
+    "  mergebench edit deintrude ft1 --base base -o mended --lam 0.7",
 )
 
 
 @app.callback()
 def edit() -> None:
     """Make something else of one model or task vector."""
+
+
+app.command("deintrude")(deintrude)
 
 
 @app.command("extract-sparse")

@@ -310,7 +310,7 @@ def _do(
         if as_json:
             console.say_json(made.to_json())
         else:
-            _show_plan(made)
+            show_plan(made)
         return
     check_outputs(made, force=force)
     if check:
@@ -418,7 +418,8 @@ def _chains(variant: Variant) -> Iterator[tuple[str, str]]:
         yield title, f"… {len(variant.distinct) - _CHAINS} more (--json lists all)"
 
 
-def _show_plan(made: Plan) -> None:
+def show_plan(made: Plan) -> None:
+    """A plan as a table."""
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)

@@ -6,7 +6,7 @@ No matrix is decomposed: a handful of products settles most vectors, and bounds 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import hypot, sqrt
+from math import ceil, hypot, log2, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +23,8 @@ _EXTRA = 22
 _BASE, _TUNED = 1e-5, 3e-6
 #: Lanczos steps that are tried.
 _STEPS = (32, 64)
+#: Entries above this are scaled down first.
+_LARGE = 1e6
 
 
 class Alignment(NamedTuple):
@@ -34,11 +36,15 @@ class Alignment(NamedTuple):
         Singular values.
     lower, upper : float64 arrays, (k,)
         What the largest |cosine| with any base vector is at least, and at most.
+    block : float32 array, (min(n, m), at least k)
+        Where the vectors of the tuned matrix are, in columns: left ones, or right ones where
+        ``n > m``. Good to iterate from.
     """
 
     sigma: Array
     lower: Array
     upper: Array
+    block: Array
 
 
 def alignments(
@@ -68,6 +74,12 @@ def alignments(
     width = k + _EXTRA
     if min(base.shape) < 2 * width:
         return None
+    peak = max(float(np.abs(each).max()) for each in (base, *_parts(tuned)))
+    if peak > _LARGE:
+        # Products of four entries must stay within float32.
+        share = np.float32(2.0 ** -ceil(log2(peak)))
+        same = alignments(base * share, _scaled(tuned, share), k, epsilons)
+        return None if same is None else same._replace(sigma=same.sigma / float(share))
     pair = Pair(base, tuned)
     size = min(base.shape) if pair.tall else base.shape[0]
     origin = leading(pair.base, _random(size, width), k, rounds=4, tolerance=_BASE)
@@ -96,7 +108,15 @@ def alignments(
         left = left[_undecided(lower[left], upper[left], epsilons)]
     if len(left):
         return None
-    return Alignment(np.sqrt(moved.values[:k]), lower, np.minimum(upper, 1.0))
+    return Alignment(np.sqrt(moved.values[:k]), lower, np.minimum(upper, 1.0), moved.vectors)
+
+
+def _parts(tuned: Array | tuple[Array, Array]) -> tuple[Array, ...]:
+    return tuned if isinstance(tuned, tuple) else (tuned,)
+
+
+def _scaled(tuned: Array | tuple[Array, Array], share: np.float32) -> Array | tuple[Array, Array]:
+    return (tuned[0] * share, tuned[1]) if isinstance(tuned, tuple) else tuned * share
 
 
 def _random(size: int, count: int) -> Array:

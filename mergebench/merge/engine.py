@@ -328,6 +328,7 @@ def _run(plan: Plan, sinks: Sequence[Sink], progress: Progress, ledger: Ledger) 
             for sink in sinks:
                 for target in targets:
                     sink.finish(target)
+            evaluator.forget(name)
             progress("merging", min(done, total), total)
     return found
 

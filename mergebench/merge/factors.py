@@ -12,7 +12,8 @@ from mergebench.compute.rounding import round_to
 from mergebench.core.delta import LowRank, factors
 from mergebench.core.tensor import Array
 from mergebench.merge.core_space import fits, merged_factors
-from mergebench.merge.op import coefficients, granularity_of, is_linear, needs_base
+from mergebench.merge.corrected import begins_at, corrected
+from mergebench.merge.op import Chain, coefficients, granularity_of, is_linear, needs_base
 from mergebench.merge.stream import Evaluator, Item, load, located, nonfinite, opened
 
 if TYPE_CHECKING:
@@ -29,9 +30,10 @@ def write_factors(
 ) -> float | None:
     """Write B and A of one merged module.
 
-    A linear chain concatenates the factors of its inputs, and a chain that commutes with changes
-    of basis is run in bases of their spaces: both lose nothing where the rank of the plan holds
-    them. Any other result is materialised and truncated to the summed rank.
+    A linear chain concatenates the factors of its inputs, one that corrects its result by a low
+    rank adds those of the correction, and a chain that commutes with changes of basis is run in
+    bases of their spaces: all lose nothing where the rank of the plan holds them.
+    Any other result is materialised and truncated to the summed rank.
 
     Returns
     -------
@@ -74,7 +76,14 @@ def merged_pair(evaluator: Evaluator, variant: Variant, item: Item) -> tuple[Arr
     """``(B, A)`` of one merged update, nothing lost; None where it must be materialised."""
     ops = variant.at(item.site.name)
     if is_linear(ops):
-        return _concatenate(item, variant)
+        return _concatenate(item, ops)
+    if (begin := begins_at(ops)) is not None:
+        values = evaluator.measured(ops, item)
+        turned = _is_transposed(item) != item.site.transposed
+        left, right = _concatenate(item, ops[:begin])
+        pair = (right.T, left.T) if turned else (left, right)
+        left, right = corrected(pair, ops, item, values)
+        return (right.T, left.T) if turned else (left, right)
     if not fits(ops, item):
         return None
     left, right = merged_factors(partial(evaluator.run, ops, item), ops, item)
@@ -96,11 +105,10 @@ def _is_transposed(item: Item) -> bool:
     return any(isinstance(delta, LowRank) and delta.transposed for delta in item.deltas)
 
 
-def _concatenate(item: Item, variant: Variant) -> tuple[Array, Array]:
+def _concatenate(item: Item, ops: Chain) -> tuple[Array, Array]:
     """``[c1 s1 B1 …]`` and ``[A1; …]``."""
     lefts, rights = [], []
     wide = np.dtype(np.float64)
-    ops = variant.at(item.site.name)
     shares = coefficients(ops, item.site, item.weights, item.places)
     for share, delta in zip(shares, item.deltas, strict=True):
         if isinstance(delta, LowRank):

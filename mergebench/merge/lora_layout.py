@@ -20,6 +20,7 @@ from mergebench.core.errors import MismatchError
 from mergebench.core.site import kind_of
 from mergebench.merge.align import Aligned
 from mergebench.merge.core_space import fits
+from mergebench.merge.corrected import added_rank, corrects
 from mergebench.merge.op import coefficients, is_linear, rank_of
 from mergebench.merge.stream import Item
 from mergebench.merge.variants import Variant
@@ -152,14 +153,22 @@ def _low_factor(name: str, item: Item, variants: Sequence[Variant]) -> tuple[Fac
     most, full = min(rows, item.site.size // rows), summed
     chains = [each.at(name) for each in variants]
     linear = all(map(is_linear, chains))
-    if not linear:
+    if not linear and all(is_linear(ops) or corrects(ops) for ops in chains):
+        # Corrections stand beside the factors, so that nothing is lost unasked.
+        linear, full = (
+            True,
+            summed + max(added_rank(ops, matrix_shape(item.site.shape)) for ops in chains),
+        )
+        summed = full
+    elif not linear:
         # What cannot be merged in factors may have any rank; unasked, the summed one is kept.
         factored = all(is_linear(ops) or fits(ops, item) for ops in chains)
         full = min(min(summed, most) if factored else most, _limit(item, variants))
     dtypes = {stored_dtype(delta) for delta in low}
     dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
     factor = Factor(full, item.site.shape, low[0].transposed, dtype, low[0].embedding)
-    return factor, summed, linear and not _exactly(dtype, item, variants)
+    exact = all(map(is_linear, chains)) and _exactly(dtype, item, variants)
+    return factor, summed, linear and not exact and dtype != "F64"
 
 
 def _rank(recipe: Recipe, whole: Factor, unasked: int, energy: int | None) -> int:
@@ -330,7 +339,8 @@ def dense_bytes(
         least = min(rows, columns)
         # The matrix in float32 and twice in float64, and the Gram matrix with its eigenvectors.
         factored = all(
-            is_linear(ops) or fits(ops, item) for ops in (each.at(name) for each in variants)
+            is_linear(ops) or corrects(ops) or fits(ops, item)
+            for ops in (each.at(name) for each in variants)
         )
         dense = 0 if factored else 24 * rows * columns + 24 * least * least
         if factored and module.own_rank < module.full_rank:

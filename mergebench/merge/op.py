@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -154,6 +154,21 @@ class Reading:
     value: float
 
 
+class Corrected(NamedTuple):
+    """An update that is scaled and corrected by a low rank: ``scale · ΔW + left @ right``.
+
+    Attributes
+    ----------
+    scale : float
+    left, right : float64 arrays (out, j) and (j, in), or None
+        ``None`` where nothing is added.
+    """
+
+    scale: float
+    left: Any
+    right: Any
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """A registered op: its reference implementation and what it declares."""
@@ -181,6 +196,8 @@ class OpSpec:
     alone: bool = False
     equal_norms: bool = False
     of_updates: bool = False
+    correction: Callable[..., Corrected] | None = None
+    added_rank: Callable[..., int] = lambda shape, **_: 0
 
     @property
     def summary(self) -> str:
@@ -386,6 +403,8 @@ def op(
     alone: bool = False,
     equal_norms: bool = False,
     of_updates: bool = False,
+    correction: Callable[..., Corrected] | None = None,
+    added_rank: Callable[..., int] | None = None,
 ) -> Callable[[Callable[Concatenate[Stack, At, P], Stack]], Callable[P, Op]]:
     """Register a function ``(stack, at, **params) -> stack`` and return its factory.
 
@@ -441,6 +460,12 @@ def op(
     of_updates : bool
         Whether the op means something for displacements from a base alone: after a method that
         combines weights it is refused.
+    correction : callable ``(value, **params) -> Corrected``, optional
+        For an op that scales a single update and corrects it by a low rank, both known from what
+        its statistic has measured: low-rank updates then stay factored, and nothing is lost. Its
+        report must do with the value alone; there it gets neither stack.
+    added_rank : callable ``(shape, **params) -> int``, optional
+        The most rank that a correction adds.
     """
 
     def register(function: Callable[Concatenate[Stack, At, P], Stack]) -> Callable[P, Op]:
@@ -468,6 +493,8 @@ def op(
             alone=alone,
             equal_norms=equal_norms,
             of_updates=of_updates,
+            correction=correction,
+            added_rank=added_rank or (lambda shape, **_: 0),
         )
         return cast("Callable[P, Op]", OPS.add(name, spec))
 

@@ -375,6 +375,29 @@ class Evaluator:
         ends = range(1, len(ops) + 1)
         return tuple(one for end in ends for one in self.reports.get((ops[:end], name), ()))
 
+    def measured(self, ops: Chain, item: Item) -> dict[Chain, Any]:
+        """What was measured of one tensor by ops that correct it, and what they report of it.
+
+        The keys are the ops up to the one that asked.
+        """
+        found = {}
+        for end, each in enumerate(ops, start=1):
+            if each.spec.correction is None or (ops[:end], item.site.name) not in self.known:
+                continue
+            found[ops[:end]] = value = self.known[ops[:end], item.site.name]
+            if each.spec.report is not None:
+                here = replace(item.at(0, item.site.size), value=value)
+                told = each.spec.report(None, None, here, **dict(each.params))
+                self.reports[ops[:end], item.site.name] = told
+        return found
+
+    def forget(self, name: str) -> None:
+        """Let go of what was measured of a single tensor, once it is done with."""
+        for key in [(ops, about) for ops, about in self.known if about == name]:
+            statistic = key[0][-1].statistic
+            if statistic is not None and statistic.scope == "tensor":
+                del self.known[key]
+
     def pieces(self, ops: Iterable[Chain], item: Item) -> tuple[int, list[tuple[int, int]]]:
         """The unit that no tile may cut and the jobs of a tensor."""
         granularity = granularity_of(tuple(each for chain in ops for each in chain))

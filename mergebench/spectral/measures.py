@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mergebench.compute.decomposition import numerical_rank
 from mergebench.core.tensor import Array
-from mergebench.spectral.decomposition import numerical_rank
 
 #: Eigenvalues up to here are left out of a power-law fit, and fewer than so many are not fitted.
 SMALLEST, FEWEST = 1e-5, 10

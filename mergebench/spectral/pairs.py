@@ -6,8 +6,8 @@ from math import sqrt
 
 import numpy as np
 
+from mergebench.compute.decomposition import Decomposition
 from mergebench.core.tensor import Array
-from mergebench.spectral.decomposition import Decomposition
 from mergebench.spectral.measures import rank_for
 
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from mergebench.compute.matrices import matrix_shape
-from mergebench.core.delta import Delta, Difference, LowRank, factors, resident, tile
-from mergebench.core.site import Site
-from mergebench.core.tensor import Array, Tensor, read_all
-from mergebench.spectral.decomposition import (
+from mergebench.compute.decomposition import (
     Decomposition,
     decompose,
     decompose_product,
     singular_values,
 )
+from mergebench.compute.matrices import matrix_shape
+from mergebench.core.delta import Delta, Difference, LowRank, factors, resident, tile
+from mergebench.core.site import Site
+from mergebench.core.tensor import Array, Tensor, read_all
 from mergebench.spectral.store import Store, key_of
 
 _PIECE = 1 << 16

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from mergebench.compute.decomposition import Decomposition
 from mergebench.core.tensor import Array
-from mergebench.spectral.decomposition import Decomposition
 
 #: Part of every key: what was kept by an earlier way of decomposing is not found.
 _FORMAT = "1"

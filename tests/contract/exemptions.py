@@ -62,6 +62,7 @@ NEUTRAL: Mapping[str, Any] = {
 NEUTRAL_OF: Mapping[str, Mapping[str, Any]] = {
     "lines": {"alpha": "1.0"},
     "widen": {"ratio": 1.0},
+    "deintrude": {"epsilon": 0.5},
     "tsv_compress": {"share": "1"},
     # The authors' code leaves out the entry of lowest score.
     "pcb": {"variant": "paper", "normalize": True},
@@ -80,6 +81,7 @@ _ABSOLUTE = "it compares entries with a threshold in the units of the weights"
 #: (contract, method) that is left out, and why.
 METHODS_EXEMPT: Mapping[tuple[str, str], str] = {
     ("homogeneous", "pcb"): "the authors' code takes tanh of products of entries, in their unit",
+    ("gradients", "deintrude"): "directions are found out of core, without derivatives",
     ("gradients", "orthogonal"): "singular values of joined bases coincide: no derivative",
     ("gradients", "pcb"): "bars and norms of its scores are found out of core, without derivatives",
     ("homogeneous", "widen"): "vectors are scored by a softmax of |τ|, in their unit",
@@ -100,6 +102,9 @@ METHODS_EXEMPT: Mapping[tuple[str, str], str] = {
     ("order", "mos"): "the last model is the new task, the order is what it is told by",
     ("identity", "hft"): "it resets half of the modules of a single model too",
     ("double", "hft"): "the check takes a single model, half of whose modules it resets",
+    ("base at zero", "deintrude"): "its λ scales single directions, not what is merged",
+    ("homogeneous", "deintrude"): "it looks at the sum with the base, which does not grow along",
+    ("order", "deintrude"): _ONE_MODEL,
     ("homogeneous", "nearswap"): _ABSOLUTE,
     ("homogeneous", "ram"): _ABSOLUTE,
     ("homogeneous", "ramplus_tl"): _ABSOLUTE,

@@ -52,14 +52,16 @@ UNMEASURED: Mapping[str, Any] = {
 
 
 #: Ops whose measurement reads numbers, wherever they are; what they then do with them is tested.
-ON_HOST = {"compete", "flexmerge"}
+ON_HOST = {"compete", "deintrude", "flexmerge"}
 
 
 @contextmanager
 def measured_elsewhere(op: Op, count: int) -> Iterator[None]:
     """Let an op have measured other data than those that it is given next."""
     statistic = op.statistic
-    assert statistic is not None
+    if statistic is None:
+        yield
+        return
     random = np.random.default_rng(0).normal(size=(count, 12)).astype(F32)
     value = statistic.measure(Tables({"w": random}))
     with pytest.MonkeyPatch.context() as patch:

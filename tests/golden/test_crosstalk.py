@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mergebench.spectral.decomposition import decompose, decompose_product
+from mergebench.compute.decomposition import decompose, decompose_product
 from mergebench.spectral.diagnostics.overlap import support
 from mergebench.spectral.pairs import (
     alignment_ratio,

@@ -7,10 +7,11 @@ from typing import Literal
 import numpy as np
 import pytest
 
+from mergebench.compute.decomposition import decompose
+from mergebench.compute.intruders import Intruders, intruders
+from mergebench.compute.removal import removal
 from mergebench.core.errors import MismatchError
 from mergebench.spectral.baseline import expected_largest
-from mergebench.spectral.decomposition import decompose
-from mergebench.spectral.intruder_test import Intruders, intruders
 
 E3 = np.eye(3)
 
@@ -53,6 +54,14 @@ def test_scaling_the_planted_direction_leaves_what_the_specification_says() -> N
     for lam, left in ((0.5, 0.4156), (0.0, 0.2337)):
         mended = tuned + (lam - 1) * S[place] * np.outer(U[:, place], Vt[place])
         assert np.linalg.norm(mended - base) / 30 == pytest.approx(left, abs=5e-5)
+        made = removal(base, tuned - base, lam=lam)
+        np.testing.assert_allclose(tuned + made.left @ made.right, mended, atol=1e-12)
+        assert made.kept == pytest.approx(left, abs=5e-5)
+        # Neither control knows the direction; both end where their norm says.
+        shorter = [removal(base, tuned - base, lam=lam, control=c) for c in ("removed", "norm")]
+        assert [each.left.size for each in shorter] == [0, 0]
+        assert shorter[0].scale == pytest.approx(max(1 - (1 - lam) * S[place] / 30, 0.0))
+        assert shorter[1].scale == pytest.approx(left, abs=5e-5)
 
 
 def test_noise_plants_nothing() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mergebench.spectral.decomposition import Decomposition, decompose, numerical_rank
+from mergebench.compute.decomposition import Decomposition, decompose, numerical_rank
 from mergebench.spectral.diagnostics.allocation import _finish as finish
 from mergebench.spectral.diagnostics.rotation import moved
 from mergebench.spectral.measures import (

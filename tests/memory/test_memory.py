@@ -115,6 +115,7 @@ SPECTRAL = [
     ("tsv_compress --as lora", "compress"),
     ("twin_merging", "twin"),
     ("task_arithmetic --then svc", "svc"),
+    ("task_arithmetic --then deintrude", "deintrude"),
     ("task_arithmetic --then truncate:rank=3", "truncate"),
 ]
 

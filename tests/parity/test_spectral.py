@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.intruders import reduce_intruder_dimension
+from safetensors.numpy import load_file
 
-from mergebench.spectral.decomposition import decompose, decompose_product, singular_values
-from mergebench.spectral.intruder_test import intruders
+from mergebench.compute.decomposition import decompose, decompose_product, singular_values
+from mergebench.compute.intruders import intruders
 from mergebench.spectral.measures import power_law
+from tests.helpers.adapters import save_peft
+from tests.helpers.files import write
+from tests.helpers.running import assert_done, call
 from tests.parity.record_weightwatcher import RECORDED
 from tests.parity.spectra import eigenvalues
 
@@ -117,6 +122,45 @@ def test_counts_are_those_of_peft(epsilon: float, k: int) -> None:
     assert ours == peft_counts(weights, factors, top_k=k, threshold_epsilon=epsilon)
     if epsilon == 0.5 and k == 10:
         assert sum(ours) > 0
+
+
+@pytest.mark.parametrize("lam", [0.75, 0.2])
+def test_repaired_adapters_are_those_of_peft(lam: float, tmp_path: Path) -> None:
+    """All intruders scaled, and the update truncated to the rank that it had."""
+    random = np.random.default_rng(5)
+    shapes = [(48, 32), (32, 48), (40, 40)]
+    weights = [random.standard_normal(shape).astype(np.float32) for shape in shapes]
+    factors = {
+        f"layers.{number}": (
+            2 * random.standard_normal((n, 3)).astype(np.float32),
+            (random.standard_normal((3, m)) / m**0.5).astype(np.float32),
+        )
+        for number, (n, m) in enumerate(shapes)
+    }
+    save_peft(tmp_path / "lora", factors, alpha=3.0)
+    names = [f"layers.{number}.weight" for number in range(3)]
+    write(tmp_path / "base.safetensors", dict(zip(names, weights, strict=True)))
+    words = ("--lam", lam, "--top", "all", "--rank", 3, "-o", "out", "--json")
+    ran = call("edit", "deintrude", "lora", "-b", "base.safetensors", *words, cwd=tmp_path)
+    assert assert_done(ran).json["outputs"][0]["totals"]["scaled"] > 3
+
+    config = LoraConfig(r=3, lora_alpha=3, target_modules=list(factors))
+    model = get_peft_model(Layers(weights), config)
+    for name, module in model.named_modules():
+        for key, (B, A) in factors.items():
+            if name.endswith(key):
+                module.lora_B["default"].weight.data = torch.from_numpy(B)
+                module.lora_A["default"].weight.data = torch.from_numpy(A)
+    reduce_intruder_dimension(model, mitigation_lambda=lam, logging_sink=lambda text: None)
+    ours = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for name, module in model.named_modules():
+        for key, (B, A) in factors.items():
+            if not name.endswith(key):
+                continue
+            theirs = module.get_delta_weight("intruder_reduced").detach().numpy()
+            down, up = (ours[f"base_model.model.{key}.lora_{side}.weight"] for side in "AB")
+            np.testing.assert_allclose(up @ down, theirs, atol=1e-4)
+            assert abs(theirs - B @ A).max() > 0.1
 
 
 def test_where_peft_differs() -> None:

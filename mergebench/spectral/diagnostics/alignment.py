@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import numpy as np
 from annotated_types import Interval
 
+from mergebench.compute.decomposition import Decomposition, decompose, decompose_product
 from mergebench.core.site import Site
-from mergebench.spectral.decomposition import Decomposition, decompose, decompose_product
 from mergebench.spectral.diagnostic import Row, Values, diagnostic, mean
 from mergebench.spectral.pairs import alignment_ratio
 from mergebench.spectral.spectrum import SiteSpectrum

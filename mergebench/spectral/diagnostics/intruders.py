@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
+from mergebench.compute.intruders import intruders as find
 from mergebench.core.errors import ParameterError
 from mergebench.core.params import Examples
 from mergebench.core.site import Site
 from mergebench.spectral.baseline import expected_largest
 from mergebench.spectral.diagnostic import Values, diagnostic, total
-from mergebench.spectral.intruder_test import intruders as find
 from mergebench.spectral.spectrum import Tuned
 
 

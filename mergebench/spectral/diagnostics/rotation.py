@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from mergebench.compute.decomposition import Decomposition
 from mergebench.core.site import Site
-from mergebench.spectral.decomposition import Decomposition
 from mergebench.spectral.diagnostic import Values, diagnostic, mean
 from mergebench.spectral.spectrum import Tuned
 

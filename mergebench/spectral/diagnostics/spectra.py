@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from annotated_types import Interval
 
+from mergebench.compute.decomposition import numerical_rank
 from mergebench.core.site import Site
-from mergebench.spectral.decomposition import numerical_rank
 from mergebench.spectral.diagnostic import Values, diagnostic, mean
 from mergebench.spectral.measures import curve, effective_rank, rank_for, stable_rank
 from mergebench.spectral.spectrum import Tuned

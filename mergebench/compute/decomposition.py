@@ -1,4 +1,4 @@
-"""Singular triplets as diagnostics use them: exact, with one convention for signs and for zero."""
+"""Singular triplets as intruders and spectra use them: one convention for signs and for zero."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mergebench.compute.krylov import leading
 from mergebench.compute.spectra import RANK, spectrum
 from mergebench.core.tensor import Array
 
@@ -38,6 +39,16 @@ class Decomposition:
     def side(self, side: str) -> Array:
         """Vectors in columns: ``left`` or ``right``."""
         return self.U if side == "left" else self.Vt.T
+
+    def first(self, count: int) -> Decomposition:
+        """The leading triplets, copied, so that the others need not stay in memory."""
+        return Decomposition(
+            self.U[:, :count].copy(), self.S[:count].copy(), self.Vt[:count].copy()
+        )
+
+    def transposed(self) -> Decomposition:
+        """That of the transposed matrix, signs as they are."""
+        return Decomposition(self.Vt.T, self.S, self.U.T)
 
 
 def numerical_rank(values: Array) -> int:
@@ -95,6 +106,46 @@ def singular_values(matrix: Array) -> Array:
     except np.linalg.LinAlgError:
         found = spectrum(wide).S
     return found
+
+
+#: Residuals, as shares of squared singular values, that refined triplets reach.
+_REFINED = 1e-11
+#: Cosines of refined vectors with those they were refined from, at least.
+_KEPT = 0.9
+
+
+def leading_triplets(matrix: Array, block: Array, count: int) -> Decomposition | None:
+    """The leading triplets, in float64, refined from vectors that are near them already.
+
+    Parameters
+    ----------
+    matrix : array, (n, m)
+    block : array, (min(n, m), w)
+        Near the leading left vectors, or the right ones where ``n > m``; the first ``count`` one
+        by one.
+    count : int
+        At most w.
+
+    Returns
+    -------
+    Decomposition or None
+        ``None`` where they do not converge, or not to what they started from.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    wide = np.asarray(matrix.T if tall else matrix, np.float64)
+    found = leading(
+        lambda part: np.asarray(wide @ (wide.T @ part)),
+        np.asarray(block, np.float64),
+        count,
+        tolerance=_REFINED,
+    )
+    found = found.take(np.arange(count))
+    alike = np.abs(np.einsum("ij,ij->j", found.vectors, block[:, :count]))
+    if np.any(found.residuals > _REFINED * found.values) or np.any(alike < _KEPT):
+        return None
+    S = np.sqrt(found.values)
+    U, Vt = found.vectors, (wide.T @ found.vectors / S).T
+    return _signed(Vt.T, S, U.T, np.float64) if tall else _signed(U, S, Vt, np.float64)
 
 
 def _signed(U: Array, S: Array, Vt: Array, dtype: Any) -> Decomposition:

@@ -1,20 +1,20 @@
 """Intruder dimensions of one matrix: leading directions that the base does not have.
 
-The one function here is all that the rest of mergebench knows of how they are found.
+:func:`intruders` is all that the rest of mergebench knows of how they are found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 
 from mergebench.compute.alignment import alignments
+from mergebench.compute.decomposition import Decomposition, decompose, leading_triplets
 from mergebench.core.errors import MismatchError
 from mergebench.core.tensor import Array
-from mergebench.spectral.decomposition import Decomposition, decompose
 
 Side = Literal["left", "right"]
 Status = Literal["exact", "certified"]
@@ -74,6 +74,8 @@ class Intruders:
         where certified.
     squared : float
         ``‖W‖²`` of the tuned matrix, to which energies are relative.
+    triplets : Decomposition or None
+        The singular triplets of the directions, in float64, where they were asked for.
     """
 
     directions: tuple[Direction, ...]
@@ -81,6 +83,7 @@ class Intruders:
     dimension: int
     vectors: int
     squared: float
+    triplets: Decomposition | None = field(default=None, compare=False, repr=False)
 
     def count(self, epsilon: float) -> int:
         """How many directions are intruders at a threshold."""
@@ -106,6 +109,7 @@ def intruders(
     base_svd: Known | None = None,
     tuned_svd: Decomposition | None = None,
     exact: bool = False,
+    triplets: bool = False,
 ) -> Intruders:
     """Compare the leading singular vectors of a tuned matrix with all those of its base.
 
@@ -130,7 +134,7 @@ def intruders(
     signed : bool, default False
         Take the largest cosine, as the paper writes it, instead of the largest absolute one. The
         signs of singular vectors are open, so this depends on their convention (see
-        :class:`~mergebench.spectral.decomposition.Decomposition`).
+        :class:`~mergebench.compute.decomposition.Decomposition`).
     factors : (array (n, r), array (r, m)), optional
         The update as a product, which a faster test may use.
     base_svd, tuned_svd : Decomposition, optional
@@ -138,6 +142,9 @@ def intruders(
         that of the tuned matrix nothing is bounded.
     exact : bool, default False
         Always decompose.
+    triplets : bool, default False
+        Also return the singular triplets of the directions: from the decomposition of the tuned
+        matrix, or refined in float64 from where bounds have found them.
 
     Raises
     ------
@@ -157,13 +164,14 @@ def intruders(
     if not (np.isfinite(base).all() and np.isfinite(tuned).all()):
         raise MismatchError("intruders: entries that are not finite")
     if tuned_svd is None and not signed and not exact:
-        bounded = _certified(base, tuned, factors, k, tuple(epsilons), side)
+        bounded = _certified(base, tuned, factors, k, tuple(epsilons), side, triplets)
         if bounded is not None:
             return bounded
     if base_svd is None:
         base_svd = decompose(base)
     below = base_svd if isinstance(base_svd, Decomposition) else base_svd()
-    above = tuned_svd if tuned_svd is not None else decompose(tuned)
+    held: Any = np.float64 if triplets else np.float32
+    above = tuned_svd if tuned_svd is not None else decompose(tuned, held)
     count = min(k, above.rank)
     old = below.side(side)[:, : below.rank]
     new = above.side(side)[:, :count]
@@ -186,6 +194,7 @@ def intruders(
         base.shape[0 if side == "left" else 1],
         below.rank,
         float(above.S @ above.S),
+        above.first(count) if triplets else None,
     )
 
 
@@ -196,6 +205,7 @@ def _certified(
     k: int,
     epsilons: tuple[float, ...],
     side: Side,
+    triplets: bool,
 ) -> Intruders | None:
     """What bounds say, if they settle everything."""
     update: Array | tuple[Array, Array] = tuned
@@ -220,15 +230,26 @@ def _certified(
             gap=None,
             intruder=tuple(bool(upper < each) for each in epsilons),
         )
-        for place, (sigma, lower, upper) in enumerate(zip(*found, strict=True))
+        for place, (sigma, lower, upper) in enumerate(zip(*found[:3], strict=True))
     )
+    refined = None
+    if triplets:
+        # Seen from the right side the matrix is its transpose.
+        seen = leading_triplets(tuned if side == "left" else tuned.T, found.block, len(directions))
+        if seen is None:
+            return None
+        refined = seen if side == "left" else seen.transposed()
+        directions = tuple(
+            replace(each, sigma=float(sigma))
+            for each, sigma in zip(directions, refined.S, strict=True)
+        )
     flat = tuned.reshape(-1)
     squared = sum(
         float(np.square(flat[start : start + _PIECE], dtype=np.float64).sum())
         for start in range(0, flat.size, _PIECE)
     )
     dimension = base.shape[0 if side == "left" else 1]
-    return Intruders(directions, epsilons, dimension, min(base.shape), squared)
+    return Intruders(directions, epsilons, dimension, min(base.shape), squared, refined)
 
 
 def _largest(old: Array, new: Array, signed: bool) -> Array:
