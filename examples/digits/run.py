@@ -40,6 +40,11 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="every data-free method, and what papers claim of them (some minutes more)",
     )
+    parser.add_argument(
+        "--spectra",
+        action="store_true",
+        help="compare the spectra of full fine-tunes and LoRAs of rank 1 to 64, and merge nothing",
+    )
     return parser.parse_args()
 
 
@@ -51,4 +56,10 @@ if __name__ == "__main__":
     from digits_demo.settings import Settings, quick
 
     settings = Settings(seeds=tuple(dict.fromkeys(options.seeds)), every=options.every)
+    if options.spectra:
+        from digits_demo.spectra import compare, with_ranks
+
+        chosen = quick(settings) if options.quick else with_ranks(settings)
+        compare(chosen, options.work, options.out)
+        raise SystemExit
     run(quick(settings) if options.quick else settings, options.work, options.out)

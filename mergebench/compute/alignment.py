@@ -23,6 +23,10 @@ _EXTRA = 22
 _BASE, _TUNED = 1e-5, 3e-6
 #: Lanczos steps that are tried.
 _STEPS = (32, 64)
+#: What rounding changes in cosines with base vectors that are held in float32.
+_HELD = 1e-6
+#: The residual that vectors reach beside all those of the base.
+_REFINED = 1e-10
 #: Entries above this are scaled down first.
 _LARGE = 1e6
 
@@ -52,6 +56,7 @@ def alignments(
     tuned: Array | tuple[Array, Array],
     k: int,
     epsilons: Sequence[float],
+    known: Callable[[], Array] | None = None,
 ) -> Alignment | None:
     """Bound ``max_i |u_iᵀ u'_j|`` closely enough to compare it with every threshold.
 
@@ -65,6 +70,10 @@ def alignments(
         Leading left singular vectors of ``tuned``.
     epsilons : sequence of float
         Thresholds, in (0, 1].
+    known : callable, optional
+        Gives the left singular vectors of ``base``, float32, in columns. Asked where bounds do not
+        settle everything: the cosines with all of them then are known, but for what the vectors of
+        ``tuned`` may be off.
 
     Returns
     -------
@@ -78,7 +87,7 @@ def alignments(
     if peak > _LARGE:
         # Products of four entries must stay within float32.
         share = np.float32(2.0 ** -ceil(log2(peak)))
-        same = alignments(base * share, _scaled(tuned, share), k, epsilons)
+        same = alignments(base * share, _scaled(tuned, share), k, epsilons, known)
         return None if same is None else same._replace(sigma=same.sigma / float(share))
     pair = Pair(base, tuned)
     size = min(base.shape) if pair.tall else base.shape[0]
@@ -106,6 +115,9 @@ def alignments(
         bounds = bulk.bounds(rest[:, left], along[:, left], steps, np.array(goals) - slack[left])
         upper[left] = np.minimum(upper[left], bounds + slack[left])
         left = left[_undecided(lower[left], upper[left], epsilons)]
+    if len(left) and known is not None:
+        lower, upper = _beside_all(base, tuned, moved, k, known())
+        left = np.flatnonzero(_undecided(lower, upper, epsilons))
     if len(left):
         return None
     return Alignment(np.sqrt(moved.values[:k]), lower, np.minimum(upper, 1.0), moved.vectors)
@@ -124,17 +136,39 @@ def _random(size: int, count: int) -> Array:
     return np.random.default_rng(0).standard_normal((size, count), np.float32)
 
 
-def _angles(found: Ritz) -> Array:
+def _angles(found: Ritz, rounding: float = ROUNDING) -> Array:
     """Bounds of the sines between Ritz vectors and eigenvectors (Davis and Kahan)."""
     values = found.values
     gaps = np.abs(values[:, None] - values)
     np.fill_diagonal(gaps, np.inf)
-    errors = found.residuals + ROUNDING * values[0]
+    errors = found.residuals + rounding * values[0]
     return np.asarray(np.minimum(sqrt(2) * errors / np.maximum(gaps.min(axis=1), 1e-300), 1.0))
 
 
 def _undecided(lower: Array, upper: Array, epsilons: Sequence[float]) -> Array:
     return np.asarray(np.any([(lower < each) & (each <= upper) for each in epsilons], axis=0))
+
+
+def _beside_all(
+    base: Array, tuned: Array | tuple[Array, Array], moved: Ritz, k: int, known: Array
+) -> tuple[Array, Array]:
+    """The largest |cosine| of each vector with any of the base, at least and at most.
+
+    The vectors are iterated further, in float64.
+    """
+    dense = base + tuned[0] @ tuned[1] if isinstance(tuned, tuple) else tuned
+    wide = np.asarray(dense.T if base.shape[0] > base.shape[1] else dense, np.float64)
+    start = np.asarray(moved.vectors, np.float64)
+    found = leading(lambda part: wide @ (wide.T @ part), start, k, tolerance=_REFINED)
+    slack = _angles(found, float(np.finfo(np.float64).eps) * len(start))[:k]
+    vectors = found.vectors[:, :k]
+    if base.shape[0] > base.shape[1]:
+        # u = W v / σ: what v has of other vectors grows by the ratio of singular values.
+        ratio = np.sqrt(found.values[0] / found.values[:k])
+        vectors, slack = wide.T @ vectors / np.sqrt(found.values[:k]), slack * ratio
+    cosines = np.abs(known.T @ vectors).max(axis=0, initial=0.0)
+    errors = slack + _HELD
+    return np.maximum(cosines - errors, 0.0), np.minimum(cosines + errors, 1.0)
 
 
 class _Bulk:

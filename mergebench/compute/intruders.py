@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -117,7 +118,8 @@ def intruders(
     section 3.1).
 
     Float32 matrices whose sides are 512 and more are not decomposed where bounds settle every
-    threshold (:func:`~mergebench.compute.alignment.alignments`).
+    threshold (:func:`~mergebench.compute.alignment.alignments`). Elsewhere the base is, whose
+    decomposition may be kept; the tuned matrix only where that does not settle them either.
 
     Parameters
     ----------
@@ -163,13 +165,12 @@ def intruders(
         )
     if not (np.isfinite(base).all() and np.isfinite(tuned).all()):
         raise MismatchError("intruders: entries that are not finite")
+    known = cache(partial(_known, base, base_svd))
     if tuned_svd is None and not signed and not exact:
-        bounded = _certified(base, tuned, factors, k, tuple(epsilons), side, triplets)
+        bounded = _certified(base, tuned, factors, k, tuple(epsilons), side, triplets, known)
         if bounded is not None:
             return bounded
-    if base_svd is None:
-        base_svd = decompose(base)
-    below = base_svd if isinstance(base_svd, Decomposition) else base_svd()
+    below = known()
     held: Any = np.float64 if triplets else np.float32
     above = tuned_svd if tuned_svd is not None else decompose(tuned, held)
     count = min(k, above.rank)
@@ -198,6 +199,12 @@ def intruders(
     )
 
 
+def _known(base: Array, base_svd: Known | None) -> Decomposition:
+    if base_svd is None:
+        return decompose(base)
+    return base_svd if isinstance(base_svd, Decomposition) else base_svd()
+
+
 def _certified(
     base: Array,
     tuned: Array,
@@ -206,6 +213,7 @@ def _certified(
     epsilons: tuple[float, ...],
     side: Side,
     triplets: bool,
+    known: Callable[[], Decomposition],
 ) -> Intruders | None:
     """What bounds say, if they settle everything."""
     update: Array | tuple[Array, Array] = tuned
@@ -217,7 +225,13 @@ def _certified(
     single = base.dtype == np.float32 and (factors is not None or tuned.dtype == np.float32)
     if not single or min(base.shape) < _WORTH:
         return None
-    found = alignments(base if side == "left" else base.T, update, k, epsilons)
+
+    def vectors() -> Array:
+        below = known()
+        return below.side(side)[:, : below.rank].astype(np.float32, copy=False)
+
+    seen_base = base if side == "left" else base.T
+    found = alignments(seen_base, update, k, epsilons, vectors)
     if found is None:
         return None
     directions = tuple(
