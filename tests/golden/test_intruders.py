@@ -175,6 +175,16 @@ def test_bounds_settle_large_matrices(side: Literal["left", "right"], product: b
                        base_svd=lambda: asked.append(True) or decompose(base))  # fmt: skip
     assert unsure.directions[-1].status == "exact"
     assert asked == [True]
+    # A little beside that cosine, the base's directions settle it without decomposing the other.
+    asked.clear()
+    near = (slow.directions[-1].cosine + 2e-4, slow.directions[-1].cosine - 2e-4)
+    sure = intruders(base, tuned, k=5, epsilons=near, side=side, **given,
+                     base_svd=lambda: asked.append(True) or decompose(base))  # fmt: skip
+    assert asked == [True]
+    assert [each.status for each in sure.directions] == ["certified"] * 5
+    assert sure.directions[-1].intruder == (True, False)
+    for one, other in zip(sure.directions, slow.directions, strict=True):
+        assert one.cosine <= other.cosine <= one.bound <= one.cosine + 1e-4
     assert intruders(base, tuned, k=2, side=side, signed=True).directions[0].status == "exact"
 
 

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import correlation, fmean, stdev
 from time import perf_counter
 from typing import Any
 
@@ -27,12 +27,13 @@ EPSILONS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 #: The threshold that tables and sentences are about, as in the paper.
 EPSILON = 0.5
 _EXPLAINED = (
-    "Mean ± standard deviation over {seeds} seed(s) of what the mean of six domains is. Looked at are "
-    "the {looked} leading directions of {matrices} matrices, the linear layers that LoRAs adapt. "
-    "*intruders*: how many of these directions have no cosine of {epsilon:g} or more with any direction "
-    "of the base; *energy*: Σσ² of those over ‖W‖²; *least cos*: of the direction that is least like the "
-    "base, where a random one has {random:.2f}; *eff. rank* and *‖ΔW‖/‖W0‖*: of the update; *own* and "
-    "*upright*: test accuracy in % on its own domain, and on the digits of pretraining."
+    "Mean ± standard deviation over {seeds} seed(s) of what the mean of six domains is. Looked at "
+    "are the {looked} leading directions of {matrices} matrices, the linear layers that LoRAs "
+    "adapt. *intruders*: how many of these directions have no cosine of {epsilon:g} or more with "
+    "any direction of the base; *energy*: Σσ² of those over ‖W‖²; *least cos*: of the direction "
+    "that is least like the base, where a random one has {random:.2f}; *eff. rank* and "
+    "*‖ΔW‖/‖W0‖*: of the update; *own* and *upright*: test accuracy in % on its own domain, and "
+    "on the digits of pretraining."
 )
 
 
@@ -161,16 +162,34 @@ def findings(seen: Mapping[str, Sequence[Seen]]) -> list[str]:
             f"{seeds} of {len(own)} seeds."
         )
     adapters = [name for name in seen if name != "full"]
-    most = max(adapters, key=lambda name: fmean(each.counts[str(EPSILON)] for each in seen[name]))
-    every = all(
-        fmean(each.counts[str(EPSILON)] for each in seen[name]) > fmean(full) for name in adapters
-    )
+    means = {name: fmean(each.counts[str(EPSILON)] for each in seen[name]) for name in seen}
+    every = all(means[name] > means["full"] for name in adapters)
     found.append(
-        ("Every rank of LoRA shows more intruders than full fine-tuning here"
-         if every else "Not every rank of LoRA shows more intruders than full fine-tuning here")
-        + f"; most has {title(most)}."
-    )  # fmt: skip
+        f"{'Every' if every else 'Not every'} rank of LoRA shows more intruders than full "
+        f"fine-tuning here; most has {title(max(adapters, key=lambda name: means[name]))}."
+    )
+    lengths = {name: fmean(each.relative for each in several) for name, several in seen.items()}
+    ratios = [lengths[name] / lengths["full"] for name in adapters]
+    found.append(
+        f"Updates of LoRAs are {min(ratios):.1f} to {max(ratios):.1f} times as long as those of "
+        "full fine-tuning, each kind being trained at a learning rate of its own, so that not all "
+        "of this is the form of the update."
+    )
+    upright = {name: fmean(each.upright for each in several) for name, several in seen.items()}
+    found.append(
+        f"Over the {len(seen)} kinds, intruders and accuracy on upright digits have a rank "
+        f"correlation of {_ranked(list(means.values()), list(upright.values())):.2f}."
+    )
     return found
+
+
+def _ranked(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's rank correlation; 0 where one of them is constant."""
+    ranks = [[fmean(i for i, v in enumerate(sorted(each)) if v == x) for x in each]
+             for each in (one, other)]  # fmt: skip
+    if any(len(set(each)) == 1 for each in ranks):
+        return 0.0
+    return correlation(*ranks)
 
 
 def markdown(seen: Mapping[str, Sequence[Seen]]) -> str:
