@@ -11,6 +11,9 @@ from itertools import combinations
 from math import sqrt
 from typing import Any
 
+import numpy as np
+
+from mergebench.compute.decomposition import Decomposition
 from mergebench.compute.namespace import namespace
 from mergebench.compute.spectra import RANK, Spectrum, spectrum
 
@@ -73,6 +76,15 @@ def crosstalk(one: Any, other: Any) -> float:
     return min(float(xp.linalg.vector_norm(product)), 1.0)
 
 
+def crosstalk_of(one: Decomposition, other: Decomposition) -> float:
+    """The same from singular triplets, of matrices that need not be there."""
+    if one.rank == 0 or other.rank == 0:
+        return 0.0
+    a, b = one.S / np.linalg.norm(one.S), other.S / np.linalg.norm(other.S)
+    inside = a[:, None] * (one.Vt @ other.Vt.T) * b[None, :]
+    return min(float(np.linalg.norm(inside)), 1.0)
+
+
 def cosine(one: Any, other: Any) -> float:
     """The cosine between two matrices as vectors; 0 where one is zero."""
     xp = namespace(one)
@@ -89,9 +101,9 @@ def principal_cosines(one: Any, other: Any) -> Any:
     Empty where a basis is.
     """
     xp = namespace(one)
-    inside = xp.matrix_transpose(one) @ other
+    inside = xp.astype(xp.matrix_transpose(one) @ other, xp.float64)
     if 0 in inside.shape:
-        return xp.zeros((0,), dtype=one.dtype)
+        return xp.zeros((0,), dtype=xp.float64)
     return xp.clip(spectrum(inside).S, 0.0, 1.0)
 
 

@@ -53,6 +53,27 @@ def rank_for(values: Array, share: float) -> int:
     return min(int(np.count_nonzero(reached < share - 1e-12)) + 1, numerical_rank(values))
 
 
+def elbow(values: Array) -> int:
+    """How many singular values stand before the curve bends: mergebench's rule.
+
+    The place of the curve k ↦ σ_k that is farthest below the chord from its first to its last value
+    begins what is left out. 0 for a matrix of zeros, and all where nothing bends.
+    """
+    rank = numerical_rank(values)
+    if rank < 3:
+        return rank
+    kept = values[:rank]
+    along = np.linspace(0.0, 1.0, rank)
+    fallen = (kept[0] - kept) / (kept[0] - kept[-1]) if kept[0] > kept[-1] else along
+    below = fallen - along
+    return int(below.argmax()) if below.max() > 1e-9 else rank
+
+
+def pela_rank(rows: int, columns: int) -> int:
+    """``⌊nm / (3 (n + m))⌋``, PELA's: a third of the parameters; at least 1 (arXiv:2310.10700)."""
+    return max(rows * columns // (3 * (rows + columns)), 1)
+
+
 def curve(values: Array, points: int) -> list[dict[str, float]]:
     """Singular values and the energy up to them, at some places spread evenly in their logarithm.
 

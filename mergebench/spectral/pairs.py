@@ -16,23 +16,6 @@ def leading(found: Decomposition, share: float) -> int:
     return found.rank if share >= 1 else rank_for(found.S, share)
 
 
-def cosines(one: Array, other: Array) -> Array:
-    """Cosines of the principal angles between two column spaces, falling; empty if one is {0}."""
-    inside = (one.T @ other).astype(np.float64)
-    if 0 in inside.shape:
-        return np.zeros(0)
-    return np.asarray(np.clip(np.linalg.svd(inside, compute_uv=False), 0.0, 1.0))
-
-
-def crosstalk(one: Decomposition, other: Decomposition) -> float | None:
-    """``‖X Yᵀ‖ / (‖X‖ ‖Y‖)`` (Frobenius); ``None`` where one is zero."""
-    if one.rank == 0 or other.rank == 0:
-        return None
-    a, b = one.S / np.linalg.norm(one.S), other.S / np.linalg.norm(other.S)
-    inside = a[:, None] * (one.Vt @ other.Vt.T) * b[None, :]
-    return min(float(np.linalg.norm(inside)), 1.0)
-
-
 def alignment_ratio(task: Decomposition, merge: Decomposition, residual: float) -> Array:
     """Iso's subspace alignment ratio (arXiv:2502.04959), and the dimension used.
 

@@ -53,6 +53,27 @@ def test_crosstalk_of_adapters(scene: Scene) -> None:
     assert pair_of["mean"] == pytest.approx(sum(values.values()) / len(values))
 
 
+def test_spectral_says_the_same_of_pairs(scene: Scene) -> None:
+    """Both commands that speak of pairs have the same numbers, of factors and of full models."""
+    for pair, base in (("lora1", "lora2"), ()), (("ft1", "ft2"), ("--base", "base")):
+        included = ("--include", "class=linear")
+        ran = call("crosstalk", *pair, *base, *included, "--json", cwd=scene.path)
+        got = reported(assert_done(ran).json["rows"])
+        only = ("--only", "crosstalk,angles,cosine", "-p", "angles.share=1", "--no-cache")
+        ran = call("spectral", *pair, *base, *included, *only, "--json", cwd=scene.path)
+        found = assert_done(ran).json["diagnostics"]
+        assert len(found["crosstalk"]["rows"]) * 4 == len(got) > 0
+        for what, name, value in (
+            ("crosstalk", "crosstalk", lambda row: row["crosstalk"]),
+            ("overlap of row spaces", "angles", lambda row: row["row"]["overlap"]),
+            ("smallest angle", "angles", lambda row: row["row"]["smallest_angle"]),
+            ("cosine", "cosine", lambda row: row["cosine"]),
+        ):
+            for row in found[name]["rows"]:
+                assert got[row["tensor"], what, *pair] == pytest.approx(value(row), abs=1e-3 if
+                    what == "smallest angle" else 1e-6), what  # fmt: skip
+
+
 def test_crosstalk_of_fine_tunes_reads_the_base(scene: Scene) -> None:
     """Full checkpoints are compared as task vectors, two by two, in the order given."""
     ran = call("crosstalk", "ft2", "ft1", "lora1", "--base", "base", "--json", cwd=scene.path)

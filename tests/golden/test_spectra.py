@@ -11,7 +11,9 @@ from mergebench.spectral.diagnostics.rotation import moved
 from mergebench.spectral.measures import (
     curve,
     effective_rank,
+    elbow,
     energy,
+    pela_rank,
     power_law,
     rank_for,
     stable_rank,
@@ -46,6 +48,22 @@ def test_energy_and_ranks() -> None:
     assert [rank_for(values, share) for share in (0.5, 9 / 14, 0.9, 0.95, 1.0)] == [1, 1, 2, 3, 3]
     assert rank_for(np.zeros(3), 0.9) == 0
     assert energy(np.zeros(3)).size == 0
+
+
+def test_elbows() -> None:
+    """Two large values before a tail; a straight line has no bend, and zeros have no values."""
+    assert elbow(np.array([10.0, 9, 1, 0.9, 0.8, 0.7])) == 2
+    assert elbow(np.array([10.0, 1, 0.9, 0.8, 0.7, 0.6])) == 1
+    assert elbow(np.array([4.0, 3, 2, 1])) == 4
+    assert elbow(np.array([2.0, 2, 2, 2])) == 4
+    assert elbow(1e-200 * np.array([10.0, 9, 1, 0.9, 0.8, 0.7])) == 2
+    assert (elbow(np.zeros(4)), elbow(np.array([3.0, 1])), elbow(np.zeros(0))) == (0, 2, 0)
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((768, 768), 128), ((768, 3072), 204), ((4, 1), 1)])
+def test_ranks_of_pela(shape: tuple[int, int], rank: int) -> None:
+    """⌊in · out / (3 (in + out))⌋, whichever side is which."""
+    assert pela_rank(*shape) == pela_rank(*shape[::-1]) == rank
 
 
 def test_what_a_rank_leaves_is_the_rest_of_the_energy() -> None:

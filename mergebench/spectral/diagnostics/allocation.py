@@ -9,7 +9,7 @@ from annotated_types import Interval
 
 from mergebench.core.site import Site
 from mergebench.spectral.diagnostic import Values, diagnostic, mean, total
-from mergebench.spectral.measures import energy, rank_for
+from mergebench.spectral.measures import elbow, energy, pela_rank, rank_for
 from mergebench.spectral.spectrum import Tuned
 
 
@@ -18,6 +18,8 @@ def _combine(rows: Sequence[Values]) -> Values:
         "matrices": len(rows),
         "needed": mean(rows, "needed"),
         "suggested": mean(rows, "suggested"),
+        "elbow": mean(rows, "elbow"),
+        "pela": mean(rows, "pela"),
         "parameters": int(total(rows, "parameters")),
         "kept": mean(rows, "kept"),
         "kept_uniform": mean(rows, "kept_uniform"),
@@ -28,6 +30,8 @@ def _headline(values: Values) -> dict[str, Any]:
     return {
         "suggested rank": values["suggested"],
         "needed": values["needed"],
+        "elbow": values["elbow"],
+        "PELA": values["pela"],
         "energy kept": values["kept"],
         "of uniform": values["kept_uniform"],
         "parameters": values["parameters"],
@@ -109,7 +113,9 @@ def allocation(
     The needed rank of a matrix is the fewest directions that hold ``share`` of Σσ² of ΔW. The
     suggested ranks are the largest common multiple of these, rounded down and at least 1, that
     takes no more parameters than rank ``rank`` everywhere. LaMDA++ and others allocate by energy
-    too, with scores that are not published; this rule is ours.
+    too, with scores that are not published; this rule is ours. Beside it stand the rank at which σ
+    bends farthest below the chord from the first to the last of them (elbow, ours too), and the
+    rank that PELA gives every matrix of a shape.
 
     Parameters
     ----------
@@ -121,5 +127,7 @@ def allocation(
     values = tuned.delta_values
     return {
         "needed": rank_for(values, share),
+        "elbow": elbow(values),
+        "pela": pela_rank(*tuned.at.shape),
         "reached": [float(each) for each in energy(values)],
     }

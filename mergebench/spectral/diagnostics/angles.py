@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
-from math import sqrt
 from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Interval
 
+from mergebench.compute.crosstalk import overlap, principal_cosines
 from mergebench.core.site import Site
 from mergebench.core.tensor import Array
 from mergebench.spectral.diagnostic import Row, Values, diagnostic, mean
-from mergebench.spectral.pairs import cosines, leading, random_overlap
+from mergebench.spectral.pairs import leading, random_overlap
 from mergebench.spectral.spectrum import SiteSpectrum
 
 _POINTS = 16
@@ -24,7 +24,7 @@ def _of(found: Array, dimension: int, one: int, other: int) -> Values:
     least = min(one, other)
     degrees = np.degrees(np.arccos(found))
     return {
-        "overlap": min(float(np.linalg.norm(found)) / sqrt(least), 1.0) if least else None,
+        "overlap": overlap(found, (one, other)) if least else None,
         "random": random_overlap(dimension, one, other) if least else None,
         "smallest_angle": float(degrees[0]) if least else None,
         "largest_angle": float(degrees[-1]) if least else None,
@@ -97,7 +97,7 @@ def angles(
             ("row", (first.Vt[:r].T, second.Vt[:q].T)),
             ("column", (first.U[:, :r], second.U[:, :q])),
         ):
-            cos = cosines(*bases)
+            cos = principal_cosines(*bases)
             values[side] = _of(cos, len(bases[0]), r, q)
             places = np.unique(np.linspace(0, max(len(cos) - 1, 0), _POINTS).astype(int))
             values[f"{side}_cosines"] = [float(cos[place]) for place in places if len(cos)]

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Any
 
+from mergebench.compute.crosstalk import crosstalk_of
 from mergebench.core.site import Site
 from mergebench.spectral.diagnostic import Row, Values, diagnostic, mean
-from mergebench.spectral.pairs import crosstalk as crosstalk_of
 from mergebench.spectral.spectrum import SiteSpectrum
 
 
@@ -47,4 +47,7 @@ def crosstalk(at: SiteSpectrum, site: Site) -> Iterator[Row]:
     del site
     found = {model: at.delta_svd(model) for model in at.models}
     for one, other in combinations(at.models, 2):
-        yield Row({"crosstalk": crosstalk_of(found[one], found[other])}, one, other)
+        # Of zeros it is not defined.
+        some = found[one].rank and found[other].rank
+        value = crosstalk_of(found[one], found[other]) if some else None
+        yield Row({"crosstalk": value}, one, other)
