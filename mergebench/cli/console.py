@@ -3,40 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mergebench.core.text import UNSAFE, cell, printable, short_labels
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
+__all__ = [
+    "bar", "cell", "err", "fail", "note", "number", "out", "printable", "say", "say_json",
+    "short_labels", "size",
+]  # fmt: skip
+
 _WIDE = 10_000
-# A name in a file is anybody's text. These make a terminal move its cursor, change its colours or
-# title, or turn text around; halves of surrogate pairs cannot be printed at all.
-_UNSAFE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-
-
-def printable(text: str) -> str:
-    """A text in which all that a terminal would act on, but for line ends, is spelt out.
-
-    An escape character becomes ``\\x1b``, one that turns text around ``\\u202e``.
-    """
-    return _UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else _spelt(found[0]), text)
-
-
-def cell(value: Any) -> str:
-    """A value on one line, line ends spelt out too."""
-    return _UNSAFE.sub(lambda found: _spelt(found[0]), str(value))
-
-
-def _spelt(letter: str) -> str:
-    return f"\\x{ord(letter):02x}" if ord(letter) < 256 else f"\\u{ord(letter):04x}"
 
 
 def _console(**options: Any) -> Console:
@@ -89,7 +72,7 @@ def say_json(data: Any) -> None:
     """Print JSON for programs."""
     text = json.dumps(data, indent=1, ensure_ascii=False)
     # Inside of texts JSON has an escape for every character; outside there are line ends only.
-    safe = _UNSAFE.sub(
+    safe = UNSAFE.sub(
         lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text
     )
     sys.stdout.write(safe + "\n")
@@ -111,17 +94,6 @@ def number(count: float) -> str:
             return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
         count /= 1000
     return f"{count:.2f}T"
-
-
-def short_labels(labels: Sequence[str]) -> list[str]:
-    """The last parts of paths, as many as tell them apart."""
-    count = 1
-    while count < 4:
-        found = ["/".join(Path(label).parts[-count:]) for label in labels]
-        if len(set(found)) == len(labels):
-            return found
-        count += 1
-    return list(labels)
 
 
 @contextmanager

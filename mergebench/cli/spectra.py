@@ -81,7 +81,19 @@ def spectral(
         Path | None,
         typer.Option("--csv", metavar="DIR|FILE", help="Write rows as tables, or as one .csv."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Replace existing tables.")] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html", metavar="FILE", help="Write one page to look at; needs the extra report."
+        ),
+    ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(
+            "--png", metavar="DIR", help="Write pictures for papers; needs the extra report."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace existing files.")] = False,
     memory: o.Memory = "2GiB",
     workers: Annotated[
         int | None,
@@ -124,6 +136,7 @@ def spectral(
     """
     from mergebench.spectral.against import changes, load_report
     from mergebench.spectral.engine import analyse, check_names
+    from mergebench.spectral.html import check_page, check_pictures, write_page, write_pictures
     from mergebench.spectral.subjects import open_inputs
     from mergebench.spectral.tables import check_place, write_tables
 
@@ -134,6 +147,10 @@ def spectral(
     earlier = None if against is None else load_report(against)
     if csv is not None:
         check_place(csv, check_names(names), force)
+    if html is not None:
+        check_page(html, force)
+    if png is not None:
+        check_pictures(png, force)
     inputs = open_inputs(models, base, merged, lora_alpha=lora_alpha)
     with console.bar(quiet or as_json) as progress:
         report = analyse(
@@ -152,6 +169,14 @@ def spectral(
         found, notes = changes(earlier, data)
         data["against"] = {"path": str(against), "changes": found, "notes": notes}
     written = [] if csv is None else write_tables(data, csv)
+    if html is not None:
+        write_page(data, html)
+        written.append(html)
+    if png is not None:
+        drawn = write_pictures(data, png)
+        written += drawn
+        if not drawn:
+            console.note("there is nothing to draw, so that --png wrote nothing")
     if as_json:
         console.say_json(data)
     elif not quiet:

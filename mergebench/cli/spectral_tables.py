@@ -7,6 +7,7 @@ from math import isfinite
 from typing import Any
 
 from mergebench.cli import console
+from mergebench.core.text import written
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 #: Most types of modules and most changes that are printed; --json and --csv have all.
@@ -50,22 +51,6 @@ def sparkline(values: Sequence[float | None]) -> str:
         else _LEVELS[min(round(abs(v) / top * 7), 7) if top > 0 else 0]
         for v in values
     )
-
-
-def written(value: Any) -> str:
-    """A number for a table."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    if value == 0:
-        return "0"
-    size = abs(value)
-    if size < 0.001 or size >= 1e5:
-        return f"{value:.3g}"
-    return f"{value:.4f}" if size < 1 else f"{value:.2f}" if size < 100 else f"{value:.1f}"
 
 
 def _show_found(name: str, found: Mapping[str, Any], labels: Sequence[str]) -> None:

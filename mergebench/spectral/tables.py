@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mergebench.checkpoints.descriptors import cannot
 from mergebench.core.errors import MergebenchError
+from mergebench.spectral.files import replaced
 from mergebench.spectral.report import Record
 
 _PLACE = ("tensor", "layer", "module", "model", "other")
@@ -150,19 +149,8 @@ def _flat(item: Mapping[str, Any]) -> Record:
 
 
 def _write(path: Path, columns: Sequence[str], lines: Iterable[Record]) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(
-            handle, "w", newline="", encoding="utf-8", errors="backslashreplace"
-        ) as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            writer.writeheader()
-            for line in lines:
-                writer.writerow({key: "" if v is None else v for key, v in line.items()})
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(name).chmod(0o666 & ~mask)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replaced(path) as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        for line in lines:
+            writer.writerow({key: "" if v is None else v for key, v in line.items()})
