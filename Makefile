@@ -24,7 +24,13 @@ $(VENV)/.%: $(BIN)/python pyproject.toml constraints.txt
 demo: $(VENV)/.examples
 	$(BIN)/python examples/digits/run.py
 
-test: $(VENV)/.test
+# Chromium and axe-core for the tests of reports, where they are missing.
+BROWSER = tests/browser/.tools/stamp
+$(BROWSER): tests/browser/install.sh
+	tests/browser/install.sh
+	@mkdir -p $(@D) && touch $@
+
+test: $(VENV)/.test $(BROWSER)
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev
@@ -54,4 +60,4 @@ fuzz: $(FUZZ)/.atheris
 	$(FUZZ)/bin/python -W ignore benchmarks/fuzz/run.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(FUZZ) .ci-venv .parity-venv .parity-venv-fusionbench .parity-venv-weightwatcher .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FUZZ) tests/browser/.tools .ci-venv .parity-venv .parity-venv-fusionbench .parity-venv-weightwatcher .pytest_cache .mypy_cache .ruff_cache .hypothesis
