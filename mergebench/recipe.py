@@ -57,7 +57,7 @@ __all__ = [
 #: Version of the recipe format, written as the key ``mergebench``.
 VERSION = 1
 #: Largest recipe file, in bytes, and most outputs of one recipe.
-LARGEST, MOST = 1 << 20, 1000
+LARGEST, MOST = 1 << 19, 1000
 _LINE_ENDS = "\x85\u2028\u2029"
 DTYPES = ("keep", "bf16", "f16", "f32", "f64")
 FORMS = ("auto", "model", "lora", "delta")

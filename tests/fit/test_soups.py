@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mergebench.core.errors import ParameterError
@@ -51,6 +51,7 @@ def test_equal_scores(tmp_path: Path, accept: Any, taken: int) -> None:
     assert len(made.recipe.models) == taken
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     values=st.lists(st.floats(-8, 8, width=16), min_size=1, max_size=5),
     target=st.floats(-4, 4, width=16),

@@ -81,7 +81,7 @@ def test_files_that_are_too_large(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(b"#" * (LARGEST + 1))
 
-    with pytest.raises(MergebenchError, match=r"recipe\.yaml: is too large.*131072"):
+    with pytest.raises(MergebenchError, match=r"recipe\.yaml: is too large.*524288"):
         read_recipe(path)
     with pytest.raises(MergebenchError, match="not a regular file"):
         read_recipe(tmp_path)
