@@ -26,6 +26,10 @@ CASES: Mapping[str, tuple[dict[str, Any], float]] = {
     "iso-cts": ({"method": "iso_cts", "compat": "fusionbench-0.2.33", "lam": 1.5}, 1e-4),
     "iso-cts-half": ({"method": "iso_cts", "compat": "fusionbench-0.2.33", "common": 0.5}, 1e-4),
     "wudi": ({"method": "wudi", "compat": "fusionbench-0.2.33"}, 1e-4),
+    "emr-a": ({"method": "emr", "compat": "fusionbench-0.2.33", "tasks": "models_0"}, 1e-5),
+    "emr-b": ({"method": "emr", "compat": "fusionbench-0.2.33", "tasks": "models_1"}, 1e-5),
+    # It adds 1e-8 to products of norms, which is felt where a tensor hardly moved.
+    "model-stock-two": ({"method": "model_stock", "of": 2}, 5e-4),
     "svc": (
         {"method": "task_arithmetic", "compat": "fusionbench", "then": ["svc:alpha=0.1"]},
         1e-4,
@@ -35,8 +39,9 @@ CASES: Mapping[str, tuple[dict[str, Any], float]] = {
 
 def merged(asked: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What mergebench makes of the recorded models."""
-    models = [tensors(name) for name in FINE_TUNES]
-    result: dict[str, np.ndarray] = merge_models(models, base=tensors("base"), **asked)
+    settings = dict(asked)
+    models = [tensors(name) for name in FINE_TUNES[: settings.pop("of", None)]]
+    result: dict[str, np.ndarray] = merge_models(models, base=tensors("base"), **settings)
     return result
 
 
@@ -73,6 +78,10 @@ def test_fusionbench_makes_the_same(case: str) -> None:
         ("iso-c", {"lam": 1.0}),
         ("iso-cts", {"common": 0.5}),
         ("wudi", {"steps": 200}),
+        ("emr-a", {"over": "entries"}),
+        ("emr-b", {"tasks": "models_0"}),
+        ("model-stock-two", {"scope": "row"}),
+        ("model-stock-two", {"of": 3}),
         ("wudi", {"solver": "exact"}),
         ("svc", {"then": ["svc:alpha=1"]}),
         ("svc", {"then": []}),

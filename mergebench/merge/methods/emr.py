@@ -11,7 +11,10 @@ from mergebench.merge.ops.scale import scale
 from mergebench.merge.ops.weigh import weigh
 
 
-@merge_method(paper="arXiv:2405.17461")
+@merge_method(
+    paper="arXiv:2405.17461",
+    compat={"official-nlp": {"over": "tensors"}, "fusionbench-0.2.33": {"over": "tensors"}},
+)
 def emr(over: Literal["entries", "tensors"] = "entries", lam: float = 1.0) -> Chain:
     """One model per task: a task vector elected for all, masked and rescaled for each.
 

@@ -32,11 +32,45 @@ def module(parameters: Mapping[str, torch.Tensor]) -> nn.Module:
     return root
 
 
+class OneTask:
+    """EMR-Merging, switched to one task."""
+
+    def __init__(self, task: str) -> None:
+        self.task = task
+
+    def run(self, pool: Any) -> nn.Module:
+        """The base with the task's modulator applied."""
+        from fusion_bench.method.emr_merging.emr_merging import EMRMerging
+
+        merged = EMRMerging().run(pool)
+        merged.modulators[self.task].apply(merged)
+        backbone: nn.Module = merged.backbone
+        return backbone
+
+
+class OfTwo:
+    """An algorithm on the first two models alone."""
+
+    def __init__(self, algorithm: Any) -> None:
+        self.algorithm = algorithm
+
+    def run(self, pool: Any) -> nn.Module:
+        """What it makes of them."""
+        from fusion_bench import BaseModelPool
+
+        names = ["_pretrained_", *pool.model_names[:2]]
+        merged: nn.Module = self.algorithm.run(
+            BaseModelPool({n: pool.load_model(n) for n in names})
+        )
+        return merged
+
+
 def cases() -> dict[str, Callable[[], Any]]:
     """The algorithm of every case."""
     from fusion_bench.method import (
         ISO_C_Merge,
         ISO_CTS_Merge,
+        ModelStock,
         TaskArithmeticAlgorithm,
         TaskSingularVectorMerging,
         TiesMergingAlgorithm,
@@ -56,6 +90,9 @@ def cases() -> dict[str, Callable[[], Any]]:
         "iso-cts": lambda: ISO_CTS_Merge(scaling_factor=1.5, common_space_fraction=0.8),
         "iso-cts-half": lambda: ISO_CTS_Merge(scaling_factor=1.0, common_space_fraction=0.5),
         "wudi": lambda: WUDIMerging(iter_num=400),
+        "emr-a": lambda: OneTask("ft-a"),
+        "emr-b": lambda: OneTask("ft-b"),
+        "model-stock-two": lambda: OfTwo(ModelStock()),
         "svc": lambda: SingularValueCalibrationArithmeticTask(scaling_factor=0.3, alpha=0.1),
     }
 
