@@ -35,6 +35,8 @@ class Method:
         Defaults that reproduce another implementation; explicit parameters win.
     models : tuple (least, most)
         How many models it takes; ``most`` is ``None`` where there is no limit.
+    checked : mapping of implementation to tolerance
+        What else its results were compared with, and how near they were, in words.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Method:
     space: Space = "delta"
     compat: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     models: tuple[int, int | None] = (1, None)
+    checked: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def doc(self) -> str:
@@ -89,13 +92,15 @@ def merge_method(
     space: Space = "delta",
     compat: Mapping[str, Mapping[str, Any]] | None = None,
     models: tuple[int, int | None] = (1, None),
+    checked: Mapping[str, str] | None = None,
 ) -> Callable[[F], F]:
     """Register a function ``(**params) -> chain`` as a merge method under its own name."""
 
     def register(factory: F) -> F:
         name = factory.__name__
         params = declared(factory)
-        METHODS.add(name, Method(name, factory, params, paper, space, compat or {}, models))
+        about = paper, space, compat or {}, models, checked or {}
+        METHODS.add(name, Method(name, factory, params, *about))
         return factory
 
     return register

@@ -198,6 +198,7 @@ class OpSpec:
     of_updates: bool = False
     correction: Callable[..., Corrected] | None = None
     added_rank: Callable[..., int] = lambda shape, **_: 0
+    checked: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def summary(self) -> str:
@@ -405,6 +406,7 @@ def op(
     of_updates: bool = False,
     correction: Callable[..., Corrected] | None = None,
     added_rank: Callable[..., int] | None = None,
+    checked: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[Concatenate[Stack, At, P], Stack]], Callable[P, Op]]:
     """Register a function ``(stack, at, **params) -> stack`` and return its factory.
 
@@ -466,6 +468,8 @@ def op(
         report must do with the value alone; there it gets neither stack.
     added_rank : callable ``(shape, **params) -> int``, optional
         The most rank that a correction adds.
+    checked : mapping of implementation to tolerance, optional
+        What else its results were compared with as a step of their own, in words.
     """
 
     def register(function: Callable[Concatenate[Stack, At, P], Stack]) -> Callable[P, Op]:
@@ -495,6 +499,7 @@ def op(
             of_updates=of_updates,
             correction=correction,
             added_rank=added_rank or (lambda shape, **_: 0),
+            checked=checked or {},
         )
         return cast("Callable[P, Op]", OPS.add(name, spec))
 

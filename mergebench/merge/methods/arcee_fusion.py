@@ -18,6 +18,7 @@ from mergebench.merge.ops.weigh import weigh
     paper="https://github.com/arcee-ai/mergekit",
     compat={"mergekit-0.1.5": {"iqr": 1.5, "lam": 1.0}},
     models=(1, 1),
+    checked={"mergekit 0.1.5": "8 roundings"},
 )
 def arcee_fusion(iqr: Annotated[float, Ge(0)] = 1.5, lam: float = 1.0) -> Chain:
     """Move the entries of the base that matter to those of another model, and leave the rest.

@@ -28,6 +28,7 @@ from mergebench.merge.ops.weigh import weigh
             "conflict": "keep",
         },
     },
+    checked={"mergekit 0.1.5": "8 roundings"},
 )
 def breadcrumbs(
     density: Annotated[float, Interval(gt=0, le=1)] = 0.2,

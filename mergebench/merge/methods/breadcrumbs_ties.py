@@ -30,6 +30,7 @@ from mergebench.merge.ops.scale import scale
             "cancelled": "sum",
         },
     },
+    checked={"mergekit 0.1.5": "8 roundings"},
 )
 def breadcrumbs_ties(
     density: Annotated[float, Interval(gt=0, le=1)] = 0.2,

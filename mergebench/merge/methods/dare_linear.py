@@ -19,6 +19,7 @@ from mergebench.merge.ops.weigh import weigh
 @merge_method(
     paper="arXiv:2311.03099",
     compat={"mergekit-0.1.5": {"density": 1.0, "rescale": "l1", "normalize": False}},
+    checked={"mergekit 0.1.5": "moments, 5σ"},
 )
 def dare_linear(
     density: Annotated[float, Interval(gt=0, le=1)] = 0.5,

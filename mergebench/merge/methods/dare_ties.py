@@ -27,6 +27,7 @@ from mergebench.merge.ops.scale import scale
             "cancelled": "sum",
         }
     },
+    checked={"mergekit 0.1.5": "moments, 5σ"},
 )
 def dare_ties(
     density: Annotated[float, Interval(gt=0, le=1)] = 0.5,

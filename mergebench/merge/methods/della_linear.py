@@ -21,6 +21,7 @@ from mergebench.merge.ops.weigh import weigh
     compat={
         "mergekit-0.1.5": {"density": 1.0, "epsilon": 0.15, "rescale": "l1", "normalize": False}
     },
+    checked={"mergekit 0.1.5": "moments, 5σ"},
 )
 def della_linear(
     density: Annotated[float, Interval(gt=0, le=1)] = 0.7,

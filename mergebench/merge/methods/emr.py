@@ -14,6 +14,7 @@ from mergebench.merge.ops.weigh import weigh
 @merge_method(
     paper="arXiv:2405.17461",
     compat={"official-nlp": {"over": "tensors"}, "fusionbench-0.2.33": {"over": "tensors"}},
+    checked={"FusionBench 0.2.33": "1e-05"},
 )
 def emr(over: Literal["entries", "tensors"] = "entries", lam: float = 1.0) -> Chain:
     """One model per task: a task vector elected for all, masked and rescaled for each.

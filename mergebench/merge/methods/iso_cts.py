@@ -19,6 +19,7 @@ from mergebench.merge.ops.weigh import weigh
         "official": {"over": "full", "kernels": "vector"},
         "fusionbench-0.2.33": {"lam": 1.0, "over": "full", "kernels": "vector"},
     },
+    checked={"FusionBench 0.2.33": "1e-04"},
 )
 def iso_cts(
     lam: float = 1.0,

@@ -15,6 +15,7 @@ from mergebench.merge.ops.frechet_mean import frechet_mean
     paper="doi:10.1002/cpa.3160300502",
     space="weight",
     compat={"mergekit-0.1.5": {"max_iter": 10, "tol": 1e-5}},
+    checked={"mergekit 0.1.5": "8 roundings"},
 )
 def karcher(
     max_iter: Annotated[int, Interval(ge=1, le=1000)] = 10, tol: Annotated[float, Ge(0)] = 1e-5

@@ -18,6 +18,7 @@ from mergebench.merge.ops.weigh import weigh
         "ffa-lora": {"normalize": True},
         "mhr-mu": {"normalize": True},
     },
+    checked={"mergekit 0.1.5": "8 roundings"},
 )
 def linear(normalize: bool = True) -> Chain:
     """Average the weights of several fine-tunes: uniform and weighted soups, WiSE-FT.

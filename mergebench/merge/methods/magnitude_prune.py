@@ -17,6 +17,7 @@ from mergebench.merge.ops.weigh import weigh
 @merge_method(
     paper="arXiv:1506.02626",
     compat={"peft-0.21": {"scope": "tensor", "count": "exact"}},
+    checked={"PEFT 0.21": "1e-04"},
 )
 def magnitude_prune(
     density: Annotated[float, Interval(gt=0, le=1)] = 0.2,

@@ -13,6 +13,7 @@ from mergebench.merge.ops.stock_ratio import stock_ratio
 @merge_method(
     paper="arXiv:2403.19522",
     compat={"mergekit-0.1.5": {"scope": "tensor", "clamp": False}},
+    checked={"mergekit 0.1.5": "8 roundings", "FusionBench 0.2.33": "5e-04"},
 )
 def model_stock(scope: Literal["row", "tensor"] = "tensor", clamp: bool = False) -> Chain:
     """Go from the base t of the way to the mean: θ = t · mean(θ_i) + (1 - t) θ0.

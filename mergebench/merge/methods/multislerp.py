@@ -13,6 +13,7 @@ from mergebench.merge.ops.tangent_mean import tangent_mean
     paper="doi:10.1145/502122.502124",
     space="either",
     compat={"mergekit-0.1.5": {"tangent": "projection", "normalize": True}},
+    checked={"mergekit 0.1.5": "8 roundings"},
 )
 def multislerp(tangent: Literal["log", "projection"] = "log", normalize: bool = True) -> Chain:
     """Average several models in the tangent space at their mean direction.

@@ -17,6 +17,7 @@ from mergebench.merge.ops.weigh import weigh
     paper="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
     compat={"mergekit-0.1.5": {}},
     models=(1, 1),
+    checked={"mergekit 0.1.5": "8 roundings"},
 )
 def nearswap(t: Annotated[float, Ge(0)] = 1e-4) -> Chain:
     """Move every weight of the base towards another model's, by at most t.

@@ -16,6 +16,7 @@ from mergebench.merge.ops.slerp import slerp
     space="either",
     compat={"mergekit-0.1.5": {"threshold": 0.999999, "scope": "tensor"}},
     models=(1, 2),
+    checked={"mergekit 0.1.5": "8 roundings"},
 )
 def nuslerp(
     threshold: Annotated[float, Interval(ge=0, le=1)] = 0.9995,

@@ -14,6 +14,7 @@ from mergebench.merge.ops.weigh import weigh
     space="weight",
     compat={"mergekit-0.1.5": {}},
     models=(1, 1),
+    checked={"mergekit 0.1.5": "8 roundings"},
 )
 def passthrough(scale: float = 1.0) -> Chain:
     """Write one model, each floating-point tensor multiplied by a number.

@@ -13,7 +13,11 @@ from mergebench.merge.ops.drop_small import drop_small
 from mergebench.merge.ops.scale import scale
 
 
-@merge_method(paper="arXiv:2601.13572", compat={"mergekit-0.1.5": {"epsilon": 1e-5, "lam": 1.0}})
+@merge_method(
+    paper="arXiv:2601.13572",
+    compat={"mergekit-0.1.5": {"epsilon": 1e-5, "lam": 1.0}},
+    checked={"mergekit 0.1.5": "8 roundings"},
+)
 def ram(epsilon: Annotated[float, Ge(0)] = 1e-5, lam: float = 1.0) -> Chain:
     """Reinforced agent merging: average overlapping changes, keep unique ones whole.
 

@@ -17,6 +17,7 @@ from mergebench.merge.ops.scale_unique import scale_unique
 @merge_method(
     paper="arXiv:2601.13572",
     compat={"mergekit-0.1.5": {"epsilon": 1e-5, "r": 0.1, "alpha": 0.2, "scope": "tensor"}},
+    checked={"mergekit 0.1.5": "8 roundings"},
 )
 def ramplus_tl(
     epsilon: Annotated[float, Ge(0)] = 1e-5,

@@ -16,6 +16,7 @@ from mergebench.merge.ops.select_variance import select_variance
 @merge_method(
     paper="arXiv:2408.07990",
     compat={"mergekit-0.1.5": {"select_topk": 1.0, "count": "nonzero", "tie": "plus"}},
+    checked={"mergekit 0.1.5": "8 roundings"},
 )
 def sce(
     select_topk: Annotated[float, Interval(gt=0, le=1)] = 1.0,

@@ -17,6 +17,7 @@ from mergebench.merge.ops.weigh import weigh
         "fusionbench": {"lam": 0.3},
         "mergekit-0.1.5": {"lam": 1.0},
     },
+    checked={"mergekit 0.1.5": "8 roundings", "FusionBench 0.2.33": "1e-05", "PEFT 0.21": "1e-05"},
 )
 def task_arithmetic(lam: float = 1.0, normalize: bool = False) -> Chain:
     """Add task vectors to the base: θ = θ0 + λ · Σ w_i τ_i.

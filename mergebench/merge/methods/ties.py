@@ -30,6 +30,7 @@ from mergebench.merge.ops.trim import trim
         "peft-0.21": {"scope": "tensor", "tie": "plus", "divisor": "count"},
         "fusionbench": {"count": "official", "divisor": "none", "lam": 0.3},
     },
+    checked={"mergekit 0.1.5": "8 roundings", "FusionBench 0.2.33": "1e-05", "PEFT 0.21": "1e-04"},
 )
 def ties(
     density: Annotated[float, Interval(gt=0, le=1)] = 0.2,

@@ -17,6 +17,7 @@ from mergebench.merge.ops.weigh import weigh
         "official": {"over": "full", "kernels": "vector"},
         "fusionbench-0.2.33": {"over": "full", "kernels": "vector"},
     },
+    checked={"FusionBench 0.2.33": "1e-04"},
 )
 def tsv_merge(
     lam: float = 1.0,

@@ -19,6 +19,7 @@ from mergebench.merge.ops.weigh import weigh
         "official": {"solver": "steps", "steps": 300, "rate": 1e-5},
         "fusionbench-0.2.33": {"solver": "steps", "steps": 400, "rate": 1e-5},
     },
+    checked={"FusionBench 0.2.33": "1e-04"},
 )
 def wudi(
     lam: float = 1.0,

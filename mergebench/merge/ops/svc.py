@@ -24,6 +24,7 @@ def _workspace(models: int, rows: int, columns: int) -> int:
     workspace=_workspace,
     tolerance=TOLERANCE,
     of_updates=True,
+    checked={"FusionBench 0.2.33": "1e-04"},
 )
 def svc(
     stack: Stack,
