@@ -72,8 +72,28 @@ def crosstalk(one: Any, other: Any) -> float:
     if not all(bool(length > 0) for length in lengths):
         return 0.0
     # Divided first, so that products of large entries stay within float64.
-    product = (one / lengths[0]) @ xp.matrix_transpose(other / lengths[1])
-    return min(float(xp.linalg.vector_norm(product)), 1.0)
+    left, right = (
+        _narrow(each / length) for each, length in zip((one, other), lengths, strict=True)
+    )
+    return min(float(xp.linalg.vector_norm(left @ xp.matrix_transpose(right))), 1.0)
+
+
+def _narrow(matrix: Any) -> Any:
+    """A matrix with no more rows than columns and the same Gram matrix.
+
+    ``‖X Yᵀ‖`` of tall matrices is that of their triangular factors: of an embedding the product
+    would be tokens × tokens.
+    """
+    if matrix.shape[0] <= matrix.shape[1]:
+        return matrix
+    return namespace(matrix).linalg.qr(matrix, mode="reduced")[1]
+
+
+def crosstalk_bytes(rows: int, columns: int) -> int:
+    """Memory of :func:`crosstalk`: both matrices once more, and their product."""
+    least = min(rows, columns)
+    factors = 8 * rows * columns * 3 if rows > columns else 0
+    return 16 * rows * columns + factors + 8 * least * (least + 2 * columns)
 
 
 def crosstalk_of(one: Decomposition, other: Decomposition) -> float:

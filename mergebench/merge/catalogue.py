@@ -20,12 +20,13 @@ implementation. `mergebench methods NAME` has the formula, every parameter and t
 pieces would not do.
 
 *Checked against*: recorded outputs of other implementations (`tests/parity`, `tests/adapters`),
-with their preset where there is one. *8 roundings*: entry by entry, what differs is at most one unit in
-the last place of the stored dtype, or 8 float32 roundings, or a tie, and nothing is unexplained.
-*Moments*: what is drawn at random differs, how what stays is rescaled is equal, and moments lie
-within five standard deviations. A number is the largest difference relative to the largest entry of
-a tensor's task vector (of PEFT's updates, to their norm). Beside that **every** method is held
-against an independent float64 oracle (`tests/oracle`) and hand-worked numbers (`tests/golden`).
+with their preset where there is one. *8 roundings*: entry by entry, what differs is at most one
+unit in the last place of the stored dtype, or 8 float32 roundings, or a tie, and nothing is
+unexplained. *Moments*: what is drawn at random differs, how what stays is rescaled is equal, and
+moments lie within five standard deviations. A number is the largest difference relative to the
+largest entry of a tensor's task vector (of PEFT's updates, to their norm). Beside that **every**
+method is held against an independent float64 oracle (`tests/oracle`) and hand-worked numbers
+(`tests/golden`).
 
 """
 

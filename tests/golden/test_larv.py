@@ -111,6 +111,19 @@ def test_nothing_to_scale() -> None:
         np.testing.assert_array_equal(got[name], array)
 
 
+@pytest.mark.parametrize("moved", [0, 2])
+def test_depth_counts_blocks_that_stayed(moved: int) -> None:
+    """The depth of a block is that in its stack, where no other block has moved too."""
+    names = [f"model.layers.{block}.w.weight" for block in range(4)]
+    base = {name: np.eye(2) for name in names}
+    tuned = {**base, names[moved]: np.eye(2) + np.diag([1.0, 0.0])}
+    got = merge_models([tuned], base=base, method="task_arithmetic", then=["larv"])
+    # e = 2 / 1, c = 0 and alone: 2 √d / (1 + log 2).
+    score = 2 * ((moved + 1) / 4) ** 0.5 / (1 + np.log(2.0))
+    factor = 1 + np.tanh(3 * (score - 1)) / 2
+    np.testing.assert_allclose(got[names[moved]], np.eye(2) + np.diag([factor, 0.0]), rtol=1e-12)
+
+
 def test_conflicts_that_are_equal_but_for_rounding() -> None:
     """The same update at other sizes in every block: scores differ by depth alone, ĉ is 0."""
     random = np.random.default_rng(0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mergebench import apply, merge_models
+from mergebench.compute.crosstalk import crosstalk
 from mergebench.core.errors import MismatchError, ParameterError
 from mergebench.merge.method import METHODS
 from mergebench.merge.op import OPS
@@ -145,3 +146,19 @@ def test_a_full_model_needs_its_base() -> None:
     """Weights are not projected against each other."""
     with pytest.raises(MismatchError, match="add --base"):
         merge_models([{"w": np.eye(2)}, {"w": np.eye(2)}], method="orthogonal")
+
+
+def test_tall_matrices_take_no_square_of_their_height() -> None:
+    """An embedding's crosstalk fits the memory of its factors: 40000² numbers would be 12 GB."""
+    random = np.random.default_rng(0)
+    one, other = random.normal(size=(2, 40_000, 4))
+    got = crosstalk(one, other)
+    # ‖X Yᵀ‖² = ⟨XᵀX, YᵀY⟩, precise enough where row spaces are not orthogonal.
+    whole = np.sqrt(np.sum((one.T @ one) * (other.T @ other)))
+    assert got == pytest.approx(whole / np.linalg.norm(one) / np.linalg.norm(other), rel=1e-12)
+    left, right = np.zeros_like(one), np.zeros_like(one)
+    left[:, :2], right[:, 2:] = one[:, :2], other[:, 2:]
+    assert crosstalk(left, right) < 1e-15
+    base = {"embed.weight": np.zeros((40_000, 4))}
+    models = [{"embed.weight": each} for each in (one, other)]
+    merge_models(models, base=base, method="orthogonal", claim=0.5, memory="64MiB")

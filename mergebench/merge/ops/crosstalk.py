@@ -37,7 +37,12 @@ def _report(
 def _workspace(models: int, rows: int, columns: int) -> int:
     least = min(rows, columns)
     held = 8 * models * (rows * columns + columns * least)
-    return held + svd_bytes(rows, columns) + 16 * rows * (rows + columns) + svd_bytes(least, least)
+    return (
+        held
+        + svd_bytes(rows, columns)
+        + between.crosstalk_bytes(rows, columns)
+        + svd_bytes(least, least)
+    )
 
 
 @op(granularity="tensor", equivariant="both", workspace=_workspace, report=_report)

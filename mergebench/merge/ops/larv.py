@@ -9,7 +9,6 @@ from mergebench.compute.matrices import as_matrices
 from mergebench.compute.namespace import namespace
 from mergebench.compute.select import as_numpy
 from mergebench.compute.spectra import TOLERANCE, svd_bytes
-from mergebench.core.site import Site
 from mergebench.merge.op import At, Stack, Statistic, Sweep, op
 
 Form = Literal["continuous", "tiers"]
@@ -74,7 +73,7 @@ def _measure(sweep: Sweep, form: Form, values: tuple[float, float, float]) -> Ma
         if site.block is None or not found:
             continue
         seen.setdefault((site.stack, site.block), []).append(found)
-        lengths[site.stack] = max(lengths.get(site.stack, 1), _length(site))
+        lengths[site.stack] = site.layers
     if not seen:
         return {}
     layers = sorted(seen)
@@ -86,12 +85,6 @@ def _measure(sweep: Sweep, form: Form, values: tuple[float, float, float]) -> Ma
         rows.append(_scales(ratios, conflicts, depths, form, values))
     xp = namespace(rows[0][0])
     return {layer: xp.stack([each[place] for each in rows]) for place, layer in enumerate(layers)}
-
-
-def _length(site: Site) -> int:
-    """How many blocks the stack of a tensor has, as far as this tensor tells."""
-    assert site.block is not None
-    return round(site.block / site.depth) + 1 if site.depth and site.block else site.block + 1
 
 
 def _mean(values: Sequence[Any]) -> Any:

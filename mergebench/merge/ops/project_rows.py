@@ -46,7 +46,7 @@ def _workspace(models: int, rows: int, columns: int) -> int:
     least = min(rows, columns)
     joint = svd_bytes(columns, models * least) + 16 * columns * models * least
     held = 8 * models * (2 * rows * columns + columns * least)
-    return held + max(svd_bytes(rows, columns), joint) + 16 * rows * (rows + columns)
+    return held + max(svd_bytes(rows, columns), joint) + between.crosstalk_bytes(rows, columns)
 
 
 @op(
