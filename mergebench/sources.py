@@ -143,6 +143,8 @@ def content(source: Source) -> str:
 def open_source(reference: str, options: ReadOptions) -> Source:
     """Open a path, ``base+adapter`` or blocks ``a[0-11],b[4-15]``: headers and configs only.
 
+    ``file#task`` is one of several task vectors in a file.
+
     Raises
     ------
     MergebenchError
@@ -153,6 +155,9 @@ def open_source(reference: str, options: ReadOptions) -> Source:
         return _open_path(path, reference, options)
     if slices := parse_slices(reference):
         return _open_slices(reference, slices, options)
+    held, mark, task = reference.rpartition("#")
+    if mark and task and _exists(Path(held).expanduser()):
+        return _open_path(Path(held).expanduser(), reference, replace(options, task=task))
     left, plus, right = reference.rpartition("+")
     if plus and _exists(Path(left).expanduser()):
         return _open_pair(left, right, options)
@@ -235,7 +240,9 @@ def _open_slices(label: str, slices: tuple[Slice, ...], options: ReadOptions) ->
 def paths_of(label: str) -> tuple[Path, ...]:
     """Every path that a reference names."""
     parts = [each.path for each in parse_slices(label)]
-    names = [part for name in (label, *parts) for part in (name, *name.split("+"))]
+    whole = [part for name in (label, *parts) for part in (name, *name.split("+"))]
+    names = [part for name in whole for part in dict.fromkeys((name, name.rpartition("#")[0]))]
+    names = [name for name in names if name]
     return tuple(Path(name).expanduser() for name in names)
 
 
@@ -254,7 +261,14 @@ def _open_path(path: Path, label: str, options: ReadOptions) -> Source:
         source, identity = adapter
         deltas = read_adapter(source, options)
         mark = fingerprint(source.tensors)
+        if options.task is not None:
+            mark = _joined(mark, options.task)
         return Source(label, None, deltas, mark, source.config or {}, identity, source)
+    if options.task is not None:
+        raise FormatError(
+            f"{path}: is a model, and task {options.task!r} is named",
+            fix=f"leave out #{options.task}",
+        )
     checkpoint = open_checkpoint(path)
     once = {n: t for n, t in checkpoint.tensors.items() if n not in checkpoint.aliases}
     return Source(label, checkpoint, None, fingerprint(once), {}, tuple(checkpoint.identity))

@@ -22,8 +22,8 @@ from mergebench.core.tensor import Tensor
 CONFIG_KEY = "mergebench_adapter_config"
 #: Metadata entry in which a file written by mergebench says what it is.
 FILE_KEY = "mergebench"
-#: What a task vector is saved as: every entry, or some with their places.
-SAVED = ("delta", "sparse")
+#: What a task vector is saved as: every entry, some with their places, or several by masks.
+SAVED = ("delta", "sparse", "tasks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +73,8 @@ class ReadOptions:
     part : str or None, default None
         Read only what adapts this component of a pipeline: a key of
         :data:`~mergebench.adapters_zoo.parts.PARTS`.
+    task : str or None, default None
+        Which of several task vectors of one file is meant.
     """
 
     lora_alpha: float | None = None
@@ -81,6 +83,7 @@ class ReadOptions:
     transposed: frozenset[str] | None = None
     ignore_saved_base: bool = False
     part: str | None = None
+    task: str | None = None
 
 
 def _no_remarks(_: AdapterSource) -> tuple[str, ...]:
@@ -203,6 +206,11 @@ def read_adapter(source: AdapterSource, options: ReadOptions | None = None) -> T
     if options.part is not None:
         source = replace(source, tensors=only(source.label, source.tensors, options.part))
     kind = _kind_of(source)
+    if options.task is not None and kind.name != "tasks":
+        raise FormatError(
+            f"{source.label}: holds a single task vector, and task {options.task!r} is named",
+            fix=f"leave out #{options.task}",
+        )
     view = None if options.base_shapes is None else view_of(options.base_shapes)
     if view is None:
         deltas = kind.read(source, options)

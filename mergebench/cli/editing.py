@@ -128,3 +128,82 @@ def extract_sparse(
     kept = f"{made.stored} of {made.entries} entries in {len(made.diffs)} tensors"
     more = f", {len(made.whole)} tensors in full" if made.whole else ""
     console.say(f"{out}: {kept}{more}, {console.size(size)}")
+
+
+@app.command("pack-tasks")
+def pack_tasks(
+    models: Annotated[list[str], typer.Argument(help="Fine-tunes or adapters, with weights.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A .safetensors file.")],
+    base: o.Base = None,
+    method: Annotated[
+        str,
+        typer.Option("--method", "-m", help="emr or tall_masks, or one before --then tall_mask."),
+    ] = "emr",
+    param: o.Params = None,
+    then: o.Then = None,
+    include: o.Include = None,
+    exclude: o.Exclude = None,
+    allow_base_mismatch: o.AllowBaseMismatch = False,
+    force: o.Force = False,
+    memory: o.Memory = "512MiB",
+    workers: o.Workers = None,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Store what a method gives every task in one file: a vector for all, a mask for each.
+
+    FILE#TASK is then the task vector of one of them, wherever a model or adapter may stand. With
+    N tasks a file takes 32 + N bits for an entry, where N task vectors take 32 N.
+
+    Examples:
+
+    \b
+      mergebench edit pack-tasks ft1 ft2 --base base -o tasks.safetensors
+      mergebench edit pack-tasks ft1 ft2 --base base -m tall_masks -o masks.safetensors
+    """
+    from mergebench.merge.masks import pack_tasks as pack
+    from mergebench.recipe import ModelRef, Recipe, parse_assignment, parse_op
+    from mergebench.sources import split_weight
+
+    started = perf_counter()
+    recipe = Recipe(
+        models=tuple(ModelRef(*split_weight(each)) for each in models),
+        base=base,
+        method=method,
+        params=dict(parse_assignment(text) for text in param or ()),
+        then=tuple(parse_op(each) for each in then or ()),
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        allow_base_mismatch=allow_base_mismatch,
+    )
+    with console.bar(quiet or as_json) as progress:
+        made = pack(
+            recipe,
+            out.expanduser(),
+            force=force,
+            memory=o.size("--memory", memory),
+            workers=workers,
+            progress=progress,
+        )
+    if as_json:
+        console.say_json(
+            {
+                "path": str(out),
+                "bytes": made.bytes,
+                "entries": made.entries,
+                "tasks": {
+                    task: {"scale": scale, "kept": share}
+                    for task, scale, share in zip(made.tasks, made.scales, made.shares, strict=True)
+                },
+                "notes": list(made.notes),
+                "seconds": round(perf_counter() - started, 3),
+            }
+        )
+        return
+    if quiet:
+        return
+    for text in made.notes:
+        console.note(text)
+    for task, scale, share in zip(made.tasks, made.scales, made.shares, strict=True):
+        console.say(f"{out}#{task}: {share:.1%} of the entries, times {scale:.6g}")
+    console.say(f"{out}: {len(made.tasks)} tasks, {console.size(made.bytes)}")

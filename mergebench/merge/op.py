@@ -198,6 +198,7 @@ class OpSpec:
     of_updates: bool = False
     correction: Callable[..., Corrected] | None = None
     added_rank: Callable[..., int] = lambda shape, **_: 0
+    masks: Callable[..., tuple[Stack, Stack, Stack | None]] | None = None
     checked: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -406,6 +407,7 @@ def op(
     of_updates: bool = False,
     correction: Callable[..., Corrected] | None = None,
     added_rank: Callable[..., int] | None = None,
+    masks: Callable[..., tuple[Stack, Stack, Stack | None]] | None = None,
     checked: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[Concatenate[Stack, At, P], Stack]], Callable[P, Op]]:
     """Register a function ``(stack, at, **params) -> stack`` and return its factory.
@@ -468,6 +470,9 @@ def op(
         report must do with the value alone; there it gets neither stack.
     added_rank : callable ``(shape, **params) -> int``, optional
         The most rank that a correction adds.
+    masks : callable ``(stack, at, **params) -> (shared, masks, scales)``, optional
+        The parts of an op whose results are one row (1, m), masked for each model (n, m) and
+        multiplied by its number (n,), or by none; so they can be stored as these.
     checked : mapping of implementation to tolerance, optional
         What else its results were compared with as a step of their own, in words.
     """
@@ -499,6 +504,7 @@ def op(
             of_updates=of_updates,
             correction=correction,
             added_rank=added_rank or (lambda shape, **_: 0),
+            masks=masks,
             checked=checked or {},
         )
         return cast("Callable[P, Op]", OPS.add(name, spec))

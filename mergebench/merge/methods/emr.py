@@ -35,7 +35,8 @@ def emr(over: Literal["entries", "tensors"] = "entries", lam: float = 1.0) -> Ch
     Notes
     -----
     All results share τ: with N tasks they are one vector of floats, N masks of one bit per entry
-    and N numbers. Here each is written as a model of its own.
+    and N numbers. Each is written as a model of its own; ``mergebench edit pack-tasks`` writes
+    them in that form.
 
     Deviations
     ----------

@@ -33,6 +33,7 @@ def tall_masks(mask_lam: Annotated[float, Ge(0)] = 0.4, lam: float = 1.0) -> Cha
     -----
     The masks can follow any method: ``-m ties -p divisor=none --then tall_mask:mask_lam=0.4`` is
     the authors' TALL masks on TIES. ``consensus_ta`` makes one model of the same masks.
+    ``mergebench edit pack-tasks -m tall_masks`` writes τ and the masks alone.
 
     Deviations
     ----------

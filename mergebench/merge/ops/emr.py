@@ -51,7 +51,12 @@ def _statistic(over: Over) -> Statistic:
     return Statistic("model", lambda sweep: _scales(sweep, over))
 
 
-@op(statistic=_statistic, apart="each")
+def _masks(stack: Stack, at: At, over: Over) -> tuple[Stack, Stack, Stack]:
+    unified, agrees = elected(stack)
+    return unified, agrees, at.value
+
+
+@op(statistic=_statistic, apart="each", masks=_masks)
 def emr(stack: Stack, at: At, over: Over = "entries") -> Stack:
     """Every task's share of one elected vector: ``scale_i · mask_i ⊙ unified`` (EMR-Merging).
 

@@ -11,7 +11,13 @@ from mergebench.compute.namespace import namespace
 from mergebench.merge.op import At, Stack, op
 
 
-@op(needs_models=True, apart="again", of_updates=True)
+def _masks(stack: Stack, at: At, mask_lam: float) -> tuple[Stack, Stack, None]:
+    assert at.models is not None
+    xp = namespace(stack)
+    return stack, xp.abs(at.models) > mask_lam * xp.abs(stack - at.models), None
+
+
+@op(needs_models=True, apart="again", of_updates=True, masks=_masks)
 def tall_mask(stack: Stack, at: At, mask_lam: Annotated[float, Ge(0)] = 0.4) -> Stack:
     """Keep, for every task, the merged entries that it uses (TALL masks).
 
@@ -24,7 +30,5 @@ def tall_mask(stack: Stack, at: At, mask_lam: Annotated[float, Ge(0)] = 0.4) -> 
     mask_lam : float, default 0.4
         λ_t of the masks; smaller values give larger masks.
     """
-    xp = namespace(stack)
-    assert at.models is not None
-    uses = xp.abs(at.models) > mask_lam * xp.abs(stack - at.models)
-    return silence(stack, uses)
+    merged, uses, _ = _masks(stack, at, mask_lam)
+    return silence(merged, uses)
