@@ -476,8 +476,10 @@ def _items(
         origin = under if spaces.at(name) == "delta" and form == "model" else None
         if _untouched(row, origin, table.base, name):
             assert reference is not None
-            table.copies[name] = reference.tensors[name]
-            table.reasons[name] = "no input changes it"
+            # An update has nothing to say of what stays as it is.
+            if form == "model":
+                table.copies[name] = reference.tensors[name]
+                table.reasons[name] = "no input changes it"
             continue
         stored = [tensor for delta in row if delta is not None for tensor in reads(delta)]
         wide |= any(tensor.dtype == "F64" for tensor in (*stored, *([origin] if origin else ())))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.numpy import load_file
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
@@ -196,3 +197,22 @@ def test_twins_in_two_steps(tmp_path: Path) -> None:
     )
     matrices = [name for name, array in wanted.items() if array.ndim == 2]
     assert_close({n: mixed[n] for n in matrices}, {n: wanted[n] for n in matrices}, 1e-6)
+
+
+@pytest.mark.parametrize("form", ["lora", "delta"])
+def test_what_is_left_out_is_not_stored(form: str, scene: Scene) -> None:
+    """An update says nothing of tensors that stay at the base."""
+    out = scene.path / "out"
+    how = ("-m", "tsv_compress", "--as", form, "--exclude", "class=embedding", "--task", "ft1")
+    assert_done(call("merge", "ft1", "ft2", "-b", "base", *how, "-o", out, cwd=scene.path))
+    (file,) = out.glob("*.safetensors")
+    names = set(load_file(file))
+    assert any("layers.0" in name for name in names)
+    assert not any("embed" in name for name in names)
+    plain = ("merge", "out", "-b", "base", "-m", "task_arithmetic", "-o", "model")
+    assert_done(call(*plain, cwd=scene.path))
+    embeddings = [name for name in scene.base if "embed" in name]
+    got = read(scene.path / "model")
+    assert embeddings
+    for name in embeddings:
+        np.testing.assert_array_equal(got[name], scene.base[name])
