@@ -111,7 +111,7 @@ METHODS_EXEMPT: Mapping[tuple[str, str], str] = {
     ("homogeneous", "arcee_fusion"): "importance is measured on the softmax of weights",
     ("identity", "arcee_fusion"): "it never takes over a model whole, only what matters in it",
     ("double", "arcee_fusion"): "it never takes over a model whole, so there is nothing to survive",
-    ("sweep", "add_difference"): "it has no parameter that could have several values",
+    ("sweep", "add_difference"): "it has no number that could have several values",
     ("base at zero", "twin_merging"): "its scale is that of the shared expert alone",
     ("base at zero", "flexmerge"): "its scale is that of what several tasks share alone",
     ("base at zero", "cart"): "its scale is that of what is added to the mean of the models",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mergebench import merge_models
+from mergebench.core.errors import MismatchError
 from tests.helpers.files import F32, F64, Array, read, tree, write
 from tests.helpers.models import save_folder
 from tests.helpers.running import assert_done, assert_refused, call
@@ -212,6 +213,38 @@ def test_python_takes_the_same(scene: Scene) -> None:
         return (3 if "norm" in name else 1), (1 if "layers.1" in name else 0)
 
     assert_close(found, added(scene, factor))
+
+
+def test_difference_by_blocks(scene: Scene) -> None:
+    """``A + w_block m (B - C)``: A stays whole, whichever way round the files lie."""
+    names = {
+        "model.diffusion_model.input_blocks.0.0.weight": 0.1,
+        "model.diffusion_model.middle_block.0.weight": 0.7,
+        "model.diffusion_model.output_blocks.11.0.weight": 0.9,
+        "cond_stage_model.w.weight": 0.25,
+    }
+    random = np.random.default_rng(0)
+    a, b, c = ({name: random.normal(size=(2, 2)).astype(F32) for name in names} for _ in range(3))
+    for file, table in (("A", a), ("B", b), ("C", c)):
+        write(scene.path / f"{file}.safetensors", table)
+    weights = "/".join(map(str, [0.25, 0.1] + [0.5] * 11 + [0.7] + [0.5] * 11 + [0.9]))
+    how = ("-b", "C.safetensors", "-m", "add_difference", "-p", f"blocks={weights}")
+    for first, other, one, two in (("A", "B", a, b), ("B", "A", b, a)):
+        models = (f"{first}.safetensors", f"{other}.safetensors:0.8")
+        ran = call("merge", *models, *how, "-o", "m.safetensors", "-f",
+                   cwd=scene.path)  # fmt: skip
+        assert_done(ran)
+        found = read(scene.path / "m.safetensors")
+        for name, w in names.items():
+            expected = one[name] + w * 0.8 * (two[name] - c[name])
+            np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(MismatchError, match="no tensor of a Stable Diffusion model"):
+        merge_models(
+            [scene.path / "ft1", scene.path / "ft2"],
+            base=scene.path / "base",
+            method="add_difference",
+            blocks="GRAD_V",
+        )
 
 
 def test_block_weights(scene: Scene) -> None:

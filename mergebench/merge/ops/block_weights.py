@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from math import cos, isfinite, pi
-from typing import Annotated
+from typing import Annotated, Literal
 
+from mergebench.compute.namespace import namespace
 from mergebench.core.errors import MismatchError, ParameterError, did_you_mean
 from mergebench.core.params import Examples
 from mergebench.core.site import Site
@@ -105,6 +106,9 @@ def _factor(site: Site, weights: str, base: float, net: Net) -> float:
 
 def _check(site: Site, weights: str, base: float, net: Net) -> None:
     _factor(site, weights, base, net)
+    outside, blocks = factors_of(weights, base, net)
+    if {outside, *blocks} == {1.0}:
+        return
     if site.name and not _DIFFUSION.search(site.name):
         raise MismatchError(
             f"{site.name}: is no tensor of a Stable Diffusion model, so block weights mean nothing",
@@ -112,13 +116,23 @@ def _check(site: Site, weights: str, base: float, net: Net) -> None:
         )
 
 
-@op(linear=True, check=_check, of_updates=True)
+def _check_op(site: Site, weights: str, base: float, net: Net, of: str) -> None:
+    _check(site, weights, base, net)
+
+
+@op(
+    linear=True,
+    check=_check_op,
+    of_updates=True,
+    ordered=lambda of="all", **_: of == "last",
+)
 def block_weights(
     stack: Stack,
     at: At,
     weights: Annotated[str, Examples(("GRAD_V", "COSINE", "OUT07"))],
     base: float = 0.0,
     net: Net = "sd15",
+    of: Literal["all", "last"] = "all",
 ) -> Stack:
     """Multiply the update of every U-Net block by its own weight (merge block weighted).
 
@@ -136,5 +150,16 @@ def block_weights(
         Weight outside of the U-Net: text encoders and VAE.
     net : sd15 or sdxl, default sd15
         Which U-Net; SD 2.x has the blocks of sd15.
+    of : all or last, default all
+        Multiply all updates that stand side by side, or only that of the last model in the order
+        of the user, where there are several.
     """
-    return stack * _factor(at.site, weights, base, net)
+    factor = _factor(at.site, weights, base, net)
+    if of == "all":
+        return stack * factor
+    order = at.in_order(stack.shape[0])
+    if len(order) == 1:
+        return stack
+    xp = namespace(stack)
+    rows = [factor if row == order[-1] else 1.0 for row in range(len(order))]
+    return stack * xp.asarray(rows, dtype=stack.dtype, device=stack.device)[:, None]
