@@ -218,7 +218,7 @@ def package(
             *(note for model in models if model.deltas is not None for note in model.deltas.notes),
             *_notes(form, reference),
             *served,
-            *_tolerances(variants),
+            *tolerances(variants),
         ),
     )
 
@@ -339,7 +339,7 @@ def _notes(form: str, reference: Source | None) -> tuple[str, ...]:
     return tuple(f"{path.name} is not copied to the output" for path in left)
 
 
-def _tolerances(variants: Sequence[Variant]) -> tuple[str, ...]:
+def tolerances(variants: Sequence[Variant]) -> tuple[str, ...]:
     """What decomposed the matrices, where that decides the last digits."""
     tolerance = max(tolerance_of(ops) for each in variants for ops in each.distinct)
     if not tolerance:

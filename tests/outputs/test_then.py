@@ -22,6 +22,7 @@ OF_UPDATES = {
     "larv": "larv",
     "reset_half": "reset_half:seed=1",
     "tall_mask": "tall_mask",
+    "deintrude": "deintrude",
 }
 OF_WEIGHTS = [name for name in methods if methods[name].space == "weight"]
 EITHER = [name for name in methods if methods[name].space == "either"]
