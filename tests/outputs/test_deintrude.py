@@ -308,6 +308,24 @@ def test_the_control_knows_nothing_of_directions(repair: Repair) -> None:
         assert_close(got[name] - repair.base[name].astype(np.float64), share * update)
 
 
+def test_the_control_of_an_adapter(repair: Repair) -> None:
+    """Its factors are scaled, and its rank stays."""
+    about = assert_done(repair.run("lora", "--control", "--json", out="plain")).json
+
+    got = dense(repair.path / "plain")
+    shares = {each["tensor"]: each["norm_left"] for each in about["outputs"][0]["matrices"]}
+    for name, update in repair.updates.items():
+        wanted, _ = removed(repair.base[name].astype(np.float64), update, lam=0.7, top=1)
+        share = 1 - np.linalg.norm(wanted - update) / np.linalg.norm(update)
+        assert shares[name] == pytest.approx(share, abs=1e-5)
+        assert_close(got[name], share * update)
+    config = json.loads((repair.path / "plain" / "adapter_config.json").read_text())
+    plain = call("merge", "lora", "--as", "lora", "-o", "same", cwd=repair.path)
+    assert_done(plain)
+    same = json.loads((repair.path / "same" / "adapter_config.json").read_text())
+    assert config["r"] == same["r"]
+
+
 def test_several_values_at_once(repair: Repair) -> None:
     """Each value of λ gives the output that it would give alone."""
     assert_done(repair.run("ft.safetensors", "--lam", "0.3,0.9"))

@@ -120,6 +120,27 @@ def test_several_thresholds(shape: tuple[int, int]) -> None:
         assert_bounds(trained(random, shape), updates(random, shape, 12.0), (0.4, 0.5, 0.7, 0.9))
 
 
+@pytest.mark.parametrize("shape", [(200, 200), (150, 400), (400, 150)], ids=str)
+def test_a_known_base_settles_what_bounds_leave_open(shape: tuple[int, int]) -> None:
+    """A threshold just beside a cosine; of full updates and of factors."""
+    random = np.random.default_rng(1)
+    base = trained(random, shape).astype(np.float32)
+    left, right = updates(random, shape, 12.0)
+    factors = left.astype(np.float32), right.astype(np.float32)
+    tuned = base + factors[0] @ factors[1]
+    _, cosines = exact(base.astype(np.float64), tuned.astype(np.float64), 5)
+    known = np.linalg.svd(base.astype(np.float64), full_matrices=False)[0].astype(np.float32)
+    near = (float(cosines.min()) - 1e-4, float(cosines.min()) + 1e-4)
+    for given in (tuned, factors):
+        assert alignments(base, given, 5, near) is None
+        found = alignments(base, given, 5, near, lambda: known)
+        assert found is not None
+        assert np.all(found.lower <= cosines)
+        assert np.all(cosines <= found.upper)
+        assert np.max(found.upper - found.lower) < 1e-4
+        np.testing.assert_array_equal(found.upper < near[1], cosines < near[1])
+
+
 def test_intruders_of_the_paper() -> None:
     """A worked matrix: one intruder at index 0 with cosine .1162, the next .961."""
     size = 100
