@@ -50,8 +50,8 @@ def measure(work: Callable[[], object]) -> dict[str, float]:
     }
 
 
-def floor(inputs: list[str], out: str) -> None:
-    """Read every input byte once and write as many bytes as the first input has."""
+def read(inputs: list[str]) -> bytearray:
+    """Read every input byte once; returns the last block."""
     buffer = bytearray(_BLOCK)
     for name in inputs:
         source = os.open(name, os.O_RDONLY)
@@ -59,7 +59,13 @@ def floor(inputs: list[str], out: str) -> None:
         for start in range(0, size, _BLOCK):
             os.preadv(source, [buffer], start)
         os.close(source)
-    size = Path(inputs[0]).stat().st_size
+    return buffer
+
+
+def floor(inputs: list[str], out: str, size: int | None = None) -> None:
+    """Read every input byte once and write ``size`` bytes, or as many as the first input has."""
+    buffer = read(inputs)
+    size = Path(inputs[0]).stat().st_size if size is None else size
     target = os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     os.posix_fallocate(target, 0, size)
     for start in range(0, size, _BLOCK):

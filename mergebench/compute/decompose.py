@@ -57,7 +57,9 @@ def truncate(matrix: Array, rank: int) -> tuple[Array, Array, float]:
     return (left, right, residual) if wide else (right.T, left.T, residual)
 
 
-def spectrum_of_product(left: Array, right: Array) -> tuple[Array, Array, Array]:
+def spectrum_of_product(
+    left: Array, right: Array, rank: int | None = None
+) -> tuple[Array, Array, Array]:
     """The singular value decomposition of a product of two factors, never multiplied out.
 
     Two thin QR decompositions and the decomposition of a matrix of the rank's size, in float64.
@@ -65,27 +67,61 @@ def spectrum_of_product(left: Array, right: Array) -> tuple[Array, Array, Array]
     Parameters
     ----------
     left, right : arrays, (m, r) and (r, n)
+    rank : int, optional
+        How many singular vectors to find, all by default.
 
     Returns
     -------
-    U, S, Vt : float64 arrays, (m, k), (k,) and (k, n)
-        k is at most ``min(m, r, n)``; S falls. The largest entry of each column of U is positive.
+    U, S, Vt : float64 arrays, (m, j), (k,) and (j, n)
+        k is min(m, r, n), and j is k or ``rank``, if that is less; S falls. The largest entry of
+        each column of U is positive.
     """
-    from scipy.linalg import qr, svd
+    from scipy.linalg import svd
+    from threadpoolctl import threadpool_limits
 
-    Q1, R1 = qr(left.astype(np.float64), mode="economic")
-    Q2, R2 = qr(right.T.astype(np.float64), mode="economic")
-    # gesvd is slower than gesdd, but never fails to converge on matrices this small.
-    U, S, Vt = svd(R1 @ R2.T, full_matrices=False, lapack_driver="gesvd")
-    U, Vt = Q1 @ U, Vt @ Q2.T
-    signs = np.where(U[np.abs(U).argmax(axis=0), np.arange(S.size)] < 0, -1.0, 1.0)
+    # scipy brings a BLAS of its own, loaded just now: its threads would fight those of the caller.
+    with threadpool_limits(1):
+        one, two = _Reflected(left), _Reflected(right.T)
+        # gesvd is slower than gesdd, but never fails to converge on matrices this small.
+        U, S, Vt = svd(one.triangle @ two.triangle.T, full_matrices=False, lapack_driver="gesvd")
+        kept = S.size if rank is None else min(rank, S.size)
+        U, Vt = one.times(U[:, :kept]), two.times(Vt[:kept].T).T
+    peaks = np.abs(U).argmax(axis=0)
+    signs = np.where(U[peaks, np.arange(kept)] < 0, -1.0, 1.0)
     return U * signs, S, Vt * signs[:, None]
+
+
+class _Reflected:
+    """A thin QR decomposition whose Q stays a product of reflections.
+
+    Applying them to a few columns costs much less than writing Q down.
+    """
+
+    def __init__(self, matrix: Array) -> None:
+        from scipy.linalg import lapack
+
+        work = int(lapack.dgeqrf_lwork(*matrix.shape)[0])
+        self._packed, self._tau, _, _ = lapack.dgeqrf(matrix.astype(np.float64), lwork=work)
+        self.triangle: Array = np.triu(self._packed[: min(matrix.shape)])
+
+    def times(self, columns: Array) -> Array:
+        """``Q @ columns``."""
+        from scipy.linalg import lapack
+
+        wide = np.zeros((self._packed.shape[0], columns.shape[1]), order="F")
+        wide[: columns.shape[0]] = columns
+        if not columns.shape[1]:
+            return wide
+        given = "L", "N", self._packed[:, : self._tau.size], self._tau
+        work = int(lapack.dormqr(*given, wide, lwork=-1)[1][0])
+        found: Array = lapack.dormqr(*given, wide, lwork=work, overwrite_c=True)[0]
+        return found
 
 
 def truncate_product(left: Array, right: Array, rank: int) -> tuple[Array, Array, float]:
     """The best approximation of a product of two factors of a given rank; as :func:`truncate`."""
-    U, S, Vt = spectrum_of_product(left, right)
+    U, S, Vt = spectrum_of_product(left, right, rank)
     root = np.sqrt(S[:rank])
     total = float(np.linalg.norm(S))
     residual = float(np.linalg.norm(S[rank:])) / total if total > 0 else 0.0
-    return U[:, :rank] * root, root[:, None] * Vt[:rank], residual
+    return U * root, root[:, None] * Vt, residual

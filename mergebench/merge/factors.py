@@ -10,13 +10,15 @@ import numpy as np
 from mergebench.compute.decompose import spectrum_of_product, truncate, truncate_product
 from mergebench.compute.rounding import round_to
 from mergebench.core.delta import LowRank, factors
-from mergebench.core.tensor import Array
+from mergebench.core.tensor import DTYPES, Array
 from mergebench.merge.core_space import fits, merged_factors
 from mergebench.merge.corrected import begins_at, corrected
 from mergebench.merge.op import Chain, coefficients, granularity_of, is_linear, needs_base
+from mergebench.merge.stacked import stacked
 from mergebench.merge.stream import Evaluator, Item, load, located, nonfinite, opened
 
 if TYPE_CHECKING:
+    from mergebench.merge.lora_layout import Module
     from mergebench.merge.plan import Plan
     from mergebench.merge.variants import Variant
 
@@ -42,6 +44,10 @@ def write_factors(
     """
     module = plan.package.modules[item.site.name]
     ops = variant.at(item.site.name)
+    if is_linear(ops) and module.own_rank >= module.full_rank:
+        first = next(spec for spec in module.specs if spec.role == "A")
+        _write(module, *stacked(ops, item, module.rank, first.dtype, first.name), sink)
+        return None
     lost = None
     pair = merged_pair(evaluator, variant, item)
     if pair is None:
@@ -61,15 +67,22 @@ def write_factors(
     wide_left[:, : left.shape[1]] = left
     wide_right = np.zeros((module.rank, right.shape[1]))
     wide_right[: right.shape[0]] = right
+    _write(module, wide_left, wide_right, sink)
+    return lost
+
+
+def _write(module: Module, left: Array, right: Array, sink: _Sink) -> None:
+    """All tensors of a module, from factors of the rank that it has in the file."""
     for spec in module.specs:
         if spec.role == "alpha":
             sink.write(spec.name, 0, np.array(spec.constant, np.float32))
             continue
-        array = wide_right if spec.role == "A" else wide_left
+        array = right if spec.role == "A" else left
         if spec.rows:
             array = np.concatenate([array[start:stop] for start, stop in spec.rows])
-        sink.write(spec.name, 0, round_to(array, spec.dtype, spec.name))
-    return lost
+        if array.dtype != DTYPES[spec.dtype]:
+            array = round_to(array, spec.dtype, spec.name)
+        sink.write(spec.name, 0, array)
 
 
 def merged_pair(evaluator: Evaluator, variant: Variant, item: Item) -> tuple[Array, Array] | None:
@@ -94,7 +107,7 @@ def singular_values(evaluator: Evaluator, variant: Variant, item: Item) -> Array
     """Singular values of one merged update, the largest first, float64."""
     pair = merged_pair(evaluator, variant, item)
     if pair is not None:
-        values: Array = spectrum_of_product(*pair)[1]
+        values: Array = spectrum_of_product(*pair, rank=0)[1]
         return values
     matrix = _dense(evaluator, variant, item)
     matrix = matrix.reshape(matrix.shape[0], -1).astype(np.float64)
