@@ -205,7 +205,7 @@ def read_adapter(source: AdapterSource, options: ReadOptions | None = None) -> T
         raise FormatError(f"{source.label}: the adapter holds no tensors")
     if options.part is not None:
         source = replace(source, tensors=only(source.label, source.tensors, options.part))
-    kind = _kind_of(source)
+    kind, beside = _kind_of(source)
     if options.task is not None and kind.name != "tasks":
         raise FormatError(
             f"{source.label}: holds a single task vector, and task {options.task!r} is named",
@@ -213,18 +213,34 @@ def read_adapter(source: AdapterSource, options: ReadOptions | None = None) -> T
         )
     view = None if options.base_shapes is None else view_of(options.base_shapes)
     if view is None:
-        deltas = kind.read(source, options)
+        deltas = _read(kind, beside, source, options)
     else:
         base = None if options.base is None else view.tensors(options.base)
         seen = replace(options, base_shapes=view.shapes, base=base)
-        deltas = view.back(source.label, kind.read(source, seen))
+        deltas = view.back(source.label, _read(kind, beside, source, seen))
     about = {**source.metadata, "kind": kind.name}
     if source.config is not None:
         about[CONFIG_KEY] = json.dumps(dict(source.config), sort_keys=True)
     return TaskVector(source.label, deltas, source.fingerprint, about, kind.remarks(source))
 
 
-def _kind_of(source: AdapterSource) -> Kind:
+def _read(
+    kind: Kind, beside: frozenset[str], source: AdapterSource, options: ReadOptions
+) -> dict[str, Delta]:
+    """What a kind reads, and the parameters beside it that were trained in full."""
+    from mergebench.adapters_zoo.values import add_beside
+
+    own = {key: tensor for key, tensor in source.tensors.items() if key not in beside}
+    deltas = kind.read(replace(source, tensors=own) if beside else source, options)
+    if beside:
+        add_beside(source, options, deltas, beside)
+    return deltas
+
+
+def _kind_of(source: AdapterSource) -> tuple[Kind, frozenset[str]]:
+    """The kind of an adapter, and tensors that it leaves to :func:`_read`: declared values."""
+    from mergebench.adapters_zoo.values import declared
+
     candidates = [KINDS[name] for name in KINDS]
     peft_type = (source.config or {}).get("peft_type")
     if peft_type is not None and not isinstance(peft_type, str):
@@ -239,7 +255,12 @@ def _kind_of(source: AdapterSource) -> Kind:
         if not candidates:
             refuse_type(source.label, str(peft_type), known)
     claims = {kind.name: kind.detect(source) for kind in candidates}
-    whole = [kind for kind in candidates if len(claims[kind.name]) == len(source.tensors)]
+    every, values = frozenset(source.tensors), declared(source)
+    whole = [kind for kind in candidates if claims[kind.name] == every]
+    if not whole:
+        # Any tuner of PEFT may train modules in full as well.
+        found = {name: claim | values for name, claim in claims.items() if claim - values}
+        whole = [kind for kind in candidates if found.get(kind.name) == every]
     if len(whole) > 1:
         raise FormatError(
             f"{source.label}: more than one adapter kind accounts for its tensors",
@@ -248,7 +269,7 @@ def _kind_of(source: AdapterSource) -> Kind:
     if not whole:
         best = max(claims.values(), key=len, default=frozenset())
         refuse_keys(source.label, set(source.tensors) - best)
-    return whole[0]
+    return whole[0], every - claims[whole[0].name]
 
 
 def _with_config(source: AdapterSource) -> AdapterSource:

@@ -272,8 +272,10 @@ def _settings(label: str, one: Stated) -> Settings:
     if not isinstance(saved, list | tuple) or not all(isinstance(name, str) for name in saved):
         raise fail("modules_to_save", "a list of names", saved)
     bias = config.get("bias") or "none"
-    if bias not in ("none", "all", "lora_only"):
-        raise fail("bias", "none, all or lora_only", bias)
+    # Of the adapted modules: PEFT names the family here.
+    only = f"{str(config.get('peft_type') or 'lora').lower()}_only"
+    if bias not in ("none", "all", "lora_only", only):
+        raise fail("bias", f"none, all or {only}", bias)
     return Settings(
         where=where,
         scope=one.scope,
@@ -283,6 +285,6 @@ def _settings(label: str, one: Stated) -> Settings:
         alpha_pattern=numbers("alpha_pattern"),
         use_rslora=flag("use_rslora"),
         fan_in_fan_out=flag("fan_in_fan_out"),
-        bias=bias,
+        bias="lora_only" if bias == only else bias,
         modules_to_save=tuple(saved),
     )

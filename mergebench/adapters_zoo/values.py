@@ -8,6 +8,8 @@ from mergebench.adapters_zoo.adapter import AdapterSource, ReadOptions
 from mergebench.adapters_zoo.dialects import WHOLE, Part, dotted, peft
 from mergebench.adapters_zoo.factors import put
 from mergebench.adapters_zoo.lora_settings import Settings, for_module
+from mergebench.adapters_zoo.peft_settings import settings_of
+from mergebench.adapters_zoo.refusals import family_of
 from mergebench.adapters_zoo.resolve import BaseNames
 from mergebench.core.delta import Delta, Replacement
 from mergebench.core.errors import FormatError
@@ -25,6 +27,32 @@ def is_declared(part: Part, settings: tuple[Settings, ...]) -> bool:
         return is_trained_bias(part, settings)
     declared = for_module(settings, part.module).saves(part.module, part.param)
     return part.role == "wrapped" or declared
+
+
+def declared(source: AdapterSource) -> frozenset[str]:
+    """Parameters that the config declares to be trained in full: modules to save, biases."""
+    config = source.config or {}
+    settings = settings_of(config)
+    if settings == (Settings(),):
+        return frozenset()
+    parts = {key: dotted.parse(key) for key in source.tensors}
+    return frozenset(
+        key
+        for key, part in parts.items()
+        if part is not None
+        and part.role in WHOLE
+        and is_declared(part, settings)
+        # Inside a saved module may be another family's tensors, which are no values.
+        and family_of(key) is None
+    )
+
+
+def add_beside(
+    source: AdapterSource, options: ReadOptions, deltas: dict[str, Delta], keys: Collection[str]
+) -> None:
+    """As :func:`add_values`, for parameters that are :func:`declared`."""
+    names = None if options.base_shapes is None else BaseNames(options.base_shapes)
+    add_values(source, options, deltas, keys, settings_of(source.config or {}), names)
 
 
 def add_values(

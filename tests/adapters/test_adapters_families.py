@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mergebench.adapters_zoo.adapter import ReadOptions, read_adapter
-from mergebench.core.delta import LowRank
+from mergebench.core.delta import LowRank, Replacement
 from mergebench.core.tensor import Array, ArrayTensor
 
 from .support import assert_same_update, load_folder
@@ -35,6 +35,7 @@ class Net(nn.Module):
         self.conv = nn.Conv2d(4, 6, 3)
         self.point = nn.Conv2d(4, 6, 1)
         self.embed = nn.Embedding(10, 6)
+        self.head = nn.Linear(6, 3)
 
 
 class Transposed(nn.Module):
@@ -135,6 +136,40 @@ def test_reads_what_peft_merges(name: str, tmp_path: Path) -> None:
     assert_same_update(deltas, base, merged)
     if name.split(maxsplit=1)[0] in FACTORED:
         assert all(isinstance(delta, LowRank) for delta in deltas.values())
+
+
+FAMILIES = sorted({name.split(maxsplit=1)[0] for name in CASES} & CASES.keys() | {"lokr full"})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_modules_trained_in_full_beside_a_family(name: str, tmp_path: Path) -> None:
+    """Any tuner of PEFT may save modules: their values come with its own displacements."""
+    config = copy.deepcopy(CASES[name])
+    config.modules_to_save = ["head"]
+    source, base, merged = trained(Net(), config, tmp_path)
+    tensors = {key: ArrayTensor(array) for key, array in base.items()}
+    options = ReadOptions(
+        base_shapes={key: array.shape for key, array in base.items()}, base=tensors
+    )
+    deltas = read_adapter(source, options)
+    assert_same_update(deltas, base, merged)
+    assert {"head.weight", "head.bias", "up.weight"} <= deltas.keys()
+    assert isinstance(deltas["head.weight"], Replacement)
+
+
+@pytest.mark.parametrize(("name", "only"), [("oft", "oft_only"), ("vera", "vera_only")])
+@pytest.mark.parametrize("every", [True, False])
+def test_biases_trained_beside_a_family(name: str, only: str, every: bool, tmp_path: Path) -> None:
+    """Biases of all modules, or of the adapted ones, are new values too."""
+    config = copy.deepcopy(CASES[name])
+    config.bias = "all" if every else only
+    source, base, merged = trained(Net(), config, tmp_path)
+    tensors = {key: ArrayTensor(array) for key, array in base.items()}
+    shapes = {key: array.shape for key, array in base.items()}
+    deltas = read_adapter(source, ReadOptions(base_shapes=shapes, base=tensors))
+    assert_same_update(deltas, base, merged)
+    assert isinstance(deltas["up.bias"], Replacement)
+    assert ("head.bias" in deltas) is every
 
 
 @pytest.mark.parametrize("name", TRANSPOSED)
