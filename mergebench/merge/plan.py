@@ -234,6 +234,7 @@ def make_plan(
     space = _check_base(recipe, models, base, form, space)
     check_count(method, len(models))
     _check_updates(recipe, variants, space)
+    _check_alone(models, weights, variants)
     leader = _leader(recipe, form, first if base is None else None, models)
     variants = split(variants, recipe, models, order)
     variants = recorded(variants, models, weights, base, order, leader)
@@ -546,3 +547,24 @@ def _check_updates(recipe: Recipe, variants: Sequence[Variant], space: str) -> N
                 f"{op.name} works on updates, and {recipe.method} gives whole weights here",
                 fix="use a method on task vectors: --method task_arithmetic with --base",
             )
+
+
+def _check_alone(
+    models: Sequence[Source], weights: Sequence[Any], variants: Sequence[Variant]
+) -> None:
+    """Refuse the weight of a single model that a mean divides out again."""
+    means = any(ops[:1] and ops[0].name == "mean" for each in variants for ops in each.distinct)
+    if not means or len(models) > 1 or weights[0] == 1.0:
+        return
+    label = models[0].label
+    base, plus, adapter = label.rpartition("+")
+    share = f"{weights[0]:g}" if isinstance(weights[0], float) else str(weights[0])
+    pair = models[0].checkpoint is not None and models[0].deltas is not None and plus
+    raise ParameterError(
+        f"{label}: the weight of a single model changes nothing in a mean",
+        got=share,
+        fix=f"for another share of the adapter: mergebench merge {adapter}:{share} --base "
+        f"{base} -m task_arithmetic"
+        if pair
+        else "to scale or subtract a task vector: -m task_arithmetic",
+    )
