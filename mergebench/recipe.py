@@ -140,6 +140,8 @@ class Recipe:
         Most rank of a module of a LoRA that is written.
     energy : float or None
         Share of each update's squared norm that the rank of a written LoRA keeps.
+    whole : tuple of str
+        Selectors of tensors that a written LoRA holds in full, as new values.
     on_mismatch : error, base, skip or union
         What is done with tensors that an input lacks, has in another shape, or has alone.
     vocab : error, pad, intersect or base
@@ -174,6 +176,7 @@ class Recipe:
     target: str | None = None
     rank: int | None = None
     energy: float | None = None
+    whole: tuple[str, ...] = ()
     on_mismatch: str = "error"
     vocab: str = "error"
     chat_template: str | None = None
@@ -198,7 +201,7 @@ class Recipe:
             data["then"] = [op_out(each) for each in self.then]
         if self.parts:
             data["parts"] = [each.to_dict() for each in self.parts]
-        for key in ("tasks", "include", "exclude"):
+        for key in ("tasks", "include", "exclude", "whole"):
             if value := getattr(self, key):
                 data[key] = list(value)
         plain = Recipe(())
@@ -296,7 +299,7 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
         "mergebench", "method", "params", "ops", "models", "then", "tasks", "where", "include",
         "exclude", "base", "compat", "dtype", "as", "shard_size", "lora_alpha", "ignore_saved_base",
         "part", "target", "rank", "energy", "on_mismatch", "vocab", "chat_template", "parts",
-        "allow_base_mismatch", "allow_nonfinite", "out", "block_pattern",
+        "allow_base_mismatch", "allow_nonfinite", "out", "block_pattern", "whole",
     }  # fmt: skip
     for key in data:
         if key not in known:
@@ -340,6 +343,7 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
         target=text_in(data, "target", where),
         rank=_whole(data.get("rank"), "rank", where),
         energy=_number(data.get("energy"), "energy", where),
+        whole=texts_in(data, "whole", where),
         on_mismatch=_choice(data, "on_mismatch", ON_MISMATCH, where),
         vocab=_choice(data, "vocab", VOCAB, where),
         chat_template=text_in(data, "chat_template", where),

@@ -17,7 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Make something else of one model or task vector.\n\n"
     "Examples:\n\n\b\n"
-    "  mergebench edit extract-sparse ft1 --base base --density 0.01 -o diff.safetensors\n"
+    "  mergebench edit extract-lora ft1 --base base --rank 4 -o adapter\n"
     "  mergebench edit deintrude ft1 --base base -o mended --lam 0.7",
 )
 
@@ -207,3 +207,64 @@ def pack_tasks(
     for task, scale, share in zip(made.tasks, made.scales, made.shares, strict=True):
         console.say(f"{out}#{task}: {share:.1%} of the entries, times {scale:.6g}")
     console.say(f"{out}: {len(made.tasks)} tasks, {console.size(made.bytes)}")
+
+
+@app.command("extract-lora")
+def extract_lora(
+    model: Annotated[str, typer.Argument(help="What was fine-tuned.", show_default=False)],
+    base: Annotated[
+        str, typer.Option("--base", "-b", help="The checkpoint it was fine-tuned from.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder, or a .safetensors file.")],
+    rank: o.Rank = None,
+    energy: o.Energy = None,
+    embeddings: Annotated[
+        str,
+        typer.Option(
+            "--embeddings",
+            help="Embeddings and head: whole, their new values (modules_to_save); lora, factors; "
+            "base, left as in the base.",
+        ),
+    ] = "whole",
+    whole: o.Whole = None,
+    include: o.Include = None,
+    exclude: o.Exclude = None,
+    dtype: o.Dtype = "keep",
+    target: o.Target = None,
+    allow_base_mismatch: o.AllowBaseMismatch = False,
+    force: o.Force = False,
+    memory: o.Memory = "512MiB",
+    workers: o.Workers = None,
+    dry_run: o.DryRun = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Write what a fine-tune has moved as a LoRA: layer by layer the best of its rank.
+
+    Norms and biases that moved are written in full; what did not move is left out. The share of
+    each update that is lost is printed.
+
+    Examples:
+
+    \b
+      mergebench edit extract-lora ft1 --base base --rank 4 -o adapter
+      mergebench edit extract-lora ft1 --base base --energy 0.9 --embeddings base -o adapter
+    """
+    from mergebench.cli.merging import do
+    from mergebench.merge.extract_lora import extraction
+
+    recipe = extraction(
+        model,
+        base,
+        rank=rank,
+        energy=energy,
+        embeddings=embeddings,
+        whole=whole or (),
+        include=include or (),
+        exclude=exclude or (),
+        dtype=dtype,
+        target=target,
+        allow_base_mismatch=allow_base_mismatch,
+        out=str(out),
+    )
+    do(recipe, force, memory, workers, dry_run, as_json, quiet)

@@ -44,6 +44,7 @@ def merge(
     target: o.Target = None,
     rank: o.Rank = None,
     energy: o.Energy = None,
+    whole: o.Whole = None,
     on_mismatch: o.OnMismatch = "error",
     vocab: o.Vocab = "error",
     allow_base_mismatch: o.AllowBaseMismatch = False,
@@ -71,10 +72,10 @@ def merge(
     """
     recipe = _recipe(
         models, base, method, param, then, method_for, compat, dtype, form, shard_size, lora_alpha,
-        out, ignore_saved_base, part, target, rank, energy, where, include, exclude, on_mismatch,
-        vocab, allow_base_mismatch, allow_nonfinite, block_pattern, task,
+        out, ignore_saved_base, part, target, rank, energy, whole, where, include, exclude,
+        on_mismatch, vocab, allow_base_mismatch, allow_nonfinite, block_pattern, task,
     )  # fmt: skip
-    _do(recipe, force, memory, workers, dry_run, as_json, quiet, check, report)
+    do(recipe, force, memory, workers, dry_run, as_json, quiet, check, report)
 
 
 def plan(
@@ -99,6 +100,7 @@ def plan(
     target: o.Target = None,
     rank: o.Rank = None,
     energy: o.Energy = None,
+    whole: o.Whole = None,
     on_mismatch: o.OnMismatch = "error",
     vocab: o.Vocab = "error",
     allow_base_mismatch: o.AllowBaseMismatch = False,
@@ -118,10 +120,10 @@ def plan(
     """
     recipe = _recipe(
         models, base, method, param, then, method_for, compat, dtype, form, shard_size, lora_alpha,
-        out, ignore_saved_base, part, target, rank, energy, where, include, exclude, on_mismatch,
-        vocab, allow_base_mismatch, allow_nonfinite, block_pattern, task,
+        out, ignore_saved_base, part, target, rank, energy, whole, where, include, exclude,
+        on_mismatch, vocab, allow_base_mismatch, allow_nonfinite, block_pattern, task,
     )  # fmt: skip
-    _do(recipe, True, memory, workers, True, as_json, False)
+    do(recipe, True, memory, workers, True, as_json, False)
 
 
 def run(
@@ -170,7 +172,7 @@ def run(
                 console.note(text)
         console.say_json(read.to_dict()) if as_json else console.say(read.to_yaml().rstrip())
         return
-    _do(
+    do(
         _with_out(read),
         force, memory, workers, dry_run, as_json, quiet, check, report, found.notes,
     )  # fmt: skip
@@ -194,6 +196,7 @@ def _recipe(
     target: str | None,
     rank: int | None,
     energy: float | None,
+    whole: list[str] | None,
     where: list[str] | None,
     include: list[str] | None,
     exclude: list[str] | None,
@@ -249,6 +252,7 @@ def _recipe(
         target=target,
         rank=rank,
         energy=energy,
+        whole=tuple(whole or ()),
         on_mismatch=on_mismatch,
         vocab=vocab,
         allow_base_mismatch=allow_base_mismatch,
@@ -288,7 +292,7 @@ def _with_out(recipe: Recipe) -> Recipe:
     return replace(recipe, out="merged.safetensors" if files and whole else "merged")
 
 
-def _do(
+def do(
     recipe: Recipe,
     force: bool,
     memory: str,
@@ -300,6 +304,7 @@ def _do(
     report: bool = False,
     notes: tuple[str, ...] = (),
 ) -> None:
+    """Plan a recipe, and unless it is only to be shown, run it and say what came out."""
     from mergebench.merge.engine import check_outputs, execute
     from mergebench.merge.plan import make_plan
 

@@ -153,6 +153,15 @@ Energy = Annotated[
         "its squared norm, such as 0.99.",
     ),
 ]
+Whole = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--whole",
+        metavar="SELECTOR",
+        help="Tensors that a written LoRA holds in full, as modules_to_save, repeatable: "
+        "class=embedding.",
+    ),
+]
 OnMismatch = Annotated[
     str,
     typer.Option(

@@ -57,6 +57,19 @@ def truncate(matrix: Array, rank: int) -> tuple[Array, Array, float]:
     return (left, right, residual) if wide else (right.T, left.T, residual)
 
 
+def singular_values_of(matrix: Array) -> Array:
+    """Singular values, the largest first, float64, by way of the Gram matrix of the smaller side.
+
+    Their squares are exact to float64's precision of the largest square, as shares of a norm need
+    them; small values themselves are not.
+    """
+    wide = matrix.shape[0] <= matrix.shape[1]
+    work = (matrix if wide else matrix.T).astype(np.float64)
+    squares = np.linalg.eigvalsh(work @ work.T)[::-1]
+    found: Array = np.sqrt(np.maximum(squares, 0))
+    return found
+
+
 def spectrum_of_product(
     left: Array, right: Array, rank: int | None = None
 ) -> tuple[Array, Array, Array]:

@@ -53,6 +53,7 @@ def merge_models(
     target: str | None = None,
     rank: int | None = None,
     energy: float | None = None,
+    whole: Sequence[str] = (),
     on_mismatch: str = "error",
     vocab: str = "error",
     allow_base_mismatch: bool = False,
@@ -94,7 +95,7 @@ def merge_models(
         Selectors of the tensors to merge, such as ``"class=norm"`` or a regular expression; the
         others come from the base.
     block_pattern, compat, dtype, form, shard_size, lora_alpha, ignore_saved_base, part, target,
-    rank, energy, on_mismatch, vocab, allow_base_mismatch, allow_nonfinite
+    rank, energy, whole, on_mismatch, vocab, allow_base_mismatch, allow_nonfinite
         As in :class:`~mergebench.recipe.Recipe`.
     memory : int or str, bytes or such as "256MiB", default 512 MiB
     workers : int, optional
@@ -145,6 +146,7 @@ def merge_models(
         target=target,
         rank=rank,
         energy=energy,
+        whole=tuple(whole),
         on_mismatch=on_mismatch,
         vocab=vocab,
         allow_base_mismatch=allow_base_mismatch,

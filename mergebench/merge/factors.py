@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from mergebench.compute.decompose import spectrum_of_product, truncate, truncate_product
+from mergebench.compute.decompose import (
+    singular_values_of,
+    spectrum_of_product,
+    truncate,
+    truncate_product,
+)
 from mergebench.compute.rounding import round_to
 from mergebench.core.delta import LowRank, factors
 from mergebench.core.tensor import DTYPES, Array
 from mergebench.merge.core_space import fits, merged_factors
 from mergebench.merge.corrected import begins_at, corrected
+from mergebench.merge.extraction import is_low
 from mergebench.merge.op import Chain, coefficients, granularity_of, is_linear, needs_base
 from mergebench.merge.stacked import stacked
 from mergebench.merge.stream import Evaluator, Item, load, located, nonfinite, opened
@@ -44,7 +50,7 @@ def write_factors(
     """
     module = plan.package.modules[item.site.name]
     ops = variant.at(item.site.name)
-    if is_linear(ops) and module.own_rank >= module.full_rank:
+    if is_linear(ops) and is_low(item) and module.own_rank >= module.full_rank:
         first = next(spec for spec in module.specs if spec.role == "A")
         _write(module, *stacked(ops, item, module.rank, first.dtype, first.name), sink)
         return None
@@ -88,6 +94,8 @@ def _write(module: Module, left: Array, right: Array, sink: _Sink) -> None:
 def merged_pair(evaluator: Evaluator, variant: Variant, item: Item) -> tuple[Array, Array] | None:
     """``(B, A)`` of one merged update, nothing lost; None where it must be materialised."""
     ops = variant.at(item.site.name)
+    if not is_low(item):
+        return None
     if is_linear(ops):
         return _concatenate(item, ops)
     if (begin := begins_at(ops)) is not None:
@@ -110,8 +118,7 @@ def singular_values(evaluator: Evaluator, variant: Variant, item: Item) -> Array
         values: Array = spectrum_of_product(*pair, rank=0)[1]
         return values
     matrix = _dense(evaluator, variant, item)
-    matrix = matrix.reshape(matrix.shape[0], -1).astype(np.float64)
-    return np.linalg.svd(matrix, compute_uv=False)
+    return singular_values_of(matrix.reshape(matrix.shape[0], -1))
 
 
 def _is_transposed(item: Item) -> bool:

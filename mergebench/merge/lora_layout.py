@@ -21,6 +21,7 @@ from mergebench.core.site import kind_of
 from mergebench.merge.align import Aligned
 from mergebench.merge.core_space import fits
 from mergebench.merge.corrected import added_rank, corrects
+from mergebench.merge.extraction import is_bounded, is_low
 from mergebench.merge.op import coefficients, is_linear, rank_of
 from mergebench.merge.stream import Item
 from mergebench.merge.variants import Variant
@@ -69,7 +70,8 @@ def lora_layout(
 
     Linear chains concatenate factors, so ranks add up; others are truncated to the summed rank,
     or to less where the chain leaves less. Updates of full models have the rank that the chain
-    leaves them; ``stored`` has the dtype of what is written in full (see :func:`in_full`).
+    leaves them; ``stored`` has the dtype of what is written in full (see
+    :func:`~mergebench.merge.extraction.for_adapter`).
 
     Parameters
     ----------
@@ -109,9 +111,11 @@ def lora_layout(
     replaced: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, item in aligned.items.items():
         if item.base is not None:
+            _check_untied(name, item, base)
             replaced[name] = stored[name], item.site.shape
             continue
-        if not _is_low(item) and _bounded(item, variants):
+        asked = recipe.rank is not None or recipe.energy is not None
+        if not is_low(item) and (is_bounded(item, variants) or asked):
             _check_untied(name, item, base)
             whole, exact = _dense_factor(item, variants), False
             unasked = whole.rank
@@ -208,7 +212,7 @@ def _low_rank(name: str, item: Item) -> list[LowRank]:
         odd = next(type(delta).__name__ for delta in found if not isinstance(delta, LowRank))
         raise MismatchError(
             f"{name}: the merged update is not a LoRA ({odd.lower()} input)",
-            fix="use --as delta, --as model with --base, or a method that leaves a low rank",
+            fix="truncate it with --rank or --energy, use --as delta, or --as model with --base",
         )
     if len({delta.transposed for delta in low}) > 1:
         raise MismatchError(
@@ -216,31 +220,6 @@ def _low_rank(name: str, item: Item) -> list[LowRank]:
             fix="use --as delta",
         )
     return low
-
-
-def in_full(aligned: Aligned, variants: Sequence[Variant]) -> Aligned:
-    """Add the base to what has no low-rank form, so that an adapter holds the new values.
-
-    That is what full models change beside matrices: norms and biases.
-    """
-    items = {
-        name: replace(item, base=item.origin)
-        if not _is_low(item) and not _bounded(item, variants) and len(item.site.shape) != 2
-        else item
-        for name, item in aligned.items.items()
-    }
-    return replace(aligned, items=items)
-
-
-def _is_low(item: Item) -> bool:
-    return all(delta is None or isinstance(delta, LowRank) for delta in item.deltas)
-
-
-def _bounded(item: Item, variants: Sequence[Variant]) -> bool:
-    """Whether every chain leaves a low rank of any input."""
-    shape, count = item.site.shape, len(item.deltas)
-    limits = [rank_of(each.at(item.site.name), count, shape) for each in variants]
-    return len(shape) > 1 and None not in limits
 
 
 def _check_untied(name: str, item: Item, base: Source | None) -> None:
@@ -338,7 +317,7 @@ def dense_bytes(
         written = 24 * module.rank * (rows + columns)
         least = min(rows, columns)
         # The matrix in float32 and twice in float64, and the Gram matrix with its eigenvectors.
-        factored = all(
+        factored = is_low(item) and all(
             is_linear(ops) or corrects(ops) or fits(ops, item)
             for ops in (each.at(name) for each in variants)
         )

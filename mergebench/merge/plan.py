@@ -25,8 +25,8 @@ from mergebench.merge.align import Aligned, align, in_places
 from mergebench.merge.buffers import settle
 from mergebench.merge.configs import check_configs
 from mergebench.merge.energy import ranks_by_energy
+from mergebench.merge.extraction import for_adapter
 from mergebench.merge.limits import DEFAULT_MEMORY, check_places, choose_tiling
-from mergebench.merge.lora_layout import in_full
 from mergebench.merge.method import METHODS, Method
 from mergebench.merge.mismatch import Odd, even_out, extended
 from mergebench.merge.on_base import check_fit
@@ -233,8 +233,7 @@ def make_plan(
     models, base, tied = tie_alike(models, base)
     space = _check_base(recipe, models, base, form, space)
     check_count(method, len(models))
-    _check_updates(recipe, variants, space)
-    _check_alone(models, weights, variants)
+    _check_chains(recipe, variants, space, models, weights)
     leader = _leader(recipe, form, first if base is None else None, models)
     variants = split(variants, recipe, models, order)
     variants = recorded(variants, models, weights, base, order, leader)
@@ -265,7 +264,7 @@ def make_plan(
     origin = measure(
         models, base, aligned, spaces, allow=recipe.allow_base_mismatch, fragile=_fragile(variants)
     )
-    aligned = in_full(aligned, variants) if form == "lora" else aligned
+    aligned = for_adapter(aligned, variants, recipe) if form == "lora" else aligned
     pack = partial(
         package, recipe, form, aligned, models, weights, base, first, variants, spoken.sides
     )
@@ -336,7 +335,8 @@ def _check_recipe(recipe: Recipe) -> None:
 
 def _check_lora(recipe: Recipe, form: str) -> None:
     """Options of adapters are for adapters, and within their bounds."""
-    given = [name for name in ("target", "rank", "energy") if getattr(recipe, name) is not None]
+    options = ("target", "rank", "energy", "whole")
+    given = [name for name in options if getattr(recipe, name) not in (None, ())]
     if given and form != "lora":
         raise ParameterError(
             f"{given[0]}: is for adapters",
@@ -535,6 +535,17 @@ def _check_base(
             fix="add --base, or leave out --as model to write an adapter",
         )
     return space
+
+
+def _check_chains(
+    recipe: Recipe,
+    variants: Sequence[Variant],
+    space: str,
+    models: Sequence[Source],
+    weights: Sequence[Any],
+) -> None:
+    _check_updates(recipe, variants, space)
+    _check_alone(models, weights, variants)
 
 
 def _check_updates(recipe: Recipe, variants: Sequence[Variant], space: str) -> None:
