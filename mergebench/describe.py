@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mergebench.adapters_zoo.adapter import AdapterSource
+from mergebench.adapters_zoo.adapter import AdapterSource, kind_of_adapter
 from mergebench.adapters_zoo.dialects import dotted, kohya
 from mergebench.adapters_zoo.scattered import Scattered
 from mergebench.adapters_zoo.targets import TARGETS, refusals, served_with
@@ -20,9 +20,12 @@ from mergebench.core.errors import MergebenchError
 from mergebench.core.site import make_sites
 from mergebench.core.tensor import Tensor, nbytes, size_of
 from mergebench.manifest import MANIFEST, from_metadata
-from mergebench.sources import Source
+from mergebench.sources import Source, fingerprint
 
 _PIECE = 1 << 20
+#: Entries of a config that say how large an update is.
+_STATED = ("r", "rank", "lora_alpha", "alpha", "use_rslora", "use_dora", "rank_pattern",
+           "alpha_pattern", "target_modules", "modules_to_save", "bias")  # fmt: skip
 
 
 def describe(source: Source) -> dict[str, Any]:
@@ -52,6 +55,62 @@ def describe(source: Source) -> dict[str, Any]:
     data["files"] = [dict(each) for each in source.identity]
     data["fingerprint"] = source.fingerprint
     return data
+
+
+def describe_unread(
+    adapter: AdapterSource, files: Sequence[Mapping[str, Any]], lacking: MergebenchError
+) -> dict[str, Any]:
+    """What names, shapes and config of an adapter tell where its displacements are not known.
+
+    Parameters
+    ----------
+    adapter : AdapterSource
+    files : sequence of mappings
+        Name and size of each.
+    lacking : MergebenchError
+        Why they are not.
+
+    Raises
+    ------
+    FormatError
+        If no kind accounts for its tensors.
+    """
+    config = adapter.config or {}
+    kind = kind_of_adapter(adapter)
+    parts = {name: kohya.parse(name) or dotted.parse(name) for name in adapter.tensors}
+    ranks = Counter(
+        # An embedding's A is (r, vocabulary) too.
+        adapter.tensors[name].shape[0]
+        for name, part in parts.items()
+        if part is not None and part.role in ("A", "embedding_A")
+    )
+    update: dict[str, Any] = {
+        "adapter": kind.name,
+        "formula": kind.formula,
+        "dialect": dialect(adapter.tensors),
+    }
+    if ranks:
+        update["ranks"] = {str(rank): count for rank, count in sorted(ranks.items())}
+    stated = {
+        key: config[key] for key in _STATED if config.get(key) not in (None, {}, [], "none", 0)
+    }
+    update |= {"config": stated} if stated else {}
+    update["servers"] = _servers(adapter, max(ranks, default=None))
+    if base := config.get("base_model_name_or_path"):
+        update["base"] = base
+    return {
+        "path": adapter.label,
+        "kind": "adapter",
+        "tensors": len(adapter.tensors),
+        "dtypes": dict(Counter(tensor.dtype for tensor in adapter.tensors.values())),
+        "update": update,
+        "unknown": {
+            "alpha": "α and the scale: the file states none; --lora-alpha gives one",
+            "base": "the displacements: they depend on the base; --base names it",
+        }[lacking.lacks],
+        "files": [dict(each) for each in files],
+        "fingerprint": fingerprint(adapter.tensors),
+    }
 
 
 def _kind(source: Source) -> str:

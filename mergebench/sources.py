@@ -274,6 +274,14 @@ def _open_path(path: Path, label: str, options: ReadOptions) -> Source:
     return Source(label, checkpoint, None, fingerprint(once), {}, tuple(checkpoint.identity))
 
 
+def open_unread(
+    reference: str,
+) -> tuple[AdapterSource, tuple[Mapping[str, Any], ...]] | None:
+    """The tensors and config of an adapter, not yet understood, and its files; None otherwise."""
+    path = Path(reference).expanduser()
+    return _adapter_at(path, reference) if path.exists() else None
+
+
 def _adapter_at(
     path: Path, label: str
 ) -> tuple[AdapterSource, tuple[Mapping[str, Any], ...]] | None:

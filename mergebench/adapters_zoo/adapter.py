@@ -224,6 +224,17 @@ def read_adapter(source: AdapterSource, options: ReadOptions | None = None) -> T
     return TaskVector(source.label, deltas, source.fingerprint, about, kind.remarks(source))
 
 
+def kind_of_adapter(source: AdapterSource) -> Kind:
+    """The kind of an adapter, from names and config alone.
+
+    Raises
+    ------
+    FormatError
+        As :func:`read_adapter`.
+    """
+    return _kind_of(_with_config(source))[0]
+
+
 def _read(
     kind: Kind, beside: frozenset[str], source: AdapterSource, options: ReadOptions
 ) -> dict[str, Delta]:

@@ -198,6 +198,7 @@ def scale_of(
         raise ParameterError(
             f"{label}: the file states no α for {key} (rank {rank}), so its scale is unknown",
             fix=f"pass --lora-alpha; --lora-alpha {rank} gives scale 1",
+            lacks="alpha",
         )
     if rank < 1:
         raise FormatError(f"{label}: rank of {key}", expected="at least 1", got=str(rank))

@@ -33,6 +33,7 @@ def needs_base(label: str, key: str, kind: str) -> NoReturn:
     raise FormatError(
         f"{label}: {key} belongs to {kind}, whose displacement depends on the base weights",
         fix="give --base with the model that the adapter was trained on",
+        lacks="base",
     )
 
 

@@ -40,12 +40,7 @@ def inspect(
       mergebench inspect merged
       mergebench inspect adapter --tensors
     """
-    from mergebench.describe import describe
-
-    source = _open(model, base, lora_alpha)
-    data = describe(source)
-    if tensors:
-        data["tensor_list"] = _tensor_list(source)
+    data = _described(model, base, lora_alpha, tensors=tensors)
     if as_json:
         console.say_json(data)
         return
@@ -71,6 +66,34 @@ def inspect(
         for each in listed:
             rows.add_row(*(console.cell(value) for value in each.values()))
         console.out().print(rows)
+
+
+def _described(
+    model: str, base: str | None, lora_alpha: float | None, *, tensors: bool
+) -> dict[str, Any]:
+    """What is known of an input; of an adapter that lacks its base or α, what it says itself."""
+    from mergebench.core.errors import MergebenchError
+    from mergebench.describe import describe, describe_unread
+    from mergebench.sources import open_unread
+
+    try:
+        source = _open(model, base, lora_alpha)
+    except MergebenchError as error:
+        found = open_unread(model) if error.lacks else None
+        if found is None:
+            raise
+        adapter, files = found
+        data = describe_unread(adapter, files, error)
+        if tensors:
+            data["tensor_list"] = [
+                {"tensor": name, "stored": tensor.dtype, "shape": list(tensor.shape)}
+                for name, tensor in adapter.tensors.items()
+            ]
+        return data
+    data = describe(source)
+    if tensors:
+        data["tensor_list"] = _tensor_list(source)
+    return data
 
 
 def _words(key: str, value: Any) -> str:

@@ -26,9 +26,14 @@ class MergebenchError(Exception):
         What was found and what was needed.
     fix : str, optional
         The next step, worded as an instruction.
+    lacks : str, optional
+        What the user has to give beside a file that is sound in itself: ``base`` or ``alpha``.
     """
 
-    def __init__(self, what: str, *, got: str = "", expected: str = "", fix: str = "") -> None:
+    def __init__(
+        self, what: str, *, got: str = "", expected: str = "", fix: str = "", lacks: str = ""
+    ) -> None:
+        self.lacks = lacks
         self.what, self.got = shortened(what), shortened(got)
         self.expected, self.fix = shortened(expected), shortened(fix)
         parts = [self.what]

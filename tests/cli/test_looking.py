@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from mergebench import methods as known_methods
 from mergebench import ops as known_ops
 from mergebench.adapters_zoo.adapter import KINDS
-from tests.helpers.adapters import factors, save_kohya
+from tests.helpers.adapters import factors, peft_tensors, save_kohya, save_peft
 from tests.helpers.files import F32, write
 from tests.helpers.running import assert_done, assert_refused, call
 from tests.helpers.scene import Scene
@@ -266,3 +268,44 @@ def test_adapters_are_listed(scene: Scene) -> None:
     assert "routed" in reasons["peft_type XLORA"]
     assert "peft_type LOHA" not in reasons
     assert "repeated layers" in reasons["config entry layer_replication"]
+
+
+def test_inspect_without_an_alpha(tmp_path: Path) -> None:
+    """A bare file is shown with what it says; its scale is not guessed."""
+    write(tmp_path / "bare.safetensors", peft_tensors(factors(1, rank=3)))
+    shown = assert_done(call("inspect", "bare.safetensors", "-t", "--json", cwd=tmp_path)).json
+
+    assert shown["kind"] == "adapter"
+    assert shown["unknown"].startswith("α and the scale")
+    assert shown["update"]["adapter"] == "lora"
+    assert shown["update"]["ranks"] == {"3": 4}
+    assert "scales" not in shown["update"]
+    assert len(shown["tensor_list"]) == shown["tensors"] == 8
+    given = call("inspect", "bare.safetensors", "--lora-alpha", "6", "--json", cwd=tmp_path)
+    assert given.json["update"]["scales"] == [2]
+    assert "--lora-alpha" in assert_done(call("inspect", "bare.safetensors", cwd=tmp_path)).out
+
+
+def test_inspect_without_the_base(scene: Scene) -> None:
+    """DoRA needs the base for its update, not for its kind, rank, α and what servers say."""
+    made = factors(1)
+    sizes = {f"{m}.lora_magnitude_vector": np.ones(len(B), F32) for m, (B, _) in made.items()}
+    save_peft(scene.path / "dora", made, extra=sizes, use_dora=True, modules_to_save=None)
+    shown = assert_done(call("inspect", "dora", "--json", cwd=scene.path)).json
+
+    assert shown["unknown"].startswith("the displacements")
+    assert shown["update"]["adapter"] == "dora"
+    assert shown["update"]["ranks"] == {"4": 4}
+    assert shown["update"]["config"]["lora_alpha"] == 8
+    assert "DoRA" in shown["update"]["servers"]["vllm"]
+    known = assert_done(call("inspect", "dora", "-b", "base", "--json", cwd=scene.path)).json
+    assert "unknown" not in known
+    assert known["update"]["modules"] == 4
+
+
+def test_inspect_of_what_is_refused(tmp_path: Path) -> None:
+    """An adapter that is wrong in itself stays an error, base or not."""
+    broken = peft_tensors(factors(1))
+    broken.pop(min(broken))
+    write(tmp_path / "bad.safetensors", broken)
+    assert_refused(call("inspect", "bad.safetensors", cwd=tmp_path), "only one of the factors")

@@ -103,6 +103,7 @@ def _read(source: AdapterSource, options: ReadOptions) -> dict[str, Delta]:
             f"{source.label}: adapts parameters that hold many matrices ({', '.join(targets[:3])}),"
             " and the file does not say how many",
             fix="give --base with the model that the adapter was trained on",
+            lacks="base",
         )
     names = BaseNames(options.base_shapes)
     _, found = _split(source)

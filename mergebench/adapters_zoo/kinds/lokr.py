@@ -49,6 +49,7 @@ def _read(source: AdapterSource, options: ReadOptions) -> dict[str, Delta]:
             raise MismatchError(
                 f"{source.label}: {module.name} is a convolution, whose shape only a base tells",
                 fix="give --base",
+                lacks="base",
             )
         values = Computed(
             place.shape, _kronecker(left[:, :, 0], right, scale), place.transposed,

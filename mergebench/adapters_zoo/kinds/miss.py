@@ -46,6 +46,7 @@ def _read(source: AdapterSource, options: ReadOptions) -> dict[str, Delta]:
         raise FormatError(
             f"{source.label}: MiSS does not say how many inputs a module has",
             fix="give --base with the model that the adapter was trained on",
+            lacks="base",
         )
     names = BaseNames(options.base_shapes)
     settings = read_settings(source)

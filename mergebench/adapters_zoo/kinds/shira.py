@@ -26,6 +26,7 @@ def _read(source: AdapterSource, options: ReadOptions) -> dict[str, Delta]:
         raise FormatError(
             f"{source.label}: a sparse update does not say how large its tensors are",
             fix="give --base with the model that the adapter was trained on",
+            lacks="base",
         )
     names = BaseNames(options.base_shapes)
     settings = read_settings(source)

@@ -300,6 +300,7 @@ def _read(family: Family, source: AdapterSource, options: ReadOptions) -> dict[s
         raise FormatError(
             f"{source.label}: {family.name} does not say how large the weights are",
             fix="give --base with the model that the adapter was trained on",
+            lacks="base",
         )
     if family.need != "nothing" and options.base is None:
         needs_base(source.label, min(parts.keys), family.name)

@@ -61,6 +61,7 @@ def _inputs(
         raise FormatError(
             f"{source.label}: the width of {module} is not in the file",
             fix="give --base with the model that the adapter was trained on",
+            lacks="base",
         )
     wanted = f"{module}.weight"
     shape = names.shapes[names.unique(source.label, wanted, wanted, names.dotted(wanted))]
