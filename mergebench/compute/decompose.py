@@ -9,6 +9,8 @@ import numpy as np
 from mergebench.core.tensor import Array
 
 _BLOCK = 256
+#: Gram matrices of a condition below its inverse are decomposed as they are.
+_ROUND = 1e-5
 
 
 def truncate(matrix: Array, rank: int) -> tuple[Array, Array, float]:
@@ -94,9 +96,13 @@ def spectrum_of_product(
 
     # scipy brings a BLAS of its own, loaded just now: its threads would fight those of the caller.
     with threadpool_limits(1):
-        one, two = _Reflected(left), _Reflected(right.T)
-        # gesvd is slower than gesdd, but never fails to converge on matrices this small.
-        U, S, Vt = svd(one.triangle @ two.triangle.T, full_matrices=False, lapack_driver="gesvd")
+        one, two = _Thin(left), _Thin(right.T)
+        core = one.triangle @ two.triangle.T
+        try:
+            U, S, Vt = svd(core, full_matrices=False, lapack_driver="gesdd")
+        except np.linalg.LinAlgError:
+            # Divide and conquer gives up on some matrices; the QR iteration is slower.
+            U, S, Vt = svd(core, full_matrices=False, lapack_driver="gesvd")
         kept = S.size if rank is None else min(rank, S.size)
         U, Vt = one.times(U[:, :kept]), two.times(Vt[:kept].T).T
     peaks = np.abs(U).argmax(axis=0)
@@ -104,23 +110,38 @@ def spectrum_of_product(
     return U * signs, S, Vt * signs[:, None]
 
 
-class _Reflected:
-    """A thin QR decomposition whose Q stays a product of reflections.
+class _Thin:
+    """A thin QR decomposition, of whose Q only products with a few columns are wanted.
 
-    Applying them to a few columns costs much less than writing Q down.
+    Columns that are nearly orthogonal are decomposed by way of their Gram matrix (Cholesky), which
+    costs a fraction and loses at most the square of their condition of float64's digits; all
+    others by reflections, which are applied and never written out.
     """
 
     def __init__(self, matrix: Array) -> None:
         from scipy.linalg import lapack
 
+        self._plain: Array | None = np.asarray(matrix, np.float64)
+        gram = self._plain.T @ self._plain
+        factor, failed = lapack.dpotrf(gram)
+        if not failed:
+            share, failed = lapack.dpocon(factor, np.abs(gram).sum(axis=0).max())
+        if not failed and share > _ROUND:
+            self.triangle: Array = factor
+            return
+        own = np.array(matrix, np.float64, order="F")
+        self._plain = None
         work = int(lapack.dgeqrf_lwork(*matrix.shape)[0])
-        self._packed, self._tau, _, _ = lapack.dgeqrf(matrix.astype(np.float64), lwork=work)
-        self.triangle: Array = np.triu(self._packed[: min(matrix.shape)])
+        self._packed, self._tau, _, _ = lapack.dgeqrf(own, lwork=work, overwrite_a=True)
+        self.triangle = np.triu(self._packed[: min(matrix.shape)])
 
     def times(self, columns: Array) -> Array:
         """``Q @ columns``."""
         from scipy.linalg import lapack
 
+        if self._plain is not None:
+            solved: Array = lapack.dtrtrs(self.triangle, columns)[0]
+            return np.asarray(self._plain @ solved)
         wide = np.zeros((self._packed.shape[0], columns.shape[1]), order="F")
         wide[: columns.shape[0]] = columns
         if not columns.shape[1]:

@@ -121,6 +121,22 @@ def test_products_are_truncated_like_matrices(
     assert abs(residual - np.linalg.norm(S[kept:]) / np.linalg.norm(S)) <= 1e-12
 
 
+@pytest.mark.parametrize("spread", [0, 2, 4, 8, 12])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_products_of_ill_conditioned_factors(spread: int, parallel: bool) -> None:
+    """Factors of columns of very different length, or nearly parallel ones, lose nothing either."""
+    random = np.random.default_rng(spread)
+    left, right = random.normal(size=(30, 6)), random.normal(size=(6, 20))
+    sizes = 10.0 ** -np.linspace(0, spread, 6)
+    left = left[:, :1] + left * sizes if parallel else left * sizes
+    U, S, Vt = np.linalg.svd(left @ right, full_matrices=False)
+    low, high, residual = truncate_product(left, right, 3)
+
+    assert np.abs(low @ high - (U[:, :3] * S[:3]) @ Vt[:3]).max() <= 1e-10 * S[0]
+    assert np.abs(spectrum_of_product(left, right)[1] - S[:6]).max() <= 1e-12 * S[0]
+    assert abs(residual - np.linalg.norm(S[3:]) / np.linalg.norm(S)) <= 1e-12
+
+
 @pytest.mark.parametrize(
     ("values", "energy", "rank"),
     [
