@@ -73,7 +73,7 @@ FAMILIES: Mapping[str, tuple[re.Pattern[str], str]] = {
     "KaSA": (re.compile(r"\.lora_diag(\.|$)"), FEATURES["kasa_config"]),
     "LoRA with a middle factor": (
         re.compile(r"\.lora_mid\.weight$"),
-        "a Tucker-decomposed convolution (lora_mid) is not supported yet",
+        _MIXED,
     ),
     "LoRA on nn.MultiheadAttention": (
         re.compile(r"\.base_layer\.out_proj\.lora_[AB](\.|$)"),
@@ -102,6 +102,13 @@ FAMILIES: Mapping[str, tuple[re.Pattern[str], str]] = {
         _LATER,
     ),
     "GLoRA (LyCORIS)": (re.compile(rf"{_LYCORIS}\.[ab][12]\.weight$"), _LATER),
+    "LoRA in XLabs' names": (
+        re.compile(
+            r"(double|single)_blocks\.\d+\.processor\.(qkv|proj)_lora\d?\.(down|up)\.weight$"
+        ),
+        "not supported yet; diffusers reads them (load_lora_weights) and saves others "
+        "(transformer.save_lora_adapter)",
+    ),
     "LoRA in diffusers' old names": (
         re.compile(r"(\.lora|_lora|\.lora_linear_layer)\.(up|down)\.weight$"),
         _MIXED,

@@ -150,7 +150,7 @@ def test_wrong_shape() -> None:
     ("extra", "word"),
     [
         ("dora_scale", "DoRA.*give --base"),
-        ("lora_mid.weight", "lora_mid.*not supported yet"),
+        ("lora_mid.weight", "no core of a convolution"),
         ("hada_w1_a", "LoHa.*among tensors of another kind"),
     ],
 )

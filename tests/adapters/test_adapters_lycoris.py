@@ -13,7 +13,8 @@ from lycoris.modules.lokr import LokrModule
 from torch import nn
 
 from mergebench.adapters_zoo.adapter import ReadOptions, read_adapter
-from mergebench.core.errors import MismatchError
+from mergebench.core.delta import LowRank
+from mergebench.core.errors import FormatError, MismatchError
 from mergebench.core.tensor import ArrayTensor
 
 from .support import assert_close, source_of, to_numpy, values_of
@@ -24,6 +25,8 @@ LINEAR, CONV, POINT = nn.Linear(6, 8), nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 1)
 CASES: dict[str, tuple[Any, nn.Module, dict[str, Any]]] = {
     "lora": (LoConModule, LINEAR, {}),
     "lora conv": (LoConModule, CONV, {}),
+    "lora tucker": (LoConModule, CONV, {"use_tucker": True}),
+    "lora point": (LoConModule, POINT, {}),
     "loha": (LohaModule, LINEAR, {}),
     "loha conv": (LohaModule, CONV, {}),
     "loha tucker": (LohaModule, CONV, {"use_tucker": True}),
@@ -64,6 +67,7 @@ def test_reads_what_lycoris_adds(case: str) -> None:
     assert set(deltas) - {"mid_block.proj.bias"} == {TARGET}
     assert_close(values_of(deltas[TARGET]), expected.reshape(weight.shape))
     assert np.abs(expected).max() > 1e-3
+    assert ("lora" in case) == isinstance(deltas[TARGET], LowRank)
 
 
 @pytest.mark.parametrize(("weight", "bias"), [("diff", "diff_b"), ("w_norm", "b_norm")])
@@ -89,3 +93,25 @@ def test_no_alpha_means_scale_one() -> None:
     del stored[f"{NAME}.alpha"]
     plain = values_of(read_adapter(source_of(stored), options)[TARGET])
     assert_close(scaled, plain * 1.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"lora_down": None}, FormatError, "no lora_down"),
+        ({"lora_mid": (2, 2)}, FormatError, "no core"),
+        ({"lora_mid": (2, 3, 3, 3)}, MismatchError, r"lora_down\.weight does not fit"),
+        ({"lora_mid": (3, 2, 3, 3)}, MismatchError, "columns of .*lora_up"),
+        ({"lora_down": (2, 4, 3, 3)}, MismatchError, "no kernel"),
+    ],
+)
+def test_cores_that_do_not_fit(change: dict[str, Any], error: type[Exception], words: str) -> None:
+    """The tensor that is wrong is named."""
+    _, module = made("lora tucker")
+    stored = {f"{NAME}.{key}": to_numpy(value) for key, value in module.custom_state_dict().items()}
+    for role, shape in change.items():
+        stored[f"{NAME}.{role}.weight"] = np.ones(shape or (1,))
+        if shape is None:
+            del stored[f"{NAME}.{role}.weight"]
+    with pytest.raises(error, match=words):
+        read_adapter(source_of(stored))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mergebench.adapters_zoo.adapter import CONFIG_KEY, ReadOptions, read_adapter
+from mergebench.adapters_zoo.adapter import CONFIG_KEY, ReadOptions, is_adapter, read_adapter
 from mergebench.core.errors import FormatError, MergebenchError, MismatchError, ParameterError
 from mergebench.core.tensor import Array
 
@@ -146,6 +146,15 @@ def test_cloneofsimo_names() -> None:
     """Positions in a module tree are not names; the error says so."""
     arrays = {f"unet:{i}:{side}": A for i in range(2) for side in ("up", "down")}
     refuse(FormatError, "unet:0:down.*order in which the code", arrays, None)
+
+
+@pytest.mark.parametrize("names", [("double", "qkv_lora1"), ("single", "qkv_lora")])
+def test_xlabs_names(names: tuple[str, str]) -> None:
+    """They are not those of diffusers' processors, which they look like."""
+    stem = f"{names[0]}_blocks.0.processor.{names[1]}"
+    arrays = {f"{stem}.{side}.weight": A for side in ("up", "down")}
+    assert is_adapter(arrays, None, {})
+    refuse(FormatError, "XLabs.*save_lora_adapter", arrays, None)
 
 
 def test_unclaimed_tensors() -> None:

@@ -11,6 +11,7 @@ Role = Literal[
     "embedding_A",
     "embedding_B",
     "bias",
+    "mid",
     "alpha",
     "value",
     "wrapped",
@@ -31,10 +32,10 @@ class Part:
         Dotted path of the adapted module as the dialect spells it, without any wrapper.
     role : str
         ``A`` and ``B``: factors of a weight; ``embedding_A`` and ``embedding_B``: factors of an
-        embedding; ``bias``: a displacement of the module's bias before scaling; ``alpha``: the
-        scale's numerator; ``value``: a parameter trained in full, ``wrapped``: the same under
-        its training wrapper, ``original``: what it replaced; ``saved_base``: a copy of a frozen
-        parameter of the base.
+        embedding; ``mid``: the core between the factors of a convolution; ``bias``: a displacement
+        of the module's bias before scaling; ``alpha``: the scale's numerator; ``value``: a
+        parameter trained in full, ``wrapped``: the same under its training wrapper, ``original``:
+        what it replaced; ``saved_base``: a copy of a frozen parameter of the base.
     param : str
         Name of the parameter within the module.
     adapter : str

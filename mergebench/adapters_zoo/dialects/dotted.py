@@ -26,7 +26,9 @@ _FORMS: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
         "diffusers, attention processors",
         re.compile(
-            r"(?P<module>.+?)(?:\.processor)?\.(?P<inner>\w+)_lora\.(?P<side>down\.weight|"
+            # XLabs' processors for FLUX hold other matrices under like names.
+            r"(?P<module>.+?)(?:\.processor)?\.(?P<inner>(?!(?:qkv|proj)_lora)\w+)_lora\."
+            r"(?P<side>down\.weight|"
             r"up\.weight|alpha)"
         ),
     ),

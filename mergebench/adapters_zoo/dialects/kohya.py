@@ -23,10 +23,11 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
 _SUFFIX: Mapping[Role, str] = {
     "A": "lora_down.weight",
     "B": "lora_up.weight",
+    "mid": "lora_mid.weight",
     "alpha": "alpha",
 }
 _ROLES: Mapping[str, Role] = {suffix: role for role, suffix in _SUFFIX.items()}
-_NAME = re.compile(r"(?P<module>lora_[^.]+)\.(?P<suffix>lora_down\.weight|lora_up\.weight|alpha)")
+_NAME = re.compile(r"(?P<module>lora_[^.]+)\.(?P<suffix>lora_(?:down|up|mid)\.weight|alpha)")
 
 
 def parse(key: str) -> Part | None:

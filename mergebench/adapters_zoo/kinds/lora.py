@@ -23,6 +23,7 @@ from mergebench.adapters_zoo.lora_settings import (
 )
 from mergebench.adapters_zoo.refusals import family_of, refuse_features
 from mergebench.adapters_zoo.resolve import BaseNames
+from mergebench.adapters_zoo.tucker import without_cores
 from mergebench.adapters_zoo.values import add_values, is_declared
 from mergebench.core.delta import Delta, Dense
 from mergebench.core.errors import FormatError, MismatchError
@@ -41,7 +42,7 @@ def _detect(source: AdapterSource) -> frozenset[str]:
 
 def _kohya_keys(source: AdapterSource) -> frozenset[str]:
     parts = {key: kohya.parse(key) for key in source.tensors}
-    adapted = {part.module for part in parts.values() if part and part.role != "alpha"}
+    adapted = {part.module for part in parts.values() if part and part.role in ("A", "B")}
     return frozenset(key for key, part in parts.items() if part and part.module in adapted)
 
 
@@ -82,6 +83,7 @@ def _read_kohya(
     source: AdapterSource, options: ReadOptions, names: BaseNames | None
 ) -> dict[str, Delta]:
     pairs = []
+    source = without_cores(source)
     for module, roles in _by_module(source, kohya.parse).items():
         key_a, key_b = _both(source.label, module, roles, ("A", "B"))
         rank = rank_of(source, key_a, key_b)
@@ -234,8 +236,9 @@ KINDS.add(
         detect=_detect,
         read=_read,
         notes="LoRA arXiv:2106.09685, rank-stabilised arXiv:2312.03732. Linear, embedding and "
-        "convolution; names of PEFT, Kohya, diffusers, ComfyUI and loralib. Files without α have "
-        "scale 1 where their program gives them that (Kohya, diffusers, ComfyUI).",
+        "convolution, with Tucker cores too (LoCon's lora_mid); names of PEFT, Kohya, diffusers, "
+        "ComfyUI and loralib. Files without α have scale 1 where their program gives them that "
+        "(Kohya, diffusers, ComfyUI).",
         peft_types=frozenset({"LORA"}),
     ),
 )
