@@ -172,6 +172,26 @@ def scaling(
     )  # fmt: skip
 
 
+def check_rank(
+    source: AdapterSource, module: Adapted, settings: tuple[Settings, ...], rank: int
+) -> None:
+    """Refuse a tensor of another rank than the config gives its module.
+
+    Raises
+    ------
+    MismatchError
+    """
+    mine = for_module(settings, module.name)
+    stated = mine.rank_of(source.label, module.name)
+    if stated is not None and stated != rank:
+        raise MismatchError(
+            f"{source.label}: rank of {module.key}",
+            expected=f"{stated:g} ({mine.where})",
+            got=str(rank),
+            fix="the config is of another adapter",
+        )
+
+
 def one_number(source: AdapterSource, key: str) -> float:
     """The entry of a tensor that holds a single finite number other than 0.
 

@@ -106,8 +106,10 @@ FAMILIES: Mapping[str, tuple[re.Pattern[str], str]] = {
         re.compile(
             r"(double|single)_blocks\.\d+\.processor\.(qkv|proj)_lora\d?\.(down|up)\.weight$"
         ),
-        "not supported yet; diffusers reads them (load_lora_weights) and saves others "
-        "(transformer.save_lora_adapter)",
+        (
+            "not supported yet; diffusers reads them (load_lora_weights) and saves others "
+            "(transformer.save_lora_adapter)"
+        ),
     ),
     "LoRA in diffusers' old names": (
         re.compile(r"(\.lora|_lora|\.lora_linear_layer)\.(up|down)\.weight$"),

@@ -51,6 +51,7 @@ def _read(source: AdapterSource, options: ReadOptions) -> dict[str, Delta]:
             fix="correct the one that is wrong",
         )
     deltas = dict(KINDS["lora"].read(lora, options))
+    plain = {name for name, delta in deltas.items() if isinstance(delta, LowRank)}
     for module in modules.values():
         name, weight = weight_of(source, options, names, module)
         delta = deltas.get(name)
@@ -70,6 +71,12 @@ def _read(source: AdapterSource, options: ReadOptions) -> dict[str, Delta]:
         block = _scaled(base, left, right, flat, by_rows)
         dtype = "F64" if "F64" in (weight.dtype, wide(source, module)) else "F32"
         deltas[name] = Dense(Computed(delta.shape, block, delta.transposed, dtype))
+        plain.discard(name)
+    if plain and source.config is not None:
+        raise FormatError(
+            f"{source.label}: use_dora is set, and {min(plain)} has no magnitudes",
+            expected="a lora_magnitude_vector for every adapted module",
+        )
     return deltas
 
 

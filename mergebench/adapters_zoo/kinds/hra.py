@@ -10,7 +10,7 @@ from mergebench.adapters_zoo.adapter import KINDS, AdapterSource, Kind, ReadOpti
 from mergebench.adapters_zoo.computed import Block
 from mergebench.adapters_zoo.factors import put
 from mergebench.adapters_zoo.lora_settings import for_module, read_settings
-from mergebench.adapters_zoo.modules import Adapted, adapted_modules, claimed, matrix
+from mergebench.adapters_zoo.modules import Adapted, adapted_modules, check_rank, claimed, matrix
 from mergebench.adapters_zoo.on_base import base_names, displaced, misfit
 from mergebench.core.delta import Delta
 from mergebench.core.errors import FormatError
@@ -31,6 +31,7 @@ def _read(source: AdapterSource, options: ReadOptions) -> dict[str, Delta]:
     deltas: dict[str, Delta] = {}
     for module in modules.values():
         vectors = matrix(source, module, "hra_u")
+        check_rank(source, module, settings, vectors.shape[1])
         units = _directions(source, module, vectors, orthogonal)
         flipped = for_module(settings, module.name).fan_in_fan_out
         change = partial(_reflected, source, module, units)

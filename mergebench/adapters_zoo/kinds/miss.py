@@ -13,6 +13,7 @@ from mergebench.adapters_zoo.lora_settings import for_module, read_settings
 from mergebench.adapters_zoo.modules import (
     Adapted,
     adapted_modules,
+    check_rank,
     claimed,
     matrix,
     settle,
@@ -63,6 +64,7 @@ def _read(source: AdapterSource, options: ReadOptions) -> dict[str, Delta]:
             # The small matrix stands side by side as often as it fits the outputs.
             shared = np.tile(shared, (1, outputs // shared.shape[1]))
         rank, rows = shared.shape
+        check_rank(source, module, settings, rank)
         name, place = settle(source, options, names, module, rows, columns, flipped=flipped)
         left = ArrayTensor(np.ascontiguousarray(shared.T))
         # Input i takes column i mod r.

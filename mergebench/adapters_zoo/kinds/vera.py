@@ -11,7 +11,7 @@ from mergebench.adapters_zoo.modules import adapted_modules, claimed, settle, wh
 from mergebench.adapters_zoo.resolve import BaseNames
 from mergebench.core.delta import Delta, LowRank
 from mergebench.core.errors import FormatError, MismatchError
-from mergebench.core.tensor import Array, ArrayTensor, size_of
+from mergebench.core.tensor import FLOATING, Array, ArrayTensor, size_of
 
 _ROLES = ("vera_lambda_b", "vera_lambda_d")
 _SHARED = ("base_model.vera_A", "base_model.vera_B")
@@ -88,6 +88,12 @@ def _shared(source: AdapterSource, name: str) -> Array:
             fix="save the adapter with save_projection=True" if not keys else "",
         )
     tensor = source.tensors[keys[0]]
+    if tensor.dtype not in FLOATING:
+        raise FormatError(
+            f"{source.label}: {keys[0]} is no factor",
+            got=tensor.dtype,
+            expected="a floating-point dtype",
+        )
     if len(tensor.shape) != 2:
         raise FormatError(f"{source.label}: {keys[0]} is no factor", got=f"shape {tensor.shape}")
     return tensor.read(0, size_of(tensor.shape)).astype(np.float64).reshape(tensor.shape)
