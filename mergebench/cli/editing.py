@@ -248,7 +248,7 @@ def extract_lora(
 
     \b
       mergebench edit extract-lora ft1 --base base --rank 4 -o adapter
-      mergebench edit extract-lora ft1 --base base --energy 0.9 --embeddings base -o adapter
+      mergebench edit extract-lora ft1 --base base --energy 0.9 --embeddings lora -o adapter
     """
     from mergebench.cli.merging import do
     from mergebench.merge.extract_lora import extraction
