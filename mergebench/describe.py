@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from math import isfinite, sqrt
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -127,7 +126,7 @@ def _made_by(source: Source) -> dict[str, Any] | None:
     about = source.checkpoint if source.checkpoint is not None else source.deltas
     assert about is not None
     found = from_metadata(about.metadata)
-    folder = source.checkpoint.folder if source.checkpoint is not None else Path(source.label)
+    folder = source.checkpoint.folder if source.checkpoint is not None else source.path
     if found is not None and "recipe" in found:
         return found
     if folder is None or not is_file(path := folder / MANIFEST):

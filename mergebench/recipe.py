@@ -153,6 +153,9 @@ class Recipe:
     allow_nonfinite : bool
         Pass NaN and infinite entries of inputs through as NaN, entry by entry.
     out : str or None
+    revisions : mapping of str to str
+        For references to the Hub, as typed, the commits they stand for. What a branch has become
+        since does not matter then.
     """
 
     models: tuple[ModelRef, ...]
@@ -183,6 +186,7 @@ class Recipe:
     allow_base_mismatch: bool = False
     allow_nonfinite: bool = False
     out: str | None = None
+    revisions: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without what is at its default."""
@@ -227,6 +231,8 @@ class Recipe:
         ):
             if (value := getattr(self, key)) != getattr(plain, key):
                 data["as" if key == "form" else key] = value
+        if self.revisions:
+            data["revisions"] = dict(self.revisions)
         return data
 
     def to_yaml(self) -> str:
@@ -299,7 +305,7 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
         "mergebench", "method", "params", "ops", "models", "then", "tasks", "where", "include",
         "exclude", "base", "compat", "dtype", "as", "shard_size", "lora_alpha", "ignore_saved_base",
         "part", "target", "rank", "energy", "on_mismatch", "vocab", "chat_template", "parts",
-        "allow_base_mismatch", "allow_nonfinite", "out", "block_pattern", "whole",
+        "allow_base_mismatch", "allow_nonfinite", "out", "block_pattern", "whole", "revisions",
     }  # fmt: skip
     for key in data:
         if key not in known:
@@ -350,6 +356,7 @@ def recipe_from_dict(data: Any, where: str = "recipe") -> Recipe:
         allow_base_mismatch=_flag(data, "allow_base_mismatch", where),
         allow_nonfinite=_flag(data, "allow_nonfinite", where),
         out=text_in(data, "out", where),
+        revisions=_revisions_in(data, where),
     )
     with named_file(where):
         _check_count(values)
@@ -438,6 +445,20 @@ def _base_in(data: Mapping[str, Any], where: str) -> str | None:
             raise FormatError(f"{where}: `base` is a path or `{{slices: […]}}`", got=repr(base))
         return _reference(base, where)
     return text_in(data, "base", where)
+
+
+def _revisions_in(data: Mapping[str, Any], where: str) -> dict[str, str]:
+    found = data.get("revisions") or {}
+    if not isinstance(found, Mapping):
+        raise FormatError(f"{where}: `revisions` must be a mapping", got=repr(found)[:200])
+    for reference, commit in found.items():
+        if not re.fullmatch("[0-9a-f]{40}", str(commit)):
+            raise FormatError(
+                f"{where}: `revisions` of {reference}",
+                got=repr(commit)[:200],
+                expected="a commit of 40 hexadecimal digits",
+            )
+    return {str(reference): str(commit) for reference, commit in found.items()}
 
 
 def _choice(data: Mapping[str, Any], key: str, choices: Sequence[str], where: str) -> str:

@@ -21,6 +21,7 @@ from mergebench.adapters_zoo.adapter import (
 )
 from mergebench.checkpoints.containers import DCP, SFT, open_weights
 from mergebench.checkpoints.documents import read_object
+from mergebench.checkpoints.hub import HubRef, cached, fetch, is_hub, parse_hub
 from mergebench.checkpoints.layout import Checkpoint, open_checkpoint
 from mergebench.checkpoints.stacking import Slice, parse_slices, stack
 from mergebench.core.delta import Delta, Difference, Replacement, reads, tile
@@ -60,6 +61,10 @@ class Source:
         Name, size and times of each file.
     adapter : AdapterSource or None
         The adapter as its file has it.
+    path : Path or None
+        Where it lies on this machine, if that is one place.
+    revisions : mapping of str to str
+        For every reference to the Hub in the label, the commit that was opened.
     """
 
     label: str
@@ -69,6 +74,8 @@ class Source:
     config: Mapping[str, Any] = field(default_factory=dict)
     identity: tuple[Mapping[str, Any], ...] = ()
     adapter: AdapterSource | None = None
+    path: Path | None = None
+    revisions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +148,10 @@ def content(source: Source) -> str:
 
 
 def open_source(reference: str, options: ReadOptions) -> Source:
-    """Open a path, ``base+adapter`` or blocks ``a[0-11],b[4-15]``: headers and configs only.
+    """Open a path, ``hf://org/name``, ``base+adapter`` or blocks ``a[0-11],b[4-15]``.
+
+    Headers and configs are read, no more. An existing path wins. What a reference to the Hub needs
+    is downloaded into the Hub's cache first.
 
     ``file#task`` is one of several task vectors in a file.
 
@@ -159,14 +169,11 @@ def open_source(reference: str, options: ReadOptions) -> Source:
     if mark and task and _exists(Path(held).expanduser()):
         return _open_path(Path(held).expanduser(), reference, replace(options, task=task))
     left, plus, right = reference.rpartition("+")
-    if plus and _exists(Path(left).expanduser()):
+    if plus and (is_hub(left) or _exists(Path(left).expanduser())):
         return _open_pair(left, right, options)
-    if reference.startswith("hf://"):
-        raise MergebenchError(
-            f"{reference}: references to the Hub are not opened directly",
-            fix=f"run `hf download {reference[5:]}` and give the folder",
-        )
-    fix = "give a path, or base+adapter"
+    if is_hub(reference):
+        return _open_hub(parse_hub(reference), reference, options)
+    fix = "give a path, hf://org/name, or base+adapter"
     if "=" in reference:
         fix = f"a parameter is written -p {reference}"
     raise MergebenchError(f"{reference}: no such file or folder", fix=fix)
@@ -178,6 +185,42 @@ def _exists(path: Path) -> bool:
     except (OSError, ValueError):
         # A name that no file system can hold.
         return False
+
+
+def _open_hub(ref: HubRef, label: str, options: ReadOptions) -> Source:
+    fetched = fetch(ref, options.revisions.get(label))
+    source = _open_path(fetched.path, label, options)
+    checkpoint = source.checkpoint
+    return replace(
+        source,
+        checkpoint=None if checkpoint is None else replace(checkpoint, label=label),
+        # The commit says more than the time of a download.
+        identity=tuple(
+            {**each, "mtime_ns": 0, "commit": fetched.commit} for each in source.identity
+        ),
+        revisions={label: fetched.commit},
+    )
+
+
+def is_here(reference: str, revisions: Mapping[str, str]) -> bool:
+    """Whether an input can be opened without asking the Hub.
+
+    Parameters
+    ----------
+    reference : str
+    revisions : mapping of str to str
+        The commits of references to the Hub.
+    """
+    if _exists(Path(reference).expanduser()):
+        return True
+    if slices := parse_slices(reference):
+        return all(is_here(each.path, revisions) for each in slices)
+    left, plus, right = reference.rpartition("+")
+    if plus and is_here(left, revisions):
+        return is_here(right, revisions)
+    if not is_hub(reference):
+        return False
+    return cached(parse_hub(reference), revisions.get(reference)) is not None
 
 
 def _open_pair(left: str, right: str, options: ReadOptions) -> Source:
@@ -195,6 +238,7 @@ def _open_pair(left: str, right: str, options: ReadOptions) -> Source:
         top.config,
         (*under.identity, *top.identity),
         top.adapter,
+        revisions={**under.revisions, **top.revisions},
     )
 
 
@@ -234,6 +278,7 @@ def _open_slices(label: str, slices: tuple[Slice, ...], options: ReadOptions) ->
             for place, part in enumerate(opened.values())
             for each in part.identity
         ),
+        revisions={ref: at for part in opened.values() for ref, at in part.revisions.items()},
     )
 
 
@@ -263,7 +308,7 @@ def _open_path(path: Path, label: str, options: ReadOptions) -> Source:
         mark = fingerprint(source.tensors)
         if options.task is not None:
             mark = _joined(mark, options.task)
-        return Source(label, None, deltas, mark, source.config or {}, identity, source)
+        return Source(label, None, deltas, mark, source.config or {}, identity, source, path)
     if options.task is not None:
         raise FormatError(
             f"{path}: is a model, and task {options.task!r} is named",
@@ -271,7 +316,8 @@ def _open_path(path: Path, label: str, options: ReadOptions) -> Source:
         )
     checkpoint = open_checkpoint(path)
     once = {n: t for n, t in checkpoint.tensors.items() if n not in checkpoint.aliases}
-    return Source(label, checkpoint, None, fingerprint(once), {}, tuple(checkpoint.identity))
+    mark = fingerprint(once)
+    return Source(label, checkpoint, None, mark, {}, tuple(checkpoint.identity), path=path)
 
 
 def open_unread(

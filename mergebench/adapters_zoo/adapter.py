@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mergebench.adapters_zoo.dialects import WHOLE, dotted, kohya, peft
@@ -75,6 +75,8 @@ class ReadOptions:
         :data:`~mergebench.adapters_zoo.parts.PARTS`.
     task : str or None, default None
         Which of several task vectors of one file is meant.
+    revisions : mapping of str to str, default none
+        For references to the Hub, the commits to take.
     """
 
     lora_alpha: float | None = None
@@ -84,6 +86,7 @@ class ReadOptions:
     ignore_saved_base: bool = False
     part: str | None = None
     task: str | None = None
+    revisions: Mapping[str, str] = field(default_factory=dict)
 
 
 def _no_remarks(_: AdapterSource) -> tuple[str, ...]:

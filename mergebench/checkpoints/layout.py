@@ -185,6 +185,27 @@ def _weights_in(folder: Path) -> Path:
         names = sorted(entry.name for entry in folder.iterdir() if is_file(entry))
     except OSError as error:
         raise cannot("listed", folder, error) from error
+    found = _among(str(folder), names)
+    if found is None:
+        raise _nothing_in(folder, names)
+    return folder / found
+
+
+def weights_among(label: str, names: list[str]) -> str:
+    """The file, of a folder with these names, that is its checkpoint, or the index of it.
+
+    Raises
+    ------
+    FormatError
+        If there is none, or more than one.
+    """
+    found = _among(label, names)
+    if found is None:
+        raise FormatError(f"{label}: holds no weights that can be read", got=some(names))
+    return found
+
+
+def _among(label: str, names: list[str]) -> str | None:
     found = [name for name in names if _stem(name) != "adapter_model"]
     singles = [name for name in found if name.endswith(".safetensors")]
     indexes = [name for name in found if _INDEX.match(name) and ".safetensors." in name]
@@ -198,15 +219,15 @@ def _weights_in(folder: Path) -> Path:
         *choices(names),
     ):
         if len(choice) == 1 and not _is_part(choice[0]):
-            return folder / choice[0]
+            return choice[0]
         if choice:
             raise FormatError(
-                f"{folder}: more than one checkpoint, or a part of one, is in the folder",
+                f"{label}: more than one checkpoint, or a part of one, is in the folder",
                 expected="model.safetensors, or one index and its shards, or one safetensors file",
-                got=_some(choice),
+                got=some(choice),
                 fix="pass the file or the index instead of the folder",
             )
-    raise _nothing_in(folder, names)
+    return None
 
 
 def _nothing_in(folder: Path, names: list[str]) -> MergebenchError:
@@ -220,13 +241,13 @@ def _nothing_in(folder: Path, names: list[str]) -> MergebenchError:
         )
         return FormatError(
             f"{folder}: is a diffusers pipeline, which holds several models",
-            got=_some(parts),
+            got=some(parts),
             fix="pass the folder of one of its models",
         )
     others = [name for name in names if is_weights(name)]
     return FormatError(
         f"{folder}: no safetensors file in the folder",
-        got=_some(others or names),
+        got=some(others or names),
         fix="convert the model to safetensors" if others else "pass the folder of the model",
     )
 
@@ -249,7 +270,8 @@ def _is_part(name: str) -> bool:
     return match is not None and int(match[2]) > 1
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first few of some names, in words."""
     if not names:
         return "nothing"
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""

@@ -18,15 +18,14 @@ def allowed_roots(folder: Path) -> tuple[Path, ...]:
     """Folders in which the files of a model folder may really lie, links followed.
 
     The folder itself; and for a snapshot in a Hugging Face cache
-    (``models--org--name/snapshots/<sha>``), whose files are links, the ``models--*`` folder.
+    (``models--org--name/snapshots/<sha>``), whose files are links, the ``models--*`` folder and
+    the ``blobs`` that all repositories of the cache share.
     """
     roots = [folder.resolve()]
     for parts in (folder.absolute().parts, roots[0].parts):
-        roots += [
-            Path(*parts[: at + 1]).resolve()
-            for at in range(len(parts) - 2)
-            if parts[at].startswith("models--") and parts[at + 1] == "snapshots"
-        ]
+        for at in range(len(parts) - 2):
+            if parts[at].startswith("models--") and parts[at + 1] == "snapshots":
+                roots += [Path(*parts[: at + 1]).resolve(), Path(*parts[:at], "blobs").resolve()]
     return tuple(roots)
 
 

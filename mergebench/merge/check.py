@@ -194,7 +194,8 @@ def _inherited(found: Loaded, origins: Origins) -> Loaded:
     for each in sources:
         if not isinstance(each, Source) or (each.checkpoint is None) != (found.library == "peft"):
             continue
-        path = Path(each.label).expanduser() if each.checkpoint is None else each.checkpoint.path
+        path = each.path if each.checkpoint is None else each.checkpoint.path
+        path = path or Path(each.label).expanduser()
         try:
             report = check_loading(path, _folder(origins.base))
         except MergebenchError:
@@ -236,7 +237,7 @@ def _perplexities(
     places = [path]
     if text.every:
         places += [] if under is None else [under]
-        places += [Path(each.label).expanduser() for each in origins.inputs]
+        places += [each.path or Path(each.label).expanduser() for each in origins.inputs]
     return [
         perplexity(
             place,

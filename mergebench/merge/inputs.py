@@ -11,7 +11,7 @@ from mergebench.adapters_zoo.adapter import ReadOptions
 from mergebench.checkpoints.stacking import parse_slices
 from mergebench.core.errors import MergebenchError
 from mergebench.merge.made import Finding, Made
-from mergebench.sources import Source, open_source, with_base
+from mergebench.sources import Source, is_here, open_source, with_base
 
 _HASHES = ("header_hash", "header")
 
@@ -34,7 +34,7 @@ def find_input(label: str, folder: Path | None) -> str:
     left, plus, right = label.rpartition("+")
     if plus:
         pair = f"{find_input(left, folder)}+{find_input(right, folder)}"
-        return pair if _exists(pair) else label
+        return pair if is_here(pair, {}) else label
     place = folder / Path(label).name
     return str(place) if place.exists() else label
 
@@ -62,11 +62,12 @@ def check_input(
         lora_alpha=recipe.get("lora_alpha"),
         ignore_saved_base=bool(recipe.get("ignore_saved_base", False)),
         part=recipe.get("part"),
+        revisions=_revisions(made),
     )
     if base is not None and base.checkpoint is not None:
         options = with_base(options, base.checkpoint)
     place = find_input(about["path"], folder)
-    if not _exists(place):
+    if "hf://" not in place and not is_here(place, {}):
         raise MergebenchError(
             f"{about['path']}: the input is not there any more",
             fix="give --inputs with the folder that holds it",
@@ -75,13 +76,10 @@ def check_input(
     return source, *_changes(about, source)
 
 
-def _exists(reference: str) -> bool:
-    if Path(reference).expanduser().exists():
-        return True
-    if slices := parse_slices(reference):
-        return all(_exists(each.path) for each in slices)
-    left, plus, right = reference.rpartition("+")
-    return bool(plus) and _exists(left) and _exists(right)
+def _revisions(made: Made) -> dict[str, str]:
+    """The commits of references to the Hub, as recorded."""
+    found = made.manifest["recipe"].get("revisions", {})
+    return dict(found) if isinstance(found, dict) else {}
 
 
 def check_inputs(made: Made, folder: Path | None) -> tuple[list[Finding], list[str]]:
@@ -95,8 +93,9 @@ def check_inputs(made: Made, folder: Path | None) -> tuple[list[Finding], list[s
     for about in made.manifest.get("inputs", ()):
         label = about["path"]
         place = find_input(label, folder)
-        if not _exists(place):
-            notes.append(f"input {label} is not there any more")
+        if not is_here(place, _revisions(made)):
+            gone = "is not in the Hub's cache" if "hf://" in place else "is not there any more"
+            notes.append(f"input {label} {gone}")
             continue
         shown = label if place == label else f"{label} (now {place})"
         try:

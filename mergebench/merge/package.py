@@ -11,6 +11,7 @@ from typing import Any
 from mergebench.adapters_zoo.kinds.delta import delta_metadata
 from mergebench.adapters_zoo.pack import PackedLayout
 from mergebench.card import card
+from mergebench.checkpoints.hub import parse_hub
 from mergebench.checkpoints.layout import Checkpoint
 from mergebench.checkpoints.placement import PT, Layout, TensorSpec, plan_layout
 from mergebench.checkpoints.sizes import parse_size
@@ -283,6 +284,7 @@ def _origins(models: Sequence[Source], base: Source | None) -> list[str | None]:
     """Where the inputs' own configs say they come from; paths here are nobody else's business."""
     found: list[Any] = []
     for source in [*([base] if base else []), *models]:
+        found += [parse_hub(reference).repo for reference in source.revisions]
         found.append(source.config.get("base_model_name_or_path"))
         if source.checkpoint is not None and source.checkpoint.config is not None:
             found.append(source.checkpoint.config.get("_name_or_path"))

@@ -205,6 +205,7 @@ def make_plan(
         lora_alpha=recipe.lora_alpha,
         ignore_saved_base=recipe.ignore_saved_base,
         part=recipe.part,
+        revisions=recipe.revisions,
     )
     notes: list[str] = []
     weights_given = [parse_weight(each.weight, each.path) for each in recipe.models]

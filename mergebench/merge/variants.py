@@ -285,23 +285,42 @@ def recorded(
         The place of each model in the recipe that was asked for.
     first : int, optional
         Which of ``models`` gives config and vocabulary, and so stands first where it is stored.
+
+    Raises
+    ------
+    ParameterError
+        If the recipe asks for a commit of something that is no input.
     """
     place = None if base is None else base.label
     user = tuple(sorted(range(len(models)), key=order.__getitem__))
     led = tuple(sorted(range(len(models)), key=lambda i: i != first)) if first else ()
+    revisions = _revisions(variants[0].recipe, [*models, *([] if base is None else [base])])
     found = []
     for each in variants:
         refs = tuple(
             ModelRef(model.label, weight, each.recipe.models[given].params)
             for model, weight, given in zip(models, weights, order, strict=True)
         )
-        recipe = replace(each.recipe.with_order(order), models=refs, base=place)
+        recipe = replace(
+            each.recipe.with_order(order), models=refs, base=place, revisions=revisions
+        )
         # Parameters of single models stand in the order of the stack.
         own = any(ref.params for ref in refs)
         ops = (*_whole(recipe), *each.tail) if own else each.ops
         listed = user if each.ordered else led
         found.append(replace(each, recipe=recipe, ops=ops, listed=listed))
     return tuple(found)
+
+
+def _revisions(recipe: Recipe, opened: Sequence[Source]) -> dict[str, str]:
+    """The commits that were opened, all of those among them that were asked for."""
+    found = {ref: at for each in opened for ref, at in sorted(each.revisions.items())}
+    if idle := sorted(set(recipe.revisions) - set(found)):
+        raise ParameterError(
+            f"revisions: {idle[0]} is no input that is opened from the Hub",
+            fix="leave it out" + (f", or name one of {', '.join(found)}" if found else ""),
+        )
+    return found
 
 
 def sweeps(variants: Sequence[Variant]) -> int:

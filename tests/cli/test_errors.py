@@ -61,7 +61,6 @@ def test_unknown_names_get_the_nearest_one(
         (("merge", "lora1", "lora2", "--as", "model"), ("task vectors alone", "--base")),
         (("merge", "lora1+base"), ("lora1: is not a checkpoint", "base+adapter")),
         (("merge", "base+ft1"), ("ft1: is not an adapter", "base+adapter")),
-        (("merge", "base", "hf://org/name"), ("hf://org/name", "hf download org/name")),
         (("diff", "ft1", "lora1"), ("checkpoint and a task vector cannot be compared",)),
         (("inspect", "nowhere"), ("nowhere: no such file or folder",)),
         (("run", "nowhere.yaml"), ("nowhere.yaml: no such recipe",)),
