@@ -20,7 +20,7 @@ from mergebench.adapters_zoo.adapter import (
     read_adapter,
 )
 from mergebench.checkpoints.containers import DCP, SFT, open_weights
-from mergebench.checkpoints.documents import read_object
+from mergebench.checkpoints.documents import is_file, read_object
 from mergebench.checkpoints.hub import HubRef, cached, fetch, is_hub, parse_hub
 from mergebench.checkpoints.layout import Checkpoint, open_checkpoint
 from mergebench.checkpoints.stacking import Slice, parse_slices, stack
@@ -31,6 +31,8 @@ from mergebench.core.task_vector import TaskVector
 from mergebench.core.tensor import FLOATING, Array, Tensor, size_of
 
 _PIECE = 1 << 20
+#: Where a folder that was pulled from the Hub says so.
+PULLED = "mergebench_origin.json"
 #: Files that make a folder a task vector or an adapter without a config: ours, published sparse
 #: ones, and diffusers'.
 _ALONE = (
@@ -372,6 +374,24 @@ def _config_of(described: Path) -> Mapping[str, Any]:
     if name is not None and not isinstance(name, str):
         raise FormatError(f"{described}: base_model_name_or_path", expected="text", got=repr(name))
     return config
+
+
+def pulled_from(source: Source) -> dict[str, str] | None:
+    """Repository and commit that an input's folder was pulled from, if it says so."""
+    folder = source.path if source.path is None or source.path.is_dir() else source.path.parent
+    if folder is None or not is_file(place := folder / PULLED):
+        return None
+    try:
+        data = read_object(place)
+    except MergebenchError:
+        # A note beside the weights, which decides nothing.
+        return None
+    repo, commit = data.get("repo"), data.get("commit")
+    return (
+        {"repo": repo, "commit": commit}
+        if isinstance(repo, str) and isinstance(commit, str)
+        else None
+    )
 
 
 def source_of_arrays(label: str, arrays: Mapping[str, Tensor]) -> Source:

@@ -178,22 +178,55 @@ def fetch(ref: HubRef, commit: str | None = None) -> Fetched:
     """
     if is_offline():
         return _from_cache(ref, commit)
-    from huggingface_hub import snapshot_download
-
     at, files = list_files(ref, commit)
     top, chosen = needed(str(ref), ref.path, list(files))
+    root, _ = download(ref, at, files, chosen)
+    if commit is None:
+        _remember(root.parent.parent, ref, at)
+    return Fetched(root / top if top else root, at)
+
+
+def download(
+    ref: HubRef,
+    commit: str,
+    files: Mapping[str, RemoteFile],
+    chosen: Sequence[str],
+    folder: Path | None = None,
+) -> tuple[Path, list[str]]:
+    """Bring files and the shards that indexes among them name to this machine.
+
+    Parameters
+    ----------
+    ref : HubRef
+    commit : str
+    files : mapping of name to RemoteFile
+        All that there are.
+    chosen : sequence of str
+    folder : Path, optional
+        Where to put them; into the cache by default.
+
+    Returns
+    -------
+    Path
+        What the names are relative to.
+    list of str
+        The names.
+    """
+    from huggingface_hub import snapshot_download
+
+    names = list(chosen)
     while True:
         with explained(str(ref), repo=ref.repo):
-            place = snapshot_download(
-                ref.repo, revision=at, allow_patterns=[glob.escape(name) for name in chosen]
+            patterns = [glob.escape(name) for name in names]
+            root = Path(
+                snapshot_download(
+                    ref.repo, revision=commit, allow_patterns=patterns, local_dir=folder
+                )
             )
-        root = Path(place)
-        named = [name for name in _of_indexes(root, chosen) if name in files and name not in chosen]
-        if not named:
-            if commit is None:
-                _remember(root.parent.parent, ref, at)
-            return Fetched(root / top if top else root, at)
-        chosen += named
+        more = [name for name in _of_indexes(root, names) if name in files and name not in names]
+        if not more:
+            return root, names
+        names += more
 
 
 def _remember(folder: Path, ref: HubRef, commit: str) -> None:

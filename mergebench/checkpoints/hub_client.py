@@ -92,6 +92,12 @@ def explained(what: str, *, repo: str = "", write: bool = False) -> Iterator[Non
         yield
     except MergebenchError:
         raise
+    except LookupError as error:
+        raise MergebenchError(
+            f"{what}: {endpoint()} does not answer as the Hub does",
+            got=f"no {_said(error)}",
+            fix="check HF_ENDPOINT, or update huggingface_hub",
+        ) from None
     except (network, OSError, ValueError, RuntimeError) as error:
         raise _error(_root(error), what, repo or what, write=write) from None
 
@@ -233,3 +239,9 @@ def _asked(error: BaseException, otherwise: float) -> float:
     headers = getattr(getattr(error, "response", None), "headers", {})
     text = headers.get("Retry-After", "")
     return float(text) if text.isdigit() else otherwise
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same call may succeed later."""
+    status = status_of(_root(error))
+    return status in _AGAIN if status is not None else _is_network(error)

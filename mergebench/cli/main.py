@@ -20,6 +20,7 @@ from mergebench.cli import (
     looking,
     merging,
     reports,
+    shipping,
     spectra,
     trying,
     zoo,
@@ -72,6 +73,8 @@ app.command("doctor")(checking.doctor)
 app.command("methods")(looking.methods)
 app.command("adapters")(zoo.adapters)
 app.command("make-basis")(zoo.make_basis)
+app.command("push")(shipping.push)
+app.command("pull")(shipping.pull)
 app.add_typer(editing.app, name="edit")
 fitting.app.command("atlas")(learning.atlas)
 fitting.app.command("adamerging")(learning.adamerging)

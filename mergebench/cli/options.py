@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -233,9 +234,25 @@ Report = Annotated[
 PrintRecipe = Annotated[
     bool, typer.Option("--print-recipe", help="Print the recipe and stop; nothing is opened.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _hush(wanted: bool) -> bool:
+    """Keep the Hub's client from drawing bars of its own, which it would for transfers."""
+    if wanted:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return wanted
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.", callback=_hush)]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="No progress, no summary.", envvar="MERGEBENCH_QUIET")
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        help="No progress, no summary.",
+        envvar="MERGEBENCH_QUIET",
+        callback=_hush,
+    ),
 ]
 
 

@@ -44,7 +44,7 @@ from mergebench.merge.stream import Item
 from mergebench.merge.template import with_template
 from mergebench.merge.variants import Variant
 from mergebench.recipe import Recipe
-from mergebench.sources import Source
+from mergebench.sources import Source, pulled_from
 
 _TORCH = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
 #: Stem of the weights inside an output folder.
@@ -275,6 +275,8 @@ def _inputs(
         if weight is not None:
             each["weight"] = to_plain(weight)
         each["fingerprint"] = source.fingerprint
+        if (pulled := pulled_from(source)) is not None:
+            each["origin"] = pulled
         each["files"] = [dict(one) for one in source.identity]
         found.append(each)
     return found
@@ -285,6 +287,7 @@ def _origins(models: Sequence[Source], base: Source | None) -> list[str | None]:
     found: list[Any] = []
     for source in [*([base] if base else []), *models]:
         found += [parse_hub(reference).repo for reference in source.revisions]
+        found.append((pulled_from(source) or {}).get("repo"))
         found.append(source.config.get("base_model_name_or_path"))
         if source.checkpoint is not None and source.checkpoint.config is not None:
             found.append(source.checkpoint.config.get("_name_or_path"))

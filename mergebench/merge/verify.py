@@ -23,6 +23,7 @@ from mergebench.manifest import CARD, MANIFEST, RECIPE
 from mergebench.merge.inputs import check_inputs
 from mergebench.merge.limits import cores
 from mergebench.merge.made import Finding, Made, read_made
+from mergebench.sources import PULLED
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -72,6 +73,7 @@ def verify(
     path: Path,
     *,
     inputs: Path | None = None,
+    origins: bool = True,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
@@ -86,6 +88,8 @@ def verify(
         A folder or a single file that mergebench has written.
     inputs : Path, optional
         Where to look for inputs that are not at their recorded place.
+    origins : bool, default True
+        Whether to look at the inputs at all.
     workers : int, optional
         Threads; each holds 4 MiB. The number of usable cores by default.
     progress : callable, optional
@@ -103,7 +107,7 @@ def verify(
         found, more = _check_folder(made)
         findings += found
         notes += more
-    found, more = check_inputs(made, inputs)
+    found, more = check_inputs(made, inputs) if origins else ([], [])
     kind = str(made.manifest.get("kind", ""))
     return Verdict(made.path, kind, count, read, (*findings, *found), (*notes, *more))
 
@@ -205,7 +209,7 @@ def _check_folder(made: Made) -> tuple[list[Finding], list[str]]:
         else:
             what = "is not the file that was written"
             findings.append(Finding("beside", what, name, start=0, stop=path.stat().st_size))
-    known = {*made.beside, *made.manifest.get("files", ()), *made.files, MANIFEST}
+    known = {*made.beside, *made.manifest.get("files", ()), *made.files, MANIFEST, PULLED}
     listed = (entry.relative_to(made.path).as_posix() for entry in sorted(made.path.rglob("*")))
     for name in listed:
         hidden = any(part.startswith(".") for part in name.split("/"))

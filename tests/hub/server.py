@@ -70,6 +70,10 @@ class Hub:
         self.chunk: int | None = None
         self.cut: dict[str, int] = {}
         self.corrupt: set[str] = set()
+        #: Whether refusals quote the token, as careless servers do.
+        self.quote = False
+        #: A commit of somebody else, made just before the next one.
+        self.race: tuple[str, dict[str, bytes]] | None = None
         self.url = ""
         self.lock = threading.Lock()
 
@@ -99,9 +103,9 @@ def git_oid(content: bytes) -> str:
 
 
 class _RefusedError(Exception):
-    def __init__(self, status: int, code: str = "", message: str = "") -> None:
+    def __init__(self, status: int, code: str = "", message: str = "", repo: str = "") -> None:
         super().__init__(message)
-        self.status, self.code, self.message = status, code, message
+        self.status, self.code, self.message, self.repo = status, code, message, repo
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -132,10 +136,13 @@ class _Handler(BaseHTTPRequestHandler):
                     raise _RefusedError(fault.status, message="as asked for")  # noqa: TRY301
             except _RefusedError as refused:
                 status = refused.status
+                if self.hub.quote:
+                    refused.message += f" ({self.headers.get('Authorization')})"
                 headers = {"X-Error-Message": refused.message} if refused.message else {}
                 headers |= {"X-Error-Code": refused.code} if refused.code else {}
                 headers |= {} if fault is None else fault.headers
-                data = json.dumps({"error": refused.message}).encode()
+                url = f"{self.hub.url}/{refused.repo}"
+                data = json.dumps({"error": refused.message, "url": url}).encode()
                 headers["Content-Type"] = "application/json"
         self._send(status, headers, data)
 
@@ -221,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(body)
         name = f"{asked.get('organization') or 'org'}/{asked['name']}"
         if name in self.hub.repos:
-            raise _RefusedError(409, message="You already created this model repo")
+            raise _RefusedError(409, message="You already created this model repo", repo=name)
         repo = self.hub.repos[name] = Repo(private=asked.get("visibility") == "private")
         repo.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
         return {"url": f"{self.hub.url}/{name}"}
@@ -319,6 +326,10 @@ class _Handler(BaseHTTPRequestHandler):
         self, name: str, revision: str, *, query: dict[str, list[str]], body: bytes, **_: Any
     ) -> Any:
         repo = self._repo(name, write=True)
+        if self.hub.race is not None:
+            other, files = self.hub.race
+            self.hub.race = None
+            self.hub.repos[other].commit("main", files, "theirs")
         parent = self._commit_of(repo, revision)
         tree, message = dict(repo.commits[parent]), ""
         for line in body.splitlines():

@@ -15,7 +15,7 @@ from mergebench.core.errors import MergebenchError
 from tests.helpers.files import read
 from tests.helpers.running import assert_done, assert_refused
 from tests.helpers.scene import Scene
-from tests.hub.conftest import Run, files_of
+from tests.hub.commands import Run, files_of
 from tests.hub.server import TOKEN, Fault, Hub
 
 OFFLINE = {"HF_HUB_OFFLINE": "1"}

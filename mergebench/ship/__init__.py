@@ -1,0 +1,1 @@
+"""Outputs on their way to others: pushed, pulled, put on a shelf."""
