@@ -19,7 +19,7 @@ from mergebench.adapters_zoo.adapter import (
     parse_object,
     read_adapter,
 )
-from mergebench.checkpoints.containers import DCP, SFT, open_weights
+from mergebench.checkpoints.containers import DCP, SFT, SHELVED, open_weights
 from mergebench.checkpoints.documents import is_file, read_object
 from mergebench.checkpoints.hub import HubRef, cached, fetch, is_hub, parse_hub
 from mergebench.checkpoints.layout import Checkpoint, open_checkpoint
@@ -338,15 +338,16 @@ def _adapter_at(
     file = path
     if path.is_dir():
         described = path / "adapter_config.json"
-        saved = [each for name in _ALONE if (each := path / name).exists()]
+        names = (*_ALONE, *(f"{name}{SHELVED}" for name in _ALONE))
+        saved = [each for name in names if (each := path / name).exists()]
         if not described.exists() and not saved:
             return None
         file = saved[0] if saved else path
         if described.exists():
             config = _config_of(described)
-            file = path / "adapter_model.safetensors"
-            if not file.exists():
-                file = path / "adapter_model.bin"
+            stored = ("adapter_model.safetensors", f"adapter_model.safetensors{SHELVED}")
+            there = [each for name in stored if (each := path / name).exists()]
+            file = there[0] if there else path / "adapter_model.bin"
         if not file.exists():
             found = sorted(each.name for each in path.iterdir())
             raise FormatError(

@@ -19,6 +19,8 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 DCP = ".metadata"
 #: A published sparse fine-tuning.
 SFT = "pytorch_diff.bin"
+#: The list that stands for a file of weights on a shelf.
+SHELVED = ".shelf"
 _GGUF = ".gguf"
 _SNIFF = 512
 # Longest name of a tensor, and most dots in one. Names are taken apart at their dots, so without
@@ -108,7 +110,8 @@ def is_container(name: str) -> bool:
 def open_weights(path: Path) -> SafetensorsFile | Container:
     """Open one file of weights by its name.
 
-    ``pytorch_diff.bin`` (sparse), PyTorch, GGUF, DCP ``.metadata``, else safetensors.
+    ``pytorch_diff.bin`` (sparse), PyTorch, GGUF, DCP ``.metadata``, a list of objects on a shelf,
+    else safetensors.
 
     Raises
     ------
@@ -143,6 +146,10 @@ def _open(path: Path) -> SafetensorsFile | Container:
         from mergebench.checkpoints.pickled import open_torch_file
 
         return open_torch_file(path)
+    if suffix == SHELVED:
+        from mergebench.checkpoints.shelved import open_shelved
+
+        return open_shelved(path)
     if suffix == _GGUF:
         from mergebench.checkpoints.gguf import open_gguf
 

@@ -20,6 +20,7 @@ from mergebench.cli import (
     looking,
     merging,
     reports,
+    shelf,
     shipping,
     spectra,
     trying,
@@ -79,6 +80,7 @@ app.add_typer(editing.app, name="edit")
 fitting.app.command("atlas")(learning.atlas)
 fitting.app.command("adamerging")(learning.adamerging)
 app.add_typer(fitting.app, name="fit")
+app.add_typer(shelf.app, name="zoo")
 
 
 def _version(wanted: bool) -> None:

@@ -234,6 +234,14 @@ Report = Annotated[
 PrintRecipe = Annotated[
     bool, typer.Option("--print-recipe", help="Print the recipe and stop; nothing is opened.")
 ]
+Shelf = Annotated[
+    Path | None,
+    typer.Option(
+        "--shelf",
+        help="The folder; mergebench/shelf below XDG_DATA_HOME by default.",
+        envvar="MERGEBENCH_SHELF",
+    ),
+]
 
 
 def _hush(wanted: bool) -> bool:

@@ -172,8 +172,8 @@ def plan_push(
             open_safetensors(found[name])
         if any(fnmatchcase(name, pattern) for pattern in _PICKLES):
             notes.append(f"{name} is a pickle: some loaders run what it holds")
-    made = _manifest(path)
-    verified = None if made is None else _verified(path, notes, progress)
+    made = manifest_of(path)
+    compared = None if made is None else verified(path, "pushed", notes, progress)
     if made is None:
         notes.append("there is no manifest, so only headers were looked at")
     elif any(Path(str(each["path"])).is_absolute() for each in made["inputs"]):
@@ -185,7 +185,7 @@ def plan_push(
     files.append(_card_file(compose(None if written is None else _text(written))))
     files.sort(key=lambda each: each.name)
     known = written is not None
-    return PushPlan(path, ref, tuple(files), compose, known, verified, tuple(notes))
+    return PushPlan(path, ref, tuple(files), compose, known, compared, tuple(notes))
 
 
 def _card_file(text: str) -> PushFile:
@@ -211,7 +211,8 @@ def _local(path: Path) -> tuple[dict[str, Path], list[str]]:
     return found, [f"{name} is not pushed" for name in left]
 
 
-def _manifest(path: Path) -> dict[str, Any] | None:
+def manifest_of(path: Path) -> dict[str, Any] | None:
+    """The manifest of a folder or a single file, if it has one."""
     if path.is_dir():
         return read_object(path / MANIFEST) if (path / MANIFEST).is_file() else None
     if path.suffix != ".safetensors":
@@ -220,12 +221,13 @@ def _manifest(path: Path) -> dict[str, Any] | None:
     return found if found is not None and "recipe" in found and "inputs" in found else None
 
 
-def _verified(path: Path, notes: list[str], progress: Progress | None) -> int:
+def verified(path: Path, doing: str, notes: list[str], progress: Progress | None) -> int:
+    """How many tensors are as the manifest says; one that is not is an error."""
     verdict = verify(path, origins=False, progress=progress)
     notes += verdict.notes
     if verdict.findings:
         raise FormatError(
-            f"{path}: is not as it was written, so it is not pushed",
+            f"{path}: is not as it was written, so it is not {doing}",
             got=f"{len(verdict.findings)} findings, {verdict.findings[0]}",
             fix=f"`mergebench verify {path}` lists them; write it again",
         )

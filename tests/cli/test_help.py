@@ -14,6 +14,8 @@ from tests.helpers.libraries import llama, save_tuned
 from tests.helpers.models import base_model
 from tests.helpers.running import Ran, assert_done, call
 from tests.helpers.scene import Scene
+from tests.hub.commands import commander, files_of
+from tests.hub.server import running
 
 GROUPS = {group.name: group.typer_instance for group in app.registered_groups}
 PAGES = {command.name: getdoc(command.callback) for command in app.registered_commands}
@@ -85,6 +87,12 @@ def test_examples_run_as_printed(scene: Scene, page: str) -> None:
     (scene.path / "eval.py").write_text(TASK.replace("SIZE", str(size)))
     (scene.path / "score.py").write_text("print('{\"score\": 1.0}')")
     different = ("mergebench diff",)
+    if page.startswith("zoo"):
+        for name in () if page in ("zoo", "zoo add") else ("one", "two", "three"):
+            assert_done(call("zoo", "add", "lora1", "--as", name, cwd=scene.path))
+    if page in ("push", "pull"):
+        assert_hub_examples_run(scene, page)
+        return
 
     for example in EXAMPLES[page]:
         words = shlex.split(example)[1:]
@@ -95,6 +103,19 @@ def test_examples_run_as_printed(scene: Scene, page: str) -> None:
         assert ran.out
         assert ran.err == ""
         (scene.path / "merged").mkdir(exist_ok=True)
+
+
+def assert_hub_examples_run(scene: Scene, page: str) -> None:
+    """Examples that need a Hub, with one on this machine."""
+    with running() as hub:
+        run = commander(hub, scene.path, scene.path.parent / "home")
+        for name in ("merged", "adapter") if page == "pull" else ():
+            hub.add(f"org/{name}", files_of(scene.path / name))
+        for example in EXAMPLES[page]:
+            shutil.rmtree(scene.path / "pulled", ignore_errors=True)
+            ran = assert_done(run(*shlex.split(example)[1:]))
+            assert ran.out
+            assert ran.err == ""
 
 
 def test_help_without_words(scene: Scene) -> None:
