@@ -22,8 +22,10 @@ from mergebench.adapters_zoo.adapter import (
 from mergebench.checkpoints.containers import DCP, SFT, SHELVED, open_weights
 from mergebench.checkpoints.documents import is_file, read_object
 from mergebench.checkpoints.hub import HubRef, cached, fetch, is_hub, parse_hub
+from mergebench.checkpoints.hub_client import is_offline
 from mergebench.checkpoints.layout import Checkpoint, open_checkpoint
 from mergebench.checkpoints.stacking import Slice, parse_slices, stack
+from mergebench.checkpoints.streamed import open_streamed
 from mergebench.core.delta import Delta, Difference, Replacement, reads, tile
 from mergebench.core.errors import FormatError, MergebenchError, ParameterError
 from mergebench.core.schedule import parse_schedule
@@ -190,8 +192,14 @@ def _exists(path: Path) -> bool:
 
 
 def _open_hub(ref: HubRef, label: str, options: ReadOptions) -> Source:
-    fetched = fetch(ref, options.revisions.get(label))
-    source = _open_path(fetched.path, label, options)
+    commit = options.revisions.get(label)
+    streamed = open_streamed(ref, commit) if options.stream and not is_offline() else None
+    if streamed is not None:
+        fetched, opened = streamed
+        source = _of_checkpoint(opened, label, fetched.path)
+    else:
+        fetched = fetch(ref, commit)
+        source = _open_path(fetched.path, label, options)
     checkpoint = source.checkpoint
     return replace(
         source,
@@ -316,7 +324,10 @@ def _open_path(path: Path, label: str, options: ReadOptions) -> Source:
             f"{path}: is a model, and task {options.task!r} is named",
             fix=f"leave out #{options.task}",
         )
-    checkpoint = open_checkpoint(path)
+    return _of_checkpoint(open_checkpoint(path), label, path)
+
+
+def _of_checkpoint(checkpoint: Checkpoint, label: str, path: Path) -> Source:
     once = {n: t for n, t in checkpoint.tensors.items() if n not in checkpoint.aliases}
     mark = fingerprint(once)
     return Source(label, checkpoint, None, mark, {}, tuple(checkpoint.identity), path=path)

@@ -77,6 +77,8 @@ class ReadOptions:
         Which of several task vectors of one file is meant.
     revisions : mapping of str to str, default none
         For references to the Hub, the commits to take.
+    stream : bool, default False
+        Read checkpoints on the Hub where they are, instead of downloading them.
     """
 
     lora_alpha: float | None = None
@@ -87,6 +89,7 @@ class ReadOptions:
     part: str | None = None
     task: str | None = None
     revisions: Mapping[str, str] = field(default_factory=dict)
+    stream: bool = False
 
 
 def _no_remarks(_: AdapterSource) -> tuple[str, ...]:

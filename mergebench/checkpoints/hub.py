@@ -192,6 +192,8 @@ def download(
     files: Mapping[str, RemoteFile],
     chosen: Sequence[str],
     folder: Path | None = None,
+    *,
+    weights: bool = True,
 ) -> tuple[Path, list[str]]:
     """Bring files and the shards that indexes among them name to this machine.
 
@@ -204,6 +206,8 @@ def download(
     chosen : sequence of str
     folder : Path, optional
         Where to put them; into the cache by default.
+    weights : bool, default True
+        Whether to bring the shards too.
 
     Returns
     -------
@@ -224,7 +228,7 @@ def download(
                 )
             )
         more = [name for name in _of_indexes(root, names) if name in files and name not in names]
-        if not more:
+        if not more or not weights:
             return root, names
         names += more
 

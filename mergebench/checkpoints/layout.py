@@ -13,7 +13,7 @@ from mergebench.checkpoints.descriptors import cannot
 from mergebench.checkpoints.documents import is_file, read_object
 from mergebench.checkpoints.quantized import refuse_quantized
 from mergebench.checkpoints.reader import SafetensorsFile
-from mergebench.checkpoints.shards import open_shards
+from mergebench.checkpoints.shards import Opener, open_shards
 from mergebench.checkpoints.sides import find_sides, is_weights
 from mergebench.checkpoints.ties import find_ties
 from mergebench.core.errors import FormatError, MergebenchError
@@ -80,7 +80,9 @@ class Checkpoint:
         return {path.relative_to(self.folder).as_posix(): path for path in self.side_files}
 
 
-def open_checkpoint(path: Path, *, allow_quantized: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: Path, *, allow_quantized: bool = False, opener: Opener | None = None
+) -> Checkpoint:
     """Open a file of weights, an index of shards, or the folder of a model.
 
     Headers and configs are read; weights only where the config ties the embeddings and the
@@ -98,6 +100,9 @@ def open_checkpoint(path: Path, *, allow_quantized: bool = False) -> Checkpoint:
         side files are taken too.
     allow_quantized : bool, default False
         Open quantized checkpoints too, to look at them.
+    opener : callable, optional
+        Opens a file of weights by its name, where only what belongs beside them is at ``path``,
+        which is then the path that the file, or the index, has or would have.
 
     Raises
     ------
@@ -108,13 +113,14 @@ def open_checkpoint(path: Path, *, allow_quantized: bool = False) -> Checkpoint:
     """
     path = Path(path)
     label = str(path)
-    weights, folder = _locate(path)
+    weights, folder = _locate(path) if opener is None else (path, path.parent)
     notes: tuple[str, ...] = ()
     files: Mapping[str, SafetensorsFile | Container]
     if _INDEX.match(weights.name):
-        files, notes = open_shards(weights)
+        files, notes = open_shards(weights, opener)
     else:
-        files = {weights.name: open_weights(weights)}
+        opened = open_weights(weights) if opener is None else opener(weights.name)
+        files = {weights.name: opened}
         if _is_part(weights.name):
             notes = (f"{weights.name} is one shard of several; the others are not opened",)
     tensors: dict[str, Tensor] = {}

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -31,6 +32,18 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"\x89HDF", "is an HDF5 file, such as Keras weights", "convert it"),
     (b"{", "is a JSON file", "pass the weights file itself"),
 )
+
+
+class Readable(Protocol):
+    """What bytes are read through: a file here, or one elsewhere."""
+
+    path: Path
+
+    def read_at(self, view: memoryview, offset: int) -> int:
+        """Fill a view from a byte on; how many bytes there were."""
+
+    def advise(self, offset: int, length: int, advice: str) -> None:
+        """Tell that a span will be needed soon, or not any more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +66,7 @@ class FileTensor:
     dtype: str
     shape: tuple[int, ...]
     offset: int
-    handle: Handle = field(repr=False)
+    handle: Readable = field(repr=False)
 
     def read(self, start: int, stop: int, out: Array | None = None) -> Array:
         """Entries ``start:stop`` of the flattened tensor, shape ``(stop-start,)``, stored dtype.
@@ -151,9 +164,20 @@ def open_safetensors(path: Path) -> SafetensorsFile:
         )
     handle = Handle(path)
     about = handle.stat()
-    raw = _read_header(handle, about.st_size)
+    return read_safetensors(path, handle, about.st_size, about.st_mtime_ns)
+
+
+def read_safetensors(path: Path, handle: Readable, size: int, mtime_ns: int) -> SafetensorsFile:
+    """Read and check the header of what is read through ``handle``; see :func:`open_safetensors`.
+
+    Raises
+    ------
+    FormatError
+        If it is not a safetensors file, is incomplete, or contradicts itself.
+    """
+    raw = _read_header(handle, size)
     data = 8 + len(raw)
-    metadata, entries = parse_header(raw, str(path), about.st_size - data)
+    metadata, entries = parse_header(raw, str(path), size - data)
     return SafetensorsFile(
         path=path,
         metadata=metadata,
@@ -162,12 +186,12 @@ def open_safetensors(path: Path) -> SafetensorsFile:
             for entry in entries
         },
         header_hash=hashlib.blake2b(raw, digest_size=16).hexdigest(),
-        size=about.st_size,
-        mtime_ns=about.st_mtime_ns,
+        size=size,
+        mtime_ns=mtime_ns,
     )
 
 
-def _read_header(handle: Handle, size: int) -> bytes:
+def _read_header(handle: Readable, size: int) -> bytes:
     path = handle.path
     if size == 0:
         raise FormatError(f"{path}: is empty", fix=_AGAIN)
@@ -198,7 +222,7 @@ def _read_header(handle: Handle, size: int) -> bytes:
     return _read(handle, 8, length)
 
 
-def _read(handle: Handle, offset: int, length: int) -> bytes:
+def _read(handle: Readable, offset: int, length: int) -> bytes:
     buffer = bytearray(length)
     got = handle.read_at(memoryview(buffer), offset)
     if got < length:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from mergebench.checkpoints.containers import PICKLED, Container, open_weights
@@ -12,6 +12,10 @@ from mergebench.core.errors import FormatError
 from mergebench.core.tensor import nbytes
 
 _SOUND = "download the whole model again"
+
+
+#: Opens a file by its name, relative to the folder of the weights.
+Opener = Callable[[str], SafetensorsFile]
 
 
 def allowed_roots(folder: Path) -> tuple[Path, ...]:
@@ -67,11 +71,17 @@ def shard_path(index: Path, name: str) -> Path:
 
 
 def open_shards(
-    index: Path,
+    index: Path, opener: Opener | None = None
 ) -> tuple[Mapping[str, SafetensorsFile | Container], tuple[str, ...]]:
     """All shards of an index, by file name in sorted order, and notes for the user.
 
     An index named ``*.bin.index.json`` is one of PyTorch files, any other of safetensors files.
+
+    Parameters
+    ----------
+    index : Path
+    opener : callable, optional
+        Opens a shard by its name, where they do not lie beside the index.
 
     Raises
     ------
@@ -95,8 +105,12 @@ def open_shards(
     for tensor, file in weight_map.items():
         declared.setdefault(file, set()).add(tensor)
     paths = {file: shard_path(index, file) for file in sorted(declared)}
-    _check_present(index, paths)
-    shards = {file: open_weights(path) for file, path in paths.items()}
+    shards: dict[str, SafetensorsFile | Container]
+    if opener is None:
+        _check_present(index, paths)
+        shards = {file: open_weights(path) for file, path in paths.items()}
+    else:
+        shards = {file: opener(file) for file in paths}
     _check_names(index, declared, shards)
     sizes = {
         name: nbytes(tensor.dtype, tensor.shape)

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from mergebench.sources import Source
 
 
-def _open(reference: str, base: str | None, lora_alpha: float | None) -> Source:
+def _open(
+    reference: str, base: str | None, lora_alpha: float | None, cache: str = "keep"
+) -> Source:
     from mergebench.adapters_zoo.adapter import ReadOptions
     from mergebench.sources import open_source, with_base
 
-    options = ReadOptions(lora_alpha=lora_alpha)
+    options = ReadOptions(lora_alpha=lora_alpha, stream=o.streams(cache))
     if base is not None and (under := open_source(base, options).checkpoint) is not None:
         options = with_base(options, under)
     return open_source(reference, options)
@@ -30,6 +32,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", "-t", help="List every tensor.")] = False,
     base: o.Base = None,
     lora_alpha: o.LoraAlpha = None,
+    cache: o.Cache = "keep",
     as_json: o.Json = False,
 ) -> None:
     """Say what a checkpoint, an adapter or a task vector is, from its headers.
@@ -40,7 +43,7 @@ def inspect(
       mergebench inspect merged
       mergebench inspect adapter --tensors
     """
-    data = _described(model, base, lora_alpha, tensors=tensors)
+    data = _described(model, base, lora_alpha, cache, tensors=tensors)
     if as_json:
         console.say_json(data)
         return
@@ -69,7 +72,7 @@ def inspect(
 
 
 def _described(
-    model: str, base: str | None, lora_alpha: float | None, *, tensors: bool
+    model: str, base: str | None, lora_alpha: float | None, cache: str, *, tensors: bool
 ) -> dict[str, Any]:
     """What is known of an input; of an adapter that lacks its base or α, what it says itself."""
     from mergebench.core.errors import MergebenchError
@@ -77,7 +80,7 @@ def _described(
     from mergebench.sources import open_unread
 
     try:
-        source = _open(model, base, lora_alpha)
+        source = _open(model, base, lora_alpha, cache)
     except MergebenchError as error:
         found = open_unread(model) if error.lacks else None
         if found is None:
@@ -145,6 +148,7 @@ def diff(
     right: Annotated[str, typer.Argument(show_default=False)],
     base: o.Base = None,
     lora_alpha: o.LoraAlpha = None,
+    cache: o.Cache = "keep",
     top: Annotated[int, typer.Option("--top", min=1, help="How many tensors to show.")] = 20,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -159,7 +163,7 @@ def diff(
     """
     from mergebench.differences import differences
 
-    one, two = _open(left, base, lora_alpha), _open(right, base, lora_alpha)
+    one, two = (_open(each, base, lora_alpha, cache) for each in (left, right))
     with console.bar(quiet or as_json) as progress:
         show = progress
         rows = list(

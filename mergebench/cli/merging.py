@@ -53,6 +53,7 @@ def merge(
     force: o.Force = False,
     memory: o.Memory = "512MiB",
     workers: o.Workers = None,
+    cache: o.Cache = "keep",
     dry_run: o.DryRun = False,
     check: o.Check = False,
     report: o.Report = False,
@@ -75,7 +76,7 @@ def merge(
         out, ignore_saved_base, part, target, rank, energy, whole, where, include, exclude,
         on_mismatch, vocab, allow_base_mismatch, allow_nonfinite, block_pattern, task,
     )  # fmt: skip
-    do(recipe, force, memory, workers, dry_run, as_json, quiet, check, report)
+    do(recipe, force, memory, workers, dry_run, as_json, quiet, check, report, cache=cache)
 
 
 def plan(
@@ -108,6 +109,7 @@ def plan(
     out: o.Out = None,
     memory: o.Memory = "512MiB",
     workers: o.Workers = None,
+    cache: o.Cache = "keep",
     as_json: o.Json = False,
 ) -> None:
     """Show what a merge would do, and check it, without doing it: `merge --dry-run`.
@@ -123,7 +125,7 @@ def plan(
         out, ignore_saved_base, part, target, rank, energy, whole, where, include, exclude,
         on_mismatch, vocab, allow_base_mismatch, allow_nonfinite, block_pattern, task,
     )  # fmt: skip
-    do(recipe, True, memory, workers, True, as_json, False)
+    do(recipe, True, memory, workers, True, as_json, False, cache=cache)
 
 
 def run(
@@ -140,6 +142,7 @@ def run(
     force: o.Force = False,
     memory: o.Memory = "512MiB",
     workers: o.Workers = None,
+    cache: o.Cache = "keep",
     dry_run: o.DryRun = False,
     check: o.Check = False,
     report: o.Report = False,
@@ -174,7 +177,7 @@ def run(
         return
     do(
         _with_out(read),
-        force, memory, workers, dry_run, as_json, quiet, check, report, found.notes,
+        force, memory, workers, dry_run, as_json, quiet, check, report, found.notes, cache,
     )  # fmt: skip
 
 
@@ -303,13 +306,16 @@ def do(
     check: bool = False,
     report: bool = False,
     notes: tuple[str, ...] = (),
+    cache: str = "keep",
 ) -> None:
     """Plan a recipe, and unless it is only to be shown, run it and say what came out."""
     from mergebench.merge.engine import check_outputs, execute
     from mergebench.merge.plan import make_plan
 
     started = perf_counter()
-    made = make_plan(recipe, memory=o.size("--memory", memory), workers=workers)
+    made = make_plan(
+        recipe, memory=o.size("--memory", memory), workers=workers, stream=o.streams(cache)
+    )
     made = replace(made, notes=(*notes, *made.notes)) if notes else made
     if dry_run:
         if as_json:

@@ -234,6 +234,15 @@ Report = Annotated[
 PrintRecipe = Annotated[
     bool, typer.Option("--print-recipe", help="Print the recipe and stop; nothing is opened.")
 ]
+Cache = Annotated[
+    str,
+    typer.Option(
+        "--cache",
+        help="Models on the Hub: keep, download them into its cache; none, read them where they "
+        "are.",
+        envvar="MERGEBENCH_CACHE",
+    ),
+]
 Shelf = Annotated[
     Path | None,
     typer.Option(
@@ -281,6 +290,20 @@ def size(option: str, text: str) -> int:
         raise ParameterError(
             f"{option}: {error.what}", got=error.got, expected=error.expected
         ) from None
+
+
+def streams(cache: str) -> bool:
+    """Whether models on the Hub are read where they are.
+
+    Raises
+    ------
+    ParameterError
+    """
+    from mergebench.core.errors import ParameterError
+
+    if cache not in ("keep", "none"):
+        raise ParameterError("--cache", got=repr(cache), expected="keep or none")
+    return cache == "none"
 
 
 def variables() -> list[str]:

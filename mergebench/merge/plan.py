@@ -180,6 +180,7 @@ def make_plan(
     base: Source | None = None,
     memory: int = DEFAULT_MEMORY,
     workers: int | None = None,
+    stream: bool = False,
 ) -> Plan:
     """Open the inputs, match them and decide everything; all user errors surface here.
 
@@ -193,6 +194,8 @@ def make_plan(
         Most anonymous memory to use above the imported libraries.
     workers : int, optional
         Threads; the number of cores this process may use by default.
+    stream : bool, default False
+        Read checkpoints on the Hub where they are, instead of downloading them.
 
     Raises
     ------
@@ -206,6 +209,7 @@ def make_plan(
         ignore_saved_base=recipe.ignore_saved_base,
         part=recipe.part,
         revisions=recipe.revisions,
+        stream=stream,
     )
     notes: list[str] = []
     weights_given = [parse_weight(each.weight, each.path) for each in recipe.models]

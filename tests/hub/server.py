@@ -74,6 +74,8 @@ class Hub:
         self.quote = False
         #: A commit of somebody else, made just before the next one.
         self.race: tuple[str, dict[str, bytes]] | None = None
+        #: Whether ranges are ignored.
+        self.whole = False
         self.url = ""
         self.lock = threading.Lock()
 
@@ -122,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
         line = f"{self.command} {unquote(split.path)}"
         with self.hub.lock:
             self.hub.requests.append(line)
-            self.hub.headers.append(dict(self.headers.items()))
+            self.hub.headers.append({key.lower(): value for key, value in self.headers.items()})
             self.hub.bodies.append(body)
             fault = next(
                 (f for f in self.hub.faults if f.times and re.search(f.pattern, line)), None
@@ -384,7 +386,7 @@ class _Handler(BaseHTTPRequestHandler):
             content = bytes(byte ^ 1 for byte in content)
         headers = {**headers, "Content-Type": "application/octet-stream"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked is None:
+        if asked is None or self.hub.whole:
             return 200, {**headers, "Content-Length": str(len(content))}, content
         start, stop = int(asked[1]), int(asked[2] or len(content) - 1) + 1
         if start >= len(content):
