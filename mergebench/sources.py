@@ -318,7 +318,8 @@ def _open_path(path: Path, label: str, options: ReadOptions) -> Source:
         mark = fingerprint(source.tensors)
         if options.task is not None:
             mark = _joined(mark, options.task)
-        return Source(label, None, deltas, mark, source.config or {}, identity, source, path)
+        config = source.config or {}
+        return Source(label, None, deltas, mark, config, identity, source, path=path)
     if options.task is not None:
         raise FormatError(
             f"{path}: is a model, and task {options.task!r} is named",

@@ -12,6 +12,7 @@ from mergebench.core.errors import FormatError, MergebenchError
 from mergebench.core.plain import parse_yaml
 from mergebench.merge.method import METHODS
 from mergebench.recipe import recipe_from_dict
+from mergebench.ship.packing import Packing
 from mergebench.sources import Source
 
 _START, _END = "<!-- mergebench: how to load it -->", "<!-- mergebench: end -->"
@@ -21,7 +22,11 @@ _RELATIONS = {"model": "merge", "delta": "merge", "lora": "adapter"}
 
 
 def push_card(
-    repo: str, written: str | None, made: Mapping[str, Any] | None, source: Source | None
+    repo: str,
+    written: str | None,
+    made: Mapping[str, Any] | None,
+    source: Source | None,
+    packed: Packing | None = None,
 ) -> str:
     """The card that is pushed.
 
@@ -38,6 +43,8 @@ def push_card(
         The manifest of the output.
     source : Source or None
         What is pushed, where it can be opened.
+    packed : Packing, optional
+        How it was packed.
 
     Raises
     ------
@@ -49,7 +56,7 @@ def push_card(
     text = written if written is not None else _generated(repo, made)
     front, body = _split(text)
     front = _completed(front, made, source)
-    body = _with_section(body, _section(repo, front, made, source))
+    body = _with_section(body, _section(repo, front, source, packed))
     head = (
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n" if front else ""
     )
@@ -161,18 +168,18 @@ def _with_section(body: str, section: str) -> str:
 
 
 def _section(
-    repo: str, front: Mapping[str, Any], made: Mapping[str, Any] | None, source: Source | None
+    repo: str, front: Mapping[str, Any], source: Source | None, packed: Packing | None
 ) -> str:
-    lines, language = _loading(repo, front, source)
+    lines, language = _loading(repo, front, source, packed)
     text = f"{_START}\n## How to load it\n\n```{language}\n" + "\n".join(lines) + "\n```\n"
-    if rows := _figures(made):
+    if packed is not None:
         text += "\n## Size and error\n\n| | |\n|---|---|\n"
-        text += "".join(f"| {key} | {value} |\n" for key, value in rows)
+        text += "".join(f"| {key} | {value} |\n" for key, value in packed.rows())
     return text + _END
 
 
 def _loading(
-    repo: str, front: Mapping[str, Any], source: Source | None
+    repo: str, front: Mapping[str, Any], source: Source | None, packed: Packing | None
 ) -> tuple[Sequence[str], str]:
     bases = front.get("base_model") or ["BASE"]
     base = bases if isinstance(bases, str) else str(bases[0])
@@ -192,7 +199,7 @@ def _loading(
             f"from diffusers import {name}",
             f'model = {name}.from_pretrained("{repo}")',
         ), "python"
-    if library == "peft" and not _is_packed(source):
+    if library == "peft" and packed is None:
         return (
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM",
@@ -206,21 +213,3 @@ def _loading(
         "pip install mergebench",
         f"mergebench merge hf://{repo} --base {under} --method task_arithmetic -o model",
     ), "sh"
-
-
-def _is_packed(source: Source | None) -> bool:
-    """Whether an adapter has a form that PEFT does not know."""
-    stored = () if source is None or source.adapter is None else source.adapter.metadata
-    return any(key.startswith("mergebench_packed") for key in stored)
-
-
-def _figures(made: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
-    """What a manifest says of its compression."""
-    found = {} if made is None else made.get("compression", {})
-    if not isinstance(found, Mapping):
-        return []
-    return [
-        (str(key).replace("_", " "), f"{value:.4g}" if isinstance(value, float) else value)
-        for key, value in found.items()
-        if isinstance(value, (int, float, str))
-    ]

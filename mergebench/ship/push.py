@@ -35,6 +35,7 @@ from mergebench.core.errors import FormatError, MergebenchError, ParameterError
 from mergebench.manifest import CARD, MANIFEST, from_metadata
 from mergebench.merge.verify import verify
 from mergebench.ship.cards import push_card
+from mergebench.ship.packing import packing
 from mergebench.sources import PULLED, Source, open_source
 
 _PIECE = 1 << 22
@@ -178,9 +179,10 @@ def plan_push(
         notes.append("there is no manifest, so only headers were looked at")
     elif any(Path(str(each["path"])).is_absolute() for each in made["inputs"]):
         notes.append("manifest and recipe name folders of this machine, which everybody will read")
-    source = _opened(path, notes)
+    packed = packing(path)
+    source = _opened(path, notes, strict=packed is not None)
     written = found.get(CARD)
-    compose = partial(push_card, ref.repo, made=made, source=source)
+    compose = partial(push_card, ref.repo, made=made, source=source, packed=packed)
     files = [PushFile(n, p.stat().st_size, p) for n, p in found.items() if n != CARD]
     files.append(_card_file(compose(None if written is None else _text(written))))
     files.sort(key=lambda each: each.name)
@@ -234,10 +236,13 @@ def verified(path: Path, doing: str, notes: list[str], progress: Progress | None
     return verdict.tensors
 
 
-def _opened(path: Path, notes: list[str]) -> Source | None:
+def _opened(path: Path, notes: list[str], *, strict: bool) -> Source | None:
     try:
         return open_source(str(path), ReadOptions())
     except MergebenchError as error:
+        # Packed files say themselves whether they are sound.
+        if strict and isinstance(error, FormatError):
+            raise
         notes.append(f"it cannot be opened here: {error}")
         return None
 

@@ -128,7 +128,8 @@ def check_name(name: str) -> str:
 
 def name_for(reference: str) -> str:
     """A name made of the last part of a reference."""
-    last = Path(reference.rstrip("/").split("@")[0]).name.removesuffix(".safetensors")
+    last = Path(reference.rstrip("/").split("@")[0]).name
+    last = last.removesuffix(".safetensors").removesuffix(".mbz")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip(".-_")[:100] or "adapter"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from mergebench.checkpoints.documents import read_bounded
 from mergebench.checkpoints.shelved import ENTRIES
 from mergebench.checkpoints.sides import is_weights
 from mergebench.core.errors import MergebenchError, MismatchError
+from mergebench.ship.packing import packing
 from mergebench.ship.push import manifest_of, verified
 from mergebench.ship.shelf import (
     Entry,
@@ -81,7 +81,7 @@ def add(
             f"{each.name}{SHELVED}": store(shelf, each, progress).to_bytes() for each in weights
         }
         files |= {each.name: read_bounded(each, _LARGEST) for each in beside}
-        place_entry(shelf, name, files, _about(source, made), force=force)
+        place_entry(shelf, name, files, _about(source, path), force=force)
     return entry(shelf, name), notes
 
 
@@ -125,7 +125,7 @@ def _files(path: Path, notes: list[str]) -> tuple[list[Path], list[Path]]:
     return weights, beside
 
 
-def _about(source: Source, made: Mapping[str, Any] | None) -> dict[str, Any]:
+def _about(source: Source, path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"source": source.label}
     if commits := list(source.revisions.values()):
         found["commit"] = commits[0]
@@ -133,7 +133,7 @@ def _about(source: Source, made: Mapping[str, Any] | None) -> dict[str, Any]:
         found["base"] = base
     if source.deltas is not None and (kind := source.deltas.metadata.get("kind")):
         found["kind"] = kind
-    packed = {} if made is None else made.get("compression", {})
-    if isinstance(packed, Mapping) and type(packed.get("original_bytes")) is int:
-        found["uncompressed"] = packed["original_bytes"]
+    if (packed := packing(path)) is not None:
+        beside = sum(each.stat().st_size for each in _files(path, [])[1])
+        found["uncompressed"] = packed.before + beside
     return found

@@ -13,6 +13,8 @@ import pytest
 from mergebench.checkpoints import shelved
 from mergebench.core.errors import MergebenchError, ParameterError
 from mergebench.ship import shelf as shelves
+from mergebench.ship.cards import push_card
+from mergebench.ship.packing import packing
 from mergebench.ship.shelf import check_name, collect, disk_bytes, entries, entry, name_for
 from mergebench.ship.shelving import add
 from tests.helpers.files import F32, listing, read, tree, write
@@ -282,6 +284,35 @@ def test_only_one_changes_it_at_a_time(scene: Scene, shelf: Path, monkeypatch: A
     with shelves.locked(shelf), pytest.raises(MergebenchError, match="another run"):
         add(shelf, str(scene.path / "lora1"))
     add(shelf, str(scene.path / "lora1"))
+
+
+def packed_file(path: Path, size: int) -> Path:
+    """A saved task vector that says it was packed from so many bytes."""
+    made = {"scheme": "ternary", "input_bytes": size, "relative_error": 0.25, "cosine": 0.9687}
+    about = {"kind": "packed", "version": 1, "of": None, "made": made}
+    return write(path, {"w": np.ones(4, F32)}, {"mergebench": json.dumps(about)})
+
+
+def test_what_packing_says(tmp_path: Path, scene: Scene) -> None:
+    """Sizes before and after, and the error, of a file or of a folder of one."""
+    path = packed_file(tmp_path / "p" / "a.mbz.safetensors", 20_000)
+    size = path.stat().st_size
+
+    found = packing(path)
+
+    assert found == packing(path.parent)
+    assert found is not None
+    assert (found.bytes, found.before) == (size, 20_000)
+    assert dict(found.rows()) == {
+        "packed by": "ternary", "bytes": f"{size:,}", "bytes before": "20,000",
+        "times smaller": f"{20_000 / size:.1f}", "relative error": "0.25", "cosine": "0.9687",
+    }  # fmt: skip
+    assert packing(scene.path / "a.safetensors") is None
+    assert packing(scene.path / "tau1.safetensors") is None
+    card = push_card("org/name", None, None, None, found)
+    assert "| relative error | 0.25 |" in card
+    assert "mergebench merge hf://org/name" in card
+    assert name_for(str(path)) == "a"
 
 
 def test_small_tensors_stand_together() -> None:
