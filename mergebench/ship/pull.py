@@ -126,8 +126,10 @@ def pull(
         keep = True
         stage.seal()
         stage.swap()
-    except BaseException:
+    except BaseException as error:
         stage.leave(keep=keep)
+        if keep and isinstance(error, KeyboardInterrupt):
+            error.add_note(f"the same pull goes on with what has come of {ref}")
         raise
     stage.forget()
     left = tuple(name for name in files if name not in chosen and not _is_plain(name))

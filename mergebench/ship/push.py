@@ -408,6 +408,9 @@ def push(
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 made = _commit(compared, remote.commit, title, create_pr=create_pr)
+        except KeyboardInterrupt as error:
+            error.add_note(f"no commit was made; {plan.ref.repo} keeps what was uploaded for it")
+            raise
         except Exception as error:
             if not left or not may_pass(error) or (create_pr and status_of(error) != 429):
                 with explained(what, repo=plan.ref.repo, write=True):

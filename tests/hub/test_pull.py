@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mergebench.checkpoints.hub import RemoteFile
+from mergebench.ship import pull as pulling
 from tests.helpers.files import listing
 from tests.helpers.running import assert_done, assert_refused
 from tests.helpers.scene import Scene
@@ -184,6 +186,24 @@ def test_a_cut_pull_goes_on(hub: Hub, run: Run, scene: Scene) -> None:
     assert len(hub.seen("^GET /storage-of/")) - first < len(shards)
     assert files_of(scene.path / "m").keys() == {*files, ORIGIN}
     assert hidden(scene.path) == []
+
+
+def test_interrupts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has come stays for the next pull, and the message says so."""
+    file = RemoteFile("model.safetensors", 8, None, "0" * 40)
+    monkeypatch.setattr(pulling, "list_files", lambda ref: ("0" * 40, {file.name: file}))
+
+    def interrupted(*args: object) -> None:
+        (args[-1] / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pulling, "download", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        pulling.pull("org/m", tmp_path / "m")
+
+    assert "the same pull goes on" in caught.value.__notes__[0]
+    assert (tmp_path / ".m.mergebench-part" / "model.safetensors").read_bytes() == b"half"
+    assert not (tmp_path / "m").exists()
 
 
 def test_pull_of_nothing(hub: Hub, run: Run, scene: Scene) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mergebench.ship import push as pushing
 from tests.helpers.files import write
 from tests.helpers.running import Ran, assert_done, assert_refused
 from tests.helpers.scene import Scene
@@ -361,6 +362,23 @@ def test_a_repository_that_changes_meanwhile(hub: Hub, run: Run, out: Path) -> N
     assert set(hub.tree("org/out")) == {"README.md", "theirs.txt"}
     assert_done(run(*PUSH[:-1]))
     assert hub.tree("org/out")["theirs.txt"] == b"1"
+
+
+def test_interrupts(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No commit, and the message says that what was uploaded stays."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pushing, "_commit", interrupted)
+    monkeypatch.setattr(pushing, "has_token", lambda: True)
+    plan = pushing.plan_push(scene.path / "ft1", "org/m")
+    remote = pushing.Remote(True, "0" * 40, {})
+    monkeypatch.setattr(pushing, "compare", lambda plan, _: (plan, remote))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        pushing.push(plan, private=True)
+
+    assert "no commit was made" in caught.value.__notes__[0]
 
 
 def test_odd_files(hub: Hub, run: Run, scene: Scene) -> None:
