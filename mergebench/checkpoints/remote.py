@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mergebench.checkpoints.hub import HubRef, RemoteFile
+from mergebench.checkpoints.hub import HubRef
 from mergebench.checkpoints.hub_client import client, endpoint, explained, patiently
+from mergebench.checkpoints.hub_files import RemoteFile
 from mergebench.checkpoints.reader import SafetensorsFile, read_safetensors
 from mergebench.core.errors import FormatError
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
-from mergebench.checkpoints.hub import Fetched, HubRef, download, list_files, needed
+from mergebench.checkpoints.hub import Fetched, HubRef, download, list_files
+from mergebench.checkpoints.hub_files import needed
 from mergebench.checkpoints.layout import Checkpoint, open_checkpoint
 from mergebench.checkpoints.reader import SafetensorsFile
 from mergebench.checkpoints.remote import open_remote

@@ -94,7 +94,8 @@ def ls(shelf: o.Shelf = None, as_json: o.Json = False) -> None:
       mergebench zoo ls
       mergebench zoo ls --json
     """
-    from mergebench.ship.shelf import disk_bytes, entries
+    from mergebench.ship.shelf import entries
+    from mergebench.ship.shelf_care import disk_bytes
 
     place = _shelf(shelf)
     found = entries(place)
@@ -205,7 +206,7 @@ def export(
       mergebench zoo export one -o exported --json
     """
     from mergebench.ship.shelf import entry
-    from mergebench.ship.shelf import export as write
+    from mergebench.ship.shelf_care import export as write
 
     place = Path(name) if out is None else out.expanduser()
     size = write(entry(_shelf(shelf), name), place, force=force)
@@ -261,7 +262,7 @@ def gc(
       mergebench zoo gc --dry-run
       mergebench zoo gc --json
     """
-    from mergebench.ship.shelf import collect
+    from mergebench.ship.shelf_care import collect
 
     done = collect(_shelf(shelf), dry_run=dry_run)
     if as_json:
@@ -290,7 +291,8 @@ def verify(
       mergebench zoo verify
       mergebench zoo verify one --json
     """
-    from mergebench.ship.shelf import damage, entries, entry
+    from mergebench.ship.shelf import entries, entry
+    from mergebench.ship.shelf_care import damage
 
     place = _shelf(shelf)
     chosen = [entry(place, each) for each in names] if names else entries(place)

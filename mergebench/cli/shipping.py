@@ -11,7 +11,7 @@ from mergebench.cli import console
 from mergebench.cli import options as o
 
 if TYPE_CHECKING:
-    from mergebench.ship.push import PushPlan
+    from mergebench.ship.planned import PushPlan
 
 
 def push(
@@ -51,7 +51,7 @@ def push(
       mergebench push adapter org/adapter --public --json
     """
     from mergebench.core.errors import ParameterError
-    from mergebench.ship.push import plan_push
+    from mergebench.ship.planned import plan_push
     from mergebench.ship.push import push as run
 
     if private and public:

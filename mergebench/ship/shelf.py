@@ -10,8 +10,8 @@
 
 An object is written under another name, brought to the disk and renamed; only when all of them
 stand does the entry appear, by one rename as well. So a process that dies leaves objects that
-nothing refers to, which :func:`collect` takes away, and never an entry without its objects. What
-changes a shelf waits for its lock.
+nothing refers to, which :func:`~mergebench.ship.shelf_care.collect` takes away, and never an entry
+without its objects. What changes a shelf waits for its lock.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ from mergebench.checkpoints.shelved import (
     object_place,
     read_shelved,
 )
-from mergebench.checkpoints.staging import Stage
 from mergebench.core.errors import FormatError, MergebenchError, ParameterError, did_you_mean
 
 MARK, ABOUT = "mergebench_shelf.json", "mergebench_entry.json"
@@ -92,15 +91,6 @@ class Entry:
     def pieces(self) -> set[Piece]:
         """Its objects."""
         return {piece for file in self.files for piece in file.pieces}
-
-
-@dataclass(frozen=True)
-class Collected:
-    """What was, or would be, taken away: objects, their bytes, and what dead processes left."""
-
-    objects: int
-    bytes: int
-    leftovers: int
 
 
 def default_shelf(environment: Mapping[str, str]) -> Path:
@@ -172,7 +162,7 @@ def _make(shelf: Path) -> None:
                     f"{shelf}: is no shelf, and not empty", fix="name another folder with --shelf"
                 )
             shelf.mkdir(parents=True, exist_ok=True)
-            _write(shelf / MARK, [b'{"shelf": 1}\n'])
+            write_synced(shelf / MARK, [b'{"shelf": 1}\n'])
         for folder in (shelf / OBJECTS, shelf / ENTRIES):
             folder.mkdir(exist_ok=True)
     except OSError as error:
@@ -281,11 +271,11 @@ def _stands(place: Path, piece: Piece) -> bool:
 def _put(shelf: Path, place: Path, data: bytes | bytearray) -> None:
     place.parent.mkdir(exist_ok=True)
     part = shelf / OBJECTS / f".{place.parent.name}{place.name[:16]}-{secrets.token_hex(4)}-part"
-    _write(part, [data])
+    write_synced(part, [data])
     part.replace(place)
 
 
-def _write(path: Path, pieces: Iterable[bytes | bytearray]) -> None:
+def write_synced(path: Path, pieces: Iterable[bytes | bytearray]) -> None:
     """A new file, on the disk when this returns."""
     with path.open("wb") as file:
         for each in pieces:
@@ -315,7 +305,7 @@ def place_entry(
     part = place.with_name(f".{name}-{secrets.token_hex(4)}-part")
     part.mkdir()
     for each, data in {**files, ABOUT: (json.dumps(dict(about), indent=1) + "\n").encode()}.items():
-        _write(part / each, [data])
+        write_synced(part / each, [data])
     sync_folder(part)
     trash = swap_in(part, place, place.with_name(f".{name}-old"), place.with_name(f".{name}-trash"))
     sync_folder(place.parent)
@@ -348,7 +338,7 @@ def mend(shelf: Path) -> int:
 
 
 def take_off(shelf: Path, name: str) -> Entry:
-    """Remove an entry; its objects stay until :func:`collect`.
+    """Remove an entry; its objects stay until :func:`~mergebench.ship.shelf_care.collect`.
 
     Raises
     ------
@@ -363,98 +353,3 @@ def take_off(shelf: Path, name: str) -> Entry:
         sync_folder(trash.parent)
         remove(trash)
     return found
-
-
-def collect(shelf: Path, *, dry_run: bool = False) -> Collected:
-    """Take away objects that no entry refers to, and what dead processes have left.
-
-    Raises
-    ------
-    MergebenchError
-        If an entry cannot be read: then nobody knows what it refers to, and nothing goes.
-    """
-    if not is_shelf(shelf):
-        return Collected(0, 0, 0)
-    with locked(shelf):
-        leftovers = 0 if dry_run else mend(shelf)
-        kept = {piece.digest for each in entries(shelf) for piece in each.pieces}
-        count = size = 0
-        for place in objects(shelf):
-            if place.parent.name + place.name in kept:
-                continue
-            count, size = count + 1, size + place.stat().st_size
-            if not dry_run:
-                place.unlink()
-        return Collected(count, size, leftovers)
-
-
-def objects(shelf: Path) -> list[Path]:
-    """Every object of a shelf."""
-    if not (shelf / OBJECTS).is_dir():
-        return []
-    folders = sorted(each for each in (shelf / OBJECTS).iterdir() if len(each.name) == 2)
-    return [each for folder in folders for each in sorted(folder.iterdir())]
-
-
-def disk_bytes(shelf: Path) -> int:
-    """Bytes of all objects and of the files beside the weights."""
-    beside = sum(sum(each.beside.values()) for each in entries(shelf))
-    return sum(each.stat().st_size for each in objects(shelf)) + beside
-
-
-def damage(found: Entry, progress: Progress | None = None) -> list[str]:
-    """What of an entry is not as it was added: every object is read."""
-    wrong = []
-    total, done = sum(piece.size for piece in found.pieces), 0
-    for file in found.files:
-        for piece in dict.fromkeys(file.pieces):
-            place = file.place(piece)
-            try:
-                data = place.read_bytes()
-            except OSError as error:
-                wrong.append(f"{found.name}: {file.file}: {place}: {error.strerror}")
-                continue
-            if digest_of(data) != piece.digest:
-                wrong.append(f"{found.name}: {file.file}: {place}: its bytes have changed")
-            done += piece.size
-            if progress is not None:
-                progress("verifying", min(done, total), total)
-    return wrong
-
-
-def export(found: Entry, out: Path, *, force: bool = False) -> int:
-    """Write an entry as the files it was added from, byte for byte; how many bytes that was.
-
-    Raises
-    ------
-    MergebenchError
-        If an object is damaged, or if the place is taken.
-    """
-    stage = Stage(out, single_file=False, force=force, key=None)
-    stage.open(found.size, lambda _: False)
-    try:
-        with disk_errors(out, found.size):
-            for name in found.beside:
-                _write(stage.part / name, [(found.path / name).read_bytes()])
-            for file in found.files:
-                _write(stage.part / file.file, _sound(file))
-        stage.seal()
-        stage.swap()
-    except BaseException:
-        stage.leave(keep=False)
-        raise
-    stage.forget()
-    return found.size
-
-
-def _sound(file: Shelved) -> Iterator[bytes]:
-    """The objects of a file, each compared with its digest."""
-    for piece in file.pieces:
-        data = file.place(piece).read_bytes()
-        if digest_of(data) != piece.digest:
-            raise FormatError(
-                f"{file.path}: an object of it is damaged",
-                got=str(file.place(piece)),
-                fix="add the adapter to the shelf again, with --force",
-            )
-        yield data

@@ -12,7 +12,7 @@ from mergebench.checkpoints.shelved import ENTRIES
 from mergebench.checkpoints.sides import is_weights
 from mergebench.core.errors import MergebenchError, MismatchError
 from mergebench.ship.packing import packing
-from mergebench.ship.push import manifest_of, verified
+from mergebench.ship.planned import manifest_of, verified
 from mergebench.ship.shelf import (
     Entry,
     Progress,

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from mergebench.core.errors import MergebenchError
-from mergebench.ship import shelf as shelves
-from mergebench.ship.shelf import collect, damage, entries, entry, export, take_off
+from mergebench.ship.shelf import entries, entry, take_off
+from mergebench.ship.shelf_care import collect, damage, export, objects
 from mergebench.ship.shelving import add
 from tests.faults.machine import Fault, KilledError, Machine
 from tests.helpers.adapters import factors, save_peft
@@ -103,7 +103,7 @@ def test_failing_at_every_step(
         collect(place)
         assert whole(place, outs) == after
         used = {piece.digest for each in entries(place) for piece in each.pieces}
-        there = {each.parent.name + each.name for each in shelves.objects(place)}
+        there = {each.parent.name + each.name for each in objects(place)}
         assert there == used
         hidden = [each for each in place.rglob(".*") if each.name != ".lock"]
         assert hidden == []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mergebench.checkpoints.hub import RemoteFile
+from mergebench.checkpoints.hub_files import RemoteFile
 from mergebench.ship import pull as pulling
 from tests.helpers.files import listing
 from tests.helpers.running import assert_done, assert_refused

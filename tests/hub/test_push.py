@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from mergebench.ship import push as pushing
+from mergebench.ship.planned import plan_push
 from tests.helpers.files import write
 from tests.helpers.running import Ran, assert_done, assert_refused
 from tests.helpers.scene import Scene
@@ -372,7 +373,7 @@ def test_interrupts(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(pushing, "_commit", interrupted)
     monkeypatch.setattr(pushing, "has_token", lambda: True)
-    plan = pushing.plan_push(scene.path / "ft1", "org/m")
+    plan = plan_push(scene.path / "ft1", "org/m")
     remote = pushing.Remote(True, "0" * 40, {})
     monkeypatch.setattr(pushing, "compare", lambda plan, _: (plan, remote))
     with pytest.raises(KeyboardInterrupt) as caught:

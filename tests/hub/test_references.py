@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import yaml
 
-from mergebench.checkpoints.hub import HubRef, escapes, needed, parse_hub
+from mergebench.checkpoints.hub import HubRef, parse_hub
+from mergebench.checkpoints.hub_files import escapes, needed
 from mergebench.core.errors import MergebenchError
 from tests.helpers.files import read
 from tests.helpers.running import assert_done, assert_refused

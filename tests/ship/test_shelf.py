@@ -15,7 +15,8 @@ from mergebench.core.errors import MergebenchError, ParameterError
 from mergebench.ship import shelf as shelves
 from mergebench.ship.cards import push_card
 from mergebench.ship.packing import packing
-from mergebench.ship.shelf import check_name, collect, disk_bytes, entries, entry, name_for
+from mergebench.ship.shelf import check_name, entries, entry, name_for
+from mergebench.ship.shelf_care import collect, damage, disk_bytes, objects
 from mergebench.ship.shelving import add
 from tests.helpers.files import F32, listing, read, tree, write
 from tests.helpers.running import Ran, assert_done, assert_refused, call
@@ -103,7 +104,7 @@ def test_shared_tensors_are_stored_once(scene: Scene, shelf: Path) -> None:
     shown = assert_done(zoo(scene, shelf, "ls", "--json")).json
     size = sum(path.stat().st_size for path in (scene.path / "z0").iterdir())
     assert shown["bytes"] == 10 * size
-    large = [e for e in shelves.objects(shelf) if e.stat().st_size == same.nbytes]
+    large = [e for e in objects(shelf) if e.stat().st_size == same.nbytes]
     assert len(large) == 1
     assert shown["on_disk"] == shown["bytes"] - 9 * same.nbytes - 9 * head_size(scene.path / "z0")
     one = assert_done(zoo(scene, shelf, "show", "z3", "--json")).json
@@ -123,12 +124,12 @@ def test_removed_and_collected(scene: Scene, shelf: Path) -> None:
     for seed in range(2):
         adapter(scene.path / f"z{seed}", same, seed)
     assert_done(zoo(scene, shelf, "add", "z0", "z1"))
-    full = len(shelves.objects(shelf))
+    full = len(objects(shelf))
 
     assert_done(zoo(scene, shelf, "rm", "z0"))
-    assert len(shelves.objects(shelf)) == full
+    assert len(objects(shelf)) == full
     planned = assert_done(zoo(scene, shelf, "gc", "--dry-run", "--json")).json
-    assert len(shelves.objects(shelf)) == full
+    assert len(objects(shelf)) == full
     done = assert_done(zoo(scene, shelf, "gc", "--json")).json
 
     assert done["objects"] == planned["objects"] == 1
@@ -274,7 +275,7 @@ def test_many_at_a_time(scene: Scene, shelf: Path) -> None:
 
     assert errors == []
     assert [each.name for each in entries(shelf)] == [place.name for place in places]
-    assert [found for each in entries(shelf) for found in shelves.damage(each)] == []
+    assert [found for each in entries(shelf) for found in damage(each)] == []
     assert [name for name in listing(shelf / "adapters") if name.startswith(".")] == []
 
 
