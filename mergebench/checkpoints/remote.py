@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections import OrderedDict
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ from mergebench.checkpoints.hub_client import client, endpoint, explained, patie
 from mergebench.checkpoints.hub_files import RemoteFile
 from mergebench.checkpoints.reader import SafetensorsFile, read_safetensors
 from mergebench.core.errors import FormatError
+from mergebench.core.tensor import nbytes
 
 #: Bytes asked for where somebody looks at a spot, and where somebody reads on.
-SPOT, AHEAD = 1 << 16, 1 << 23
+SPOT, AHEAD = 1 << 14, 1 << 23
 #: Bytes kept of what was asked for, over all files of the process.
 KEPT = 1 << 26
 _EXPIRED = (401, 403, 404, 410)
@@ -60,8 +63,8 @@ _BLOCKS = _Blocks(KEPT)
 class RemoteHandle:
     """A file of one commit, read by position like a :class:`~.descriptors.Handle`.
 
-    Safe under threads. Large reads go straight to their place; small ones bring a block, which is
-    longer where they follow each other.
+    Safe under threads. Small reads bring a block, which is longer where they follow each other, and
+    ends where a tensor does. Threads that ask for the same bytes wait for one request.
 
     Parameters
     ----------
@@ -76,7 +79,8 @@ class RemoteHandle:
         self.path = Path(f"{ref.repo}@{commit[:12]}") / file.name
         # Not the identity of this object, which another one may have after it.
         self._key = f"{endpoint()}/{ref.repo}@{commit}/{file.name}"
-        self._lock = threading.Lock()
+        self._lock, self._asking = threading.Lock(), threading.Lock()
+        self._edges: list[int] = []
         self._address: str | None = None
 
     def read_at(self, view: memoryview, offset: int) -> int:
@@ -90,20 +94,31 @@ class RemoteHandle:
         stop = min(offset + len(view), self.file.size)
         at = offset
         while at < stop:
-            found = _BLOCKS.get(self._key, at)
-            if found is None:
-                found = at, self._block(at, stop)
-                if len(found[1]) < AHEAD or stop - at < AHEAD:
-                    _BLOCKS.put(self._key, at, found[1])
-            start, data = found
+            start, data = _BLOCKS.get(self._key, at) or self._fetched(at, stop)
             piece = data[at - start : min(stop - start, len(data))]
             view[at - offset : at - offset + len(piece)] = piece
             at += len(piece)
         return max(stop - offset, 0)
 
-    def _block(self, start: int, stop: int) -> bytes:
-        least = AHEAD if _BLOCKS.ends_at(self._key, start) else SPOT
-        return self._ask(start, min(max(stop, start + least), start + AHEAD, self.file.size))
+    def stop_at(self, edges: Sequence[int]) -> None:
+        """Where tensors end, sorted: what follows may never be needed."""
+        self._edges = list(edges)
+
+    def _fetched(self, start: int, stop: int) -> tuple[int, bytes]:
+        with self._asking:
+            if (found := _BLOCKS.get(self._key, start)) is not None:
+                return found
+            # Who begins at a tensor may look at its first entries only.
+            known = bisect_left(self._edges, start)
+            inside = known < len(self._edges) and self._edges[known] != start
+            ahead = inside and _BLOCKS.ends_at(self._key, start)
+            end = min(max(stop, start + (AHEAD if ahead else SPOT)), start + AHEAD, self.file.size)
+            at = bisect_left(self._edges, min(stop, end))
+            if at < len(self._edges):
+                end = min(end, self._edges[at])
+            data = self._ask(start, end)
+            _BLOCKS.put(self._key, start, data)
+            return start, data
 
     def advise(self, offset: int, length: int, advice: str) -> None:
         """Nothing: what is not here cannot be dropped, and reading ahead is done by itself."""
@@ -157,4 +172,7 @@ def open_remote(ref: HubRef, commit: str, file: RemoteFile) -> SafetensorsFile:
     """
     client()
     handle = RemoteHandle(ref, commit, file)
-    return read_safetensors(handle.path, handle, file.size, 0)
+    opened = read_safetensors(handle.path, handle, file.size, 0)
+    ends = (t.offset + nbytes(t.dtype, t.shape) for t in opened.tensors.values())
+    handle.stop_at(sorted(ends))
+    return opened

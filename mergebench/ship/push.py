@@ -28,7 +28,6 @@ from mergebench.core.errors import MergebenchError, ParameterError
 from mergebench.manifest import CARD
 from mergebench.ship.planned import PushFile, PushPlan, card_file, read_text
 
-_PIECE = 1 << 22
 #: What loaders would find beside, or instead of, what is pushed.
 _SHADOWS = (
     "*.safetensors", "*.bin", "*.index.json", "*.index.*.json", "adapter_config.json",

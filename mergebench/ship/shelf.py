@@ -50,7 +50,6 @@ MARK, ABOUT = "mergebench_shelf.json", "mergebench_entry.json"
 #: Seconds to wait for another process that changes the shelf.
 PATIENCE = 600.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_PIECE = 1 << 22
 Progress = Callable[[str, int, int], None]
 
 
