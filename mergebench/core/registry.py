@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from importlib.metadata import entry_points
+from threading import RLock
 from typing import Generic, TypeVar
 
 from mergebench.core.errors import ParameterError, did_you_mean
@@ -30,6 +31,8 @@ class Registry(Generic[T]):
         self.noun, self.package, self.group = noun, package, group
         self._entries: dict[str, T] = {}
         self._loaded = False
+        # Held while modules are imported: another thread must wait for all of them.
+        self._loading = RLock()
 
     def add(self, name: str, entry: T) -> T:
         """Register ``entry``; a second entry of one name is a programming error."""
@@ -39,14 +42,15 @@ class Registry(Generic[T]):
         return entry
 
     def _load(self) -> None:
-        if self._loaded:
-            return
-        self._loaded = True
-        package = importlib.import_module(self.package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self.package}.{module.name}")
-        for point in entry_points(group=self.group):
-            point.load()
+        with self._loading:
+            if self._loaded:
+                return
+            self._loaded = True
+            package = importlib.import_module(self.package)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{self.package}.{module.name}")
+            for point in entry_points(group=self.group):
+                point.load()
 
     def __getitem__(self, name: str) -> T:
         self._load()
