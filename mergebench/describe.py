@@ -11,6 +11,7 @@ import numpy as np
 
 from mergebench.adapters_zoo.adapter import AdapterSource, kind_of_adapter
 from mergebench.adapters_zoo.dialects import dotted, kohya
+from mergebench.adapters_zoo.packed_file import PackedFile
 from mergebench.adapters_zoo.scattered import Scattered
 from mergebench.adapters_zoo.targets import TARGETS, refusals, served_with
 from mergebench.checkpoints.documents import is_file, read_object
@@ -49,6 +50,8 @@ def describe(source: Source) -> dict[str, Any]:
         data["notes"] = list(source.checkpoint.notes)
     if source.deltas is not None:
         data["update"] = _of_deltas(source)
+    if source.packed is not None:
+        data["packed"] = _of_packed(source.packed)
     if (made := _made_by(source)) and "recipe" in made:
         data["made_by"] = {key: made.get(key) for key in ("mergebench", "recipe")}
     data["files"] = [dict(each) for each in source.identity]
@@ -199,6 +202,26 @@ def _of_deltas(source: Source) -> dict[str, Any]:
         data["servers"] = _servers(source.adapter, max(ranks, default=None))
     if base := source.config.get("base_model_name_or_path"):
         data["base"] = base
+    return data
+
+
+def _of_packed(packed: PackedFile) -> dict[str, Any]:
+    """How a file was packed, and what that has cost."""
+    made = packed.made
+    said = {
+        "scheme": made.get("scheme"),
+        **(made["params"] if isinstance(made.get("params"), dict) else {}),
+        "relative_error": made.get("relative_error"),
+        "cosine": made.get("cosine"),
+    }
+    data: dict[str, Any] = {
+        key: value
+        for key, value in said.items()
+        if isinstance(value, str | int | float) and not isinstance(value, bool)
+    }
+    data["bytes"] = packed.nbytes
+    data["unpacked_bytes"] = packed.unpacked_nbytes
+    data |= {f"entries in {codec}": entries for codec, entries in packed.codecs.items()}
     return data
 
 

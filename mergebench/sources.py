@@ -19,6 +19,7 @@ from mergebench.adapters_zoo.adapter import (
     parse_object,
     read_adapter,
 )
+from mergebench.adapters_zoo.packed_file import SUFFIX, PackedFile, is_packed, open_packed_file
 from mergebench.checkpoints.containers import DCP, SFT, SHELVED, open_weights
 from mergebench.checkpoints.documents import is_file, read_object
 from mergebench.checkpoints.hub import HubRef, cached, fetch, is_hub, parse_hub
@@ -69,6 +70,8 @@ class Source:
         Where it lies on this machine, if that is one place.
     revisions : mapping of str to str
         For every reference to the Hub in the label, the commit that was opened.
+    packed : PackedFile or None
+        What it was unpacked from.
     """
 
     label: str
@@ -80,6 +83,7 @@ class Source:
     adapter: AdapterSource | None = None
     path: Path | None = None
     revisions: Mapping[str, str] = field(default_factory=dict)
+    packed: PackedFile | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,6 +252,7 @@ def _open_pair(left: str, right: str, options: ReadOptions) -> Source:
         top.config,
         (*under.identity, *top.identity),
         top.adapter,
+        packed=top.packed,
         revisions={**under.revisions, **top.revisions},
     )
 
@@ -313,13 +318,15 @@ def with_base(options: ReadOptions, base: Checkpoint) -> ReadOptions:
 
 def _open_path(path: Path, label: str, options: ReadOptions) -> Source:
     if (adapter := _adapter_at(path, label)) is not None:
-        source, identity = adapter
+        source, identity, packed = adapter
         deltas = read_adapter(source, options)
         mark = fingerprint(source.tensors)
         if options.task is not None:
             mark = _joined(mark, options.task)
         config = source.config or {}
-        return Source(label, None, deltas, mark, config, identity, source, path=path)
+        return Source(
+            label, None, deltas, mark, config, identity, source, path=path, packed=packed
+        )
     if options.task is not None:
         raise FormatError(
             f"{path}: is a model, and task {options.task!r} is named",
@@ -339,12 +346,13 @@ def open_unread(
 ) -> tuple[AdapterSource, tuple[Mapping[str, Any], ...]] | None:
     """The tensors and config of an adapter, not yet understood, and its files; None otherwise."""
     path = Path(reference).expanduser()
-    return _adapter_at(path, reference) if path.exists() else None
+    found = _adapter_at(path, reference) if path.exists() else None
+    return None if found is None else found[:2]
 
 
 def _adapter_at(
     path: Path, label: str
-) -> tuple[AdapterSource, tuple[Mapping[str, Any], ...]] | None:
+) -> tuple[AdapterSource, tuple[Mapping[str, Any], ...], PackedFile | None] | None:
     """The adapter at a path, or ``None`` if it is something else."""
     config: Mapping[str, Any] | None = None
     file = path
@@ -352,6 +360,7 @@ def _adapter_at(
         described = path / "adapter_config.json"
         names = (*_ALONE, *(f"{name}{SHELVED}" for name in _ALONE))
         saved = [each for name in names if (each := path / name).exists()]
+        saved = saved or _packed_in(path)
         if not described.exists() and not saved:
             return None
         file = saved[0] if saved else path
@@ -370,7 +379,13 @@ def _adapter_at(
     elif path.suffix in (".json", ".gguf") or path.name == DCP:
         return None
     opened = open_weights(file)
-    if config is None and not is_adapter(opened.tensors, config, opened.metadata):
+    packed = None
+    tensors: Mapping[str, Tensor] = opened.tensors
+    metadata = opened.metadata
+    if is_packed(metadata):
+        packed = open_packed_file(label, tensors, metadata)
+        tensors, metadata = packed.tensors, packed.metadata
+    elif config is None and not is_adapter(tensors, config, metadata):
         return None
     identity = {
         "name": file.name,
@@ -378,7 +393,30 @@ def _adapter_at(
         "mtime_ns": opened.mtime_ns,
         "header": opened.header_hash,
     }
-    return AdapterSource(label, opened.tensors, config, opened.metadata), (identity,)
+    return AdapterSource(label, tensors, config, metadata), (identity,), packed
+
+
+def packed_at(reference: str) -> PackedFile | None:
+    """The packed file at a path, whatever its contents need; ``None`` for anything else.
+
+    Raises
+    ------
+    MergebenchError
+        If nothing is there, or it is damaged.
+    """
+    path = Path(reference).expanduser()
+    if not _exists(path):
+        raise MergebenchError(f"{reference}: no such file or folder", fix="give a packed file")
+    found = _adapter_at(path, reference)
+    return None if found is None else found[2]
+
+
+def _packed_in(folder: Path) -> list[Path]:
+    """The packed file of a folder that holds one, and neither a model nor several."""
+    if (folder / "config.json").exists():
+        return []
+    found = [each for each in sorted(folder.iterdir()) if each.name.endswith(SUFFIX)]
+    return found if len(found) == 1 else []
 
 
 def _config_of(described: Path) -> Mapping[str, Any]:

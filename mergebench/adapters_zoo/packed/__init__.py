@@ -1,0 +1,1 @@
+"""Codecs of packed tensors, one per file."""
