@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mergebench.merge.op import OPS as ops  # noqa: N811
     from mergebench.merge.op import chain
     from mergebench.recipe import Recipe
+    from mergebench.ship.compress import compress
+    from mergebench.ship.decompress import decompress
     from mergebench.sources import load
 
 _HOMES = {
@@ -25,6 +27,8 @@ _HOMES = {
     "TaskVector": ("mergebench.core.task_vector", "TaskVector"),
     "apply": ("mergebench.merge.apply", "apply"),
     "chain": ("mergebench.merge.op", "chain"),
+    "compress": ("mergebench.ship.compress", "compress"),
+    "decompress": ("mergebench.ship.decompress", "decompress"),
     "load": ("mergebench.sources", "load"),
     "merge_models": ("mergebench.merge.api", "merge_models"),
     "methods": ("mergebench.merge.method", "METHODS"),
@@ -37,6 +41,8 @@ __all__ = [
     "TaskVector",
     "apply",
     "chain",
+    "compress",
+    "decompress",
     "load",
     "merge_models",
     "methods",

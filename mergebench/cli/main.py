@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from mergebench.cli import (
     checking,
     comparing,
+    compressing,
     console,
     editing,
     fitting,
@@ -71,6 +72,8 @@ app.command("verify")(checking.verify)
 app.command("check")(trying.check)
 app.command("spectral")(spectra.spectral)
 app.command("doctor")(checking.doctor)
+app.command("compress")(compressing.compress)
+app.command("decompress")(compressing.decompress)
 app.command("methods")(looking.methods)
 app.command("adapters")(zoo.adapters)
 app.command("make-basis")(zoo.make_basis)

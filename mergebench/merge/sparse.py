@@ -140,8 +140,8 @@ def extract_sparse(
         allow_base_mismatch=allow_base_mismatch,
     )
     plan = make_plan(recipe, memory=memory, workers=workers)
-    kept = _whole(model, whole)
-    _check_extra(model, plan, kept, exclude)
+    kept = whole_values(model, whole)
+    check_extra(model, plan, kept, exclude)
     if count is not None:
         if count > plan.entries:
             raise ParameterError(
@@ -180,7 +180,7 @@ def _selected(own: Checkpoint, selectors: Sequence[str]) -> list[str]:
     return [name for name, site in sites.items() if any(each.matches(site) for each in chosen)]
 
 
-def _whole(model: str, selectors: Sequence[str]) -> dict[str, Array]:
+def whole_values(model: str, selectors: Sequence[str]) -> dict[str, Array]:
     """Values of the tensors that are stored in full."""
     if not selectors:
         return {}
@@ -192,7 +192,7 @@ def _whole(model: str, selectors: Sequence[str]) -> dict[str, Array]:
     return {name: _values(own, name) for name in _selected(own, selectors)}
 
 
-def _check_extra(model: str, plan: Plan, kept: Mapping[str, Array], exclude: Sequence[str]) -> None:
+def check_extra(model: str, plan: Plan, kept: Mapping[str, Array], exclude: Sequence[str]) -> None:
     """Refuse tensors that the base lacks and that nothing says what to do with."""
     own = plan.models[0].checkpoint
     assert plan.base is not None

@@ -1,1 +1,1 @@
-"""Outputs on their way to others: pushed, pulled, put on a shelf."""
+"""Outputs on their way to others: compressed, pushed, pulled, put on a shelf."""

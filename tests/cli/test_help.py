@@ -86,6 +86,10 @@ def test_examples_run_as_printed(scene: Scene, page: str) -> None:
     size = base_model()["model.norm.weight"].size
     (scene.path / "eval.py").write_text(TASK.replace("SIZE", str(size)))
     (scene.path / "score.py").write_text("print('{\"score\": 1.0}')")
+    if page == "decompress":
+        for model, more in (("adapter", ()), ("ft1", ("-b", "base"))):
+            out = f"{model}.mbz.safetensors"
+            assert_done(call("compress", model, *more, "-o", out, cwd=scene.path))
     different = ("mergebench diff",)
     if page.startswith("zoo"):
         for name in () if page in ("zoo", "zoo add") else ("one", "two", "three"):

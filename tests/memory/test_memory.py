@@ -39,6 +39,29 @@ def test_ties_stays_within_its_memory(models: Path, scope: str) -> None:
     out.unlink()
 
 
+def test_compressing_stays_within_its_memory(models: Path) -> None:
+    """A task vector is read tile by tile, its blocks wait on the disk, and so it comes back."""
+    out, back = models / "ft1.mbz.safetensors", models / "back.safetensors"
+    pack = (
+        "compress",
+        "ft1.safetensors",
+        "-b",
+        "base.safetensors",
+        "-o",
+        out,
+        "-p",
+        "density=0.05",
+    )
+    measured = measure([*pack, "--memory", "256MiB", "--allow-base-mismatch"], models)
+
+    assert_within(measured, LIMIT)
+    assert out.stat().st_size < 20 * MIB
+    unpack = ("decompress", out, "-b", "base.safetensors", "-o", back, "--memory", "256MiB")
+    assert_within(measure(unpack, models), LIMIT)
+    out.unlink()
+    back.unlink()
+
+
 @pytest.fixture
 def vectors(tmp_path: Path) -> Path:
     """Models that are one long vector: a single row, which row-wise work may not cut."""

@@ -117,6 +117,18 @@ def test_permuted_neurons_are_refused(place: Path) -> None:
     assert_refused(ran, "permuted: was not fine-tuned from base", "linear matrices")
 
 
+def test_model_made_apart_is_not_compressed(place: Path) -> None:
+    """What would be packed is no task vector; the same words as of a merge."""
+    before = listing(place)
+    common = ("compress", "apart", "-b", "base", "-o", "p.mbz.safetensors")
+    ran = call(*common, cwd=place)
+    assert_refused(ran, "apart: was not fine-tuned from base", "--allow-base-mismatch")
+    assert listing(place) == before
+
+    ran = assert_done(call(*common, "--allow-base-mismatch", cwd=place))
+    assert "apart was not fine-tuned from base" in ran.err
+
+
 def test_foreign_vocabulary_is_refused(place: Path) -> None:
     """Rows of the embedding in another order stand for other tokens, whatever the rest is."""
     save_folder(place / "tokens", {**model(0), EMBEDDING: model(0)[EMBEDDING][::-1].copy()})

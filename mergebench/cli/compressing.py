@@ -1,0 +1,226 @@
+"""``compress`` and ``decompress``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mergebench.cli import console
+from mergebench.cli import options as o
+
+if TYPE_CHECKING:
+    from mergebench.ship.compress import Report
+
+_SHOWN = 8
+
+
+def compress(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="An adapter, a saved task vector, or with --base a fine-tuned model.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A file named ….mbz.safetensors.")],
+    base: o.Base = None,
+    scheme: Annotated[
+        str,
+        typer.Option(
+            "--scheme",
+            "-s",
+            help="ternary, one-bit, two-bit, sparse, lowrank, or lowrank+ and another.",
+        ),
+    ] = "ternary",
+    param: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--param",
+            "-p",
+            metavar="NAME=VALUE",
+            help="Parameter of the scheme, repeatable: density=0.1, alpha=2, level=mse, "
+            "scope=tensor, values=int8, energy=0.9.",
+        ),
+    ] = None,
+    target_ratio: Annotated[
+        str | None,
+        typer.Option(
+            "--target-ratio", help="Choose the density so that the file is as much smaller: 20x."
+        ),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option("--max-error", help="Choose it so that the relative error is at most this."),
+    ] = None,
+    whole: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--whole",
+            metavar="SELECTOR",
+            help="Store these tensors of a model as they are, repeatable: class=head.",
+        ),
+    ] = None,
+    include: o.Include = None,
+    exclude: o.Exclude = None,
+    lora_alpha: o.LoraAlpha = None,
+    allow_base_mismatch: o.AllowBaseMismatch = False,
+    force: o.Force = False,
+    memory: o.Memory = "512MiB",
+    workers: o.Workers = None,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Make an adapter or a task vector 8 to 50 times smaller, and say what that has cost.
+
+    The result is used as it is: by merge, inspect, diff, spectral, and as base+packed.
+
+    Examples:
+
+    \b
+      mergebench compress adapter -o adapter.mbz.safetensors -p level=mse
+      mergebench compress ft1 --base base -o ft1.mbz.safetensors -s ternary -p density=0.1
+    """
+    from mergebench.ship.compress import compress as run
+
+    started = perf_counter()
+    with console.bar(quiet or as_json) as progress:
+        report = run(
+            model,
+            out.expanduser(),
+            scheme=scheme,
+            params=_params(param or ()),
+            base=base,
+            target_ratio=None if target_ratio is None else _ratio(target_ratio),
+            max_error=max_error,
+            whole=whole or (),
+            include=include or (),
+            exclude=exclude or (),
+            lora_alpha=lora_alpha,
+            allow_base_mismatch=allow_base_mismatch,
+            force=force,
+            memory=o.size("--memory", memory),
+            workers=workers,
+            progress=progress,
+        )
+    if as_json:
+        console.say_json({**report.to_json(), "seconds": round(perf_counter() - started, 3)})
+    elif not quiet:
+        _show(report)
+
+
+def _show(report: Report) -> None:
+    from rich.table import Table
+
+    for text in report.notes:
+        console.note(text)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("layer", "relative error", "cosine"):
+        table.add_column(
+            heading, overflow="fold", justify="left" if heading == "layer" else "right"
+        )
+    layers = report.layers()
+    worst = sorted(layers, key=lambda name: -layers[name].relative)[:_SHOWN]
+    for name in worst:
+        table.add_row(console.cell(name), *_numbers(layers[name]))
+    if len(layers) > _SHOWN:
+        table.add_row(f"… and {len(layers) - _SHOWN} layers with less error", "", "")
+    table.add_row("all", *_numbers(report.error))
+    console.out().print(table)
+    params = ", ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in report.params.items()
+    )
+    console.say(
+        f"{report.path}: {console.size(report.bytes)}, {report.ratio:.1f} times smaller than "
+        f"{console.size(report.before)}, {report.bits:.3f} bits per parameter, lossy: "
+        f"{report.scheme} ({params})"
+    )
+    if (found := report.worst()) is not None:
+        console.say(
+            f"largest relative error: {found[1].relative:.3f}, {console.printable(found[0])}"
+        )
+    if report.exact:
+        console.say(f"stored exactly: {len(report.exact)} tensors")
+
+
+def _numbers(error: Any) -> tuple[str, str]:
+    cosine = error.cosine
+    return f"{error.relative:.4f}", "" if cosine is None else f"{cosine:.4f}"
+
+
+def _params(given: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    from mergebench.core.errors import ParameterError
+
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or name in found:
+            raise ParameterError(
+                f"-p {text}", expected="NAME=VALUE, each name once", fix="such as -p density=0.1"
+            )
+        found[name] = _plain(value)
+    return found
+
+
+def _plain(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _ratio(text: str) -> float:
+    from mergebench.core.errors import ParameterError
+
+    try:
+        return float(text.removesuffix("x").removesuffix("×"))
+    except ValueError:
+        raise ParameterError("--target-ratio", expected="a number such as 20x", got=text) from None
+
+
+def decompress(
+    packed: Annotated[str, typer.Argument(help="A packed file.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A .safetensors file, or a folder.")],
+    base: Annotated[
+        str | None,
+        typer.Option("--base", "-b", help="Write this checkpoint with the update on top."),
+    ] = None,
+    target: o.Target = None,
+    force: o.Force = False,
+    memory: o.Memory = "512MiB",
+    workers: o.Workers = None,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Write what a packed file stands for: the adapter, the task vector, or a full model.
+
+    Examples:
+
+    \b
+      mergebench decompress adapter.mbz.safetensors -o adapter
+      mergebench decompress ft1.mbz.safetensors --base base -o ft1
+    """
+    from mergebench.ship.decompress import decompress as run
+
+    started = perf_counter()
+    with console.bar(quiet or as_json) as progress:
+        size = run(
+            packed,
+            out.expanduser(),
+            base=base,
+            target=target,
+            force=force,
+            memory=o.size("--memory", memory),
+            workers=workers,
+            progress=progress,
+        )
+    if as_json:
+        seconds = round(perf_counter() - started, 3)
+        console.say_json({"path": str(out), "bytes": size, "seconds": seconds})
+    elif not quiet:
+        console.say(f"{out}: {console.size(size)}")
