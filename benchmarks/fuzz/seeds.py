@@ -184,6 +184,15 @@ def valid() -> Seeds:
         },
         "archive": {"torch": torch_file({"a": (2, 2)}, zipped=True)},
         "dcp": {"plain": dcp_metadata(len(chunk()))},
+        "packed": {
+            "ternary": packed_tensor("ternary", (3, 700), 10),
+            "dense": packed_tensor("ternary", (300,), 2),
+            "short": packed_tensor("ternary", (), 1),
+            "one-bit": packed_tensor("one_bit", (60,), 3),
+            "two-bit": packed_tensor("two_bit", (300,), 3),
+            "sparse": packed_tensor("sparse", (40, 40), 20),
+            "raw": packed_tensor("raw", (5,), 2),
+        },
     }
 
 
@@ -335,6 +344,15 @@ def regressions() -> Seeds:
             + b"".join(b"cpathlib\nPosixPath\nh%ch%c\x86R\x94" % (at, at) for at in range(40))
             + b".",
         },
+        "packed": {
+            "bomb": struct.pack("<4s4BQ2f", b"TERN", 13, 0, 1, 2, 1 << 60, 0, 1) + bytes(8),
+            "overflow": struct.pack("<4s4B2Q2f", b"TERN", 13, 0, 2, 2, 1 << 63, 2, 0, 1) + bytes(8),
+            "streams": packed_tensor("ternary", (3, 700), 10, ((56, b"\xff" * 8),)),
+            "class": packed_tensor("ternary", (3, 700), 10, ((52, b"\x7f"),)),
+            "table": packed_tensor("ternary", (3, 700), 10, ((40, b"\xff" * 4),)),
+            "dtype": packed_tensor("sparse", (40, 40), 20, ((5, b"\0"),)),
+            "infinite": packed_tensor("ternary", (3, 700), 10, ((24, b"\0\0\x80\x7f"),)),
+        },
     }
 
 
@@ -415,6 +433,30 @@ def sparse_pickle(
     entry = b"}(" + text("size") + shape + text("index_steps") + b"](" + b"".join(steps) + b"e"
     entry += text("values") + values + b"u"
     return b"\x80\2}" + text("diffs") + b"}" + text("w") + entry + b"ss."
+
+
+def packed_tensor(
+    codec: str, shape: Sequence[int], every: int, changes: Sequence[tuple[int, bytes]] = ()
+) -> bytes:
+    """A packed tensor whose every n-th entry is set, with some bytes changed."""
+    import numpy as np
+
+    from mergebench.adapters_zoo.packing import CODECS, ROW, Head, blocks_of, head_bytes, pack_block
+
+    places = np.arange(int(np.prod(shape)))
+    # Not in step, so that planes are coded.
+    coded = (places * 7919 % 1009 % every == 0) * np.where(places % 3 == 0, -1, 1)
+    if codec in ("one_bit", "two_bit"):
+        coded = np.where(coded == 0, 1, 2 * coded if codec == "two_bit" else -1)
+    coded = coded.astype(np.float32 if codec in ("sparse", "raw") else np.int8)
+    stored = "F32" if codec == "sparse" else "BOOL"
+    head = Head(codec, "F32", tuple(shape), (1.0,) * CODECS[codec].numbers, stored)
+    made = [pack_block(codec, coded[start:stop]) for start, stop in blocks_of(coded.size)]
+    table = np.array([row for _, row in made], ROW)
+    raw = bytearray(head_bytes("a.weight", head, table) + b"".join(data for data, _ in made))
+    for at, data in changes:
+        raw[at : at + len(data)] = data
+    return bytes(raw)
 
 
 def gguf_file(*, array: bool = False) -> bytes:

@@ -284,6 +284,61 @@ def dcp(data: bytes, folder: Path) -> bool:
     return _source(folder, read=True)
 
 
+def packed(data: bytes, folder: Path) -> bool:
+    """A packed tensor, whose checksums are made sound, in a packed task vector; read whole."""
+    import numpy as np
+
+    from mergebench.adapters_zoo.kinds.delta import delta_metadata
+    from mergebench.adapters_zoo.packed_file import packed_metadata
+    from mergebench.core.delta import Dense
+    from mergebench.sources import load
+
+    data = sealed(data, "a.weight")
+    entries = packed_metadata(delta_metadata(None), ["a.weight"], {"scheme": "ternary"})
+    about = {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}
+    text = json.dumps({"__metadata__": entries, "a.weight": about}).encode()
+    path = folder / "a.mbz.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    if not _source(path):
+        return False
+    delta = load(path)["a.weight"]  # type: ignore[index]
+    assert isinstance(delta, Dense)
+    size = prod(delta.shape)
+    for start in range(0, min(size, _MOST), 1 << 16):
+        stop = min(start + (1 << 16), size)
+        try:
+            values = delta.values.read(start, stop)
+        except MergebenchError as error:
+            return _refused(error, path)
+        assert values.shape == (stop - start,)
+        assert values.dtype != np.dtype(object)
+    return True
+
+
+def sealed(data: bytes, name: str) -> bytes:
+    """A packed tensor with the checksums of its head and of the blocks that its table names."""
+    import xxhash
+
+    raw = bytearray(data)
+    if len(raw) < 8:
+        return data
+    after = 8 + 8 * raw[6] + 4 * raw[7]
+    if len(raw) < after + 8:
+        return data
+    shape = struct.unpack(f"<{raw[6]}Q", raw[8 : 8 + 8 * raw[6]])
+    rows = min(-(-prod(shape) // (1 << 18)), (len(raw) - after - 8) // 12)
+    at = after + 8 + 12 * rows
+    for row in range(rows):
+        place = after + 8 + 12 * row
+        (length,) = struct.unpack_from("<I", raw, place)
+        struct.pack_into("<Q", raw, place + 4, xxhash.xxh3_64_intdigest(raw[at : at + length]))
+        at += length
+    table = bytes(raw[after + 8 : after + 8 + 12 * rows])
+    head = bytes(raw[:after]) + table + name.encode()
+    struct.pack_into("<Q", raw, after, xxhash.xxh3_64_intdigest(head))
+    return bytes(raw)
+
+
 def _source(path: Path, *, read: bool = False, based: bool = False) -> bool:
     """Open as ``mergebench inspect`` does, ``based`` on a model with one matrix."""
     import numpy as np
@@ -326,6 +381,6 @@ TARGETS: Mapping[str, Callable[[bytes, Path], bool]] = {
     each.__name__: each
     for each in (
         header, whole, index, config, tokenizer, adapter, keys, metadata, manifest, made, recipe,
-        mergekit, journal, gguf, pickled, sparse, archive, dcp,
+        mergekit, journal, gguf, pickled, sparse, archive, dcp, packed,
     )
 }  # fmt: skip

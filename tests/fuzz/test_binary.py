@@ -19,7 +19,8 @@ from .support import CHECKED, assert_holds, broken_bytes, broken_json, documents
 
 
 @pytest.mark.parametrize(
-    "target", ["whole", "header", "gguf", "pickled", "sparse", "archive", "dcp", "journal"]
+    "target",
+    ["whole", "header", "gguf", "pickled", "sparse", "archive", "dcp", "journal", "packed"],
 )
 @CHECKED
 @given(data=st.data())
