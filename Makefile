@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: help demo test lint parity bench fuzz clean
+.PHONY: help demo test lint parity bench bench-packing fuzz clean
 
 help:
 	@echo "make demo    the digits example, from training to the table and the picture"
@@ -11,6 +11,7 @@ help:
 	@echo "make lint    formatting, lint, types, import layers"
 	@echo "make parity  record mergekit's, FusionBench's and WeightWatcher's outputs again, in environments of their own"
 	@echo "make bench   cost of every method over the floor of the machine"
+	@echo "make bench-packing  packed files beside bitmasks, zstd and bf16: bits and speed"
 	@echo "make fuzz    fuzz one reader: make fuzz ARGS='--target header --seconds 300'"
 
 $(BIN)/python:
@@ -47,6 +48,9 @@ parity: $(BIN)/python
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-packing: $(VENV)/.bench
+	$(BIN)/python benchmarks/packing.py $(ARGS)
 
 # In an environment of its own: atheris is no dependency, and not made for every system.
 FUZZ = .fuzz-venv
