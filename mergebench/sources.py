@@ -324,9 +324,7 @@ def _open_path(path: Path, label: str, options: ReadOptions) -> Source:
         if options.task is not None:
             mark = _joined(mark, options.task)
         config = source.config or {}
-        return Source(
-            label, None, deltas, mark, config, identity, source, path=path, packed=packed
-        )
+        return Source(label, None, deltas, mark, config, identity, source, path=path, packed=packed)
     if options.task is not None:
         raise FormatError(
             f"{path}: is a model, and task {options.task!r} is named",
