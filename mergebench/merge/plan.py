@@ -231,6 +231,7 @@ def make_plan(
     models, weights, order = _canonical(opened, recipe, weights_given)
     first = next((each for each in opened if each.checkpoint is not None), None)
     notes += [
+        *_alone(models, weights, variants),
         *_provenance(opened, base, form, allow=recipe.allow_base_mismatch),
         *check_saved(models, base, allow=recipe.allow_base_mismatch),
         *check_configs(models, base, allow=recipe.allow_base_mismatch),
@@ -238,7 +239,7 @@ def make_plan(
     models, base, tied = tie_alike(models, base)
     space = _check_base(recipe, models, base, form, space)
     check_count(method, len(models))
-    _check_chains(recipe, variants, space, models, weights)
+    _check_updates(recipe, variants, space)
     leader = _leader(recipe, form, first if base is None else None, models)
     variants = split(variants, recipe, models, order)
     variants = recorded(variants, models, weights, base, order, leader)
@@ -542,17 +543,6 @@ def _check_base(
     return space
 
 
-def _check_chains(
-    recipe: Recipe,
-    variants: Sequence[Variant],
-    space: str,
-    models: Sequence[Source],
-    weights: Sequence[Any],
-) -> None:
-    _check_updates(recipe, variants, space)
-    _check_alone(models, weights, variants)
-
-
 def _check_updates(recipe: Recipe, variants: Sequence[Variant], space: str) -> None:
     """Refuse ops on updates that would get whole weights."""
     if space != "weight":
@@ -565,22 +555,18 @@ def _check_updates(recipe: Recipe, variants: Sequence[Variant], space: str) -> N
             )
 
 
-def _check_alone(
+def _alone(
     models: Sequence[Source], weights: Sequence[Any], variants: Sequence[Variant]
-) -> None:
-    """Refuse the weight of a single model that a mean divides out again."""
+) -> list[str]:
+    """Say that a mean divides the weight of a single model out; refuse base+adapter:weight."""
     means = any(ops[:1] and ops[0].name == "mean" for each in variants for ops in each.distinct)
     if not means or len(models) > 1 or weights[0] == 1.0:
-        return
-    label = models[0].label
+        return []
+    label, weight = models[0].label, weights[0]
     base, plus, adapter = label.rpartition("+")
-    share = f"{weights[0]:g}" if isinstance(weights[0], float) else str(weights[0])
-    pair = models[0].checkpoint is not None and models[0].deltas is not None and plus
-    raise ParameterError(
-        f"{label}: the weight of a single model changes nothing in a mean",
-        got=share,
-        fix=f"for another share of the adapter: mergebench merge {adapter}:{share} --base "
-        f"{base} -m task_arithmetic"
-        if pair
-        else "to scale or subtract a task vector: -m task_arithmetic",
-    )
+    share = f"{weight:g}" if isinstance(weight, float) else str(weight)
+    what = f"{label}: the weight of a single model changes nothing in a mean"
+    if models[0].checkpoint is not None and models[0].deltas is not None and plus:
+        fix = f"mergebench merge {adapter}:{share} --base {base} -m task_arithmetic"
+        raise ParameterError(what, got=share, fix=f"for another share of the adapter: {fix}")
+    return [f"{what}; to scale or subtract a task vector: -m task_arithmetic"]

@@ -119,19 +119,20 @@ def test_what_is_added_and_subtracted_at_once_is_gone(place: Path) -> None:
         assert torch.equal(each, stored(place / "base")[name]), name
 
 
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [
-        ("base+one:-1", "mergebench merge one:-1 --base base -m task_arithmetic"),
-        ("one:-1", "-m task_arithmetic"),
-        ("base:2", "changes nothing in a mean"),
-    ],
-)
-def test_a_weight_that_a_mean_divides_out(place: Path, model: str, words: str) -> None:
+def test_a_share_that_a_mean_divides_out(place: Path) -> None:
     """It once added what was to be subtracted."""
-    ran = call("merge", model, "-o", "wrong", cwd=place)
-    assert_refused(ran, words)
+    ran = call("merge", "base+one:-1", "-o", "wrong", cwd=place)
+    assert_refused(ran, "mergebench merge one:-1 --base base -m task_arithmetic")
     assert not (place / "wrong").exists()
+
+
+@pytest.mark.parametrize("weight", ["2", "-1"])
+def test_a_weight_that_changes_nothing(place: Path, weight: str) -> None:
+    """Is noted, with what would scale or subtract."""
+    ran = assert_done(call("merge", f"base:{weight}", "-o", "same", "-f", cwd=place))
+    assert "changes nothing in a mean; to scale or subtract" in ran.err
+    for name, each in stored(place / "same").items():
+        assert torch.equal(each, stored(place / "base")[name]), name
 
 
 def test_a_negated_adapter(place: Path) -> None:
