@@ -23,6 +23,7 @@ CONTRACTS: Mapping[str, str] = {
     "homogeneous": "twice the task vectors give exactly twice the merged one",
     "in memory": "`apply` on arrays is the merge without its base",
     "factored": "a LoRA and its dense product merge alike to 1e-5",
+    "gauge": "factors (B, A) and (B M, M⁻¹ A) of one update merge alike to 1e-9, in float64",
     "sweep": "one output of several values is bit for bit the merge with that value",
     "parameters": "values outside of what is declared are refused by name",
     "description": "chains are equal, hashed and printed by their content",

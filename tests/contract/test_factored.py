@@ -17,7 +17,7 @@ from mergebench.core.errors import MergebenchError
 from mergebench.merge.method import METHODS
 from mergebench.merge.op import is_linear, needs_base, tolerance_of
 
-from .assertions import assert_same_bits
+from .assertions import assert_close, assert_same_bits
 from .promises import assert_factored_is_dense
 from .support import (
     F32,
@@ -37,7 +37,7 @@ MODULES = ("model.layers.0.q", "model.layers.1.q")
 #: Values with which something of every task vector is left.
 SOMETHING: Mapping[str, Any] = {
     "gamma": 0.25, "t": 0.5, "scale": 1.5, "epsilon": 1e-5, "iqr": 0.5, "clamp": False,
-    "k": 0, "ratio": 1.0,
+    "k": 0, "ratio": 1.0, "select_topk": 0.5,
 }  # fmt: skip
 Factors = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -71,6 +71,29 @@ def save_delta(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
     return path
 
 
+def regauged(factors: Factors, random: np.random.Generator, padding: int) -> Factors:
+    """``(B M, M⁻¹ A)`` in float64, after ``padding`` ranks were added that say nothing.
+
+    Their columns of B are zero and their rows of A are not, so that a method that looked at a
+    factor alone would see them. The singular values of M are from 1/2 to 2.
+    """
+    found = {}
+    for module, (B, A) in factors.items():
+        rank = A.shape[0] + padding
+        U, V = (np.linalg.qr(random.normal(size=(rank, rank)))[0] for _ in "UV")
+        M = U * random.uniform(0.5, 2.0, rank) @ V
+        wide = np.concatenate([B, np.zeros((B.shape[0], padding))], axis=1)
+        tall = np.concatenate([A, random.normal(size=(padding, A.shape[1]))])
+        found[module] = (wide @ M, np.linalg.solve(M, tall))
+    return found
+
+
+def weights_of(random: np.random.Generator, count: int) -> list[float]:
+    """Weights of some adapters; 1 of a single one, for which a mean refuses any other."""
+    several = [1.0, 0.5, 2.0, 1.5] if count > 1 else [1.0]
+    return [float(w) for w in random.choice(several, count)]
+
+
 class Scene:
     """A base and some adapters on it, as files in factors and as files of dense products."""
 
@@ -93,12 +116,32 @@ class Scene:
             self.products.append(product(factors, alpha))
             narrow = {name: array.astype(dtype) for name, array in self.products[-1].items()}
             self.dense.append(save_delta(folder / f"delta{index}.safetensors", narrow))
-        self.weights = [float(w) for w in random.choice([1.0, 0.5, 2.0, 1.5], count)]
+        self.weights = weights_of(random, count)
 
     def merged(self, paths: list[Path], method: str, params: Mapping[str, Any], **how: Any) -> Any:
         """The merge of either form."""
         pairs = list(zip(paths, self.weights, strict=True))
         return merge_models(pairs, method=method, **params, **how)
+
+
+class Turned:
+    """Adapters in float64 on one base, each in two choices of its factors."""
+
+    def __init__(self, folder: Path, random: np.random.Generator, count: int, padding: int) -> None:
+        self.base = {name: random.normal(size=shape) for name, shape in SHAPES.items()}
+        self.plain, self.turned = [], []
+        for index in range(count):
+            rank, alpha = int(random.integers(1, 4)), float(random.integers(1, 9))
+            chosen = MODULES if index == 0 else MODULES[: int(random.integers(1, 3))]
+            factors = {
+                module: (random.normal(size=(7, rank)), random.normal(size=(rank, 5)))
+                for module in chosen
+            }
+            other = regauged(factors, random, padding)
+            larger = alpha * (rank + padding) / rank
+            self.plain.append(save_lora(folder / f"plain{index}", factors, alpha))
+            self.turned.append(save_lora(folder / f"turned{index}", other, larger))
+        self.weights = weights_of(random, count)
 
 
 def scene_of(data: st.DataObject, folders: pytest.TempPathFactory, method: str) -> Scene:
@@ -176,6 +219,29 @@ def test_lora_comes_out_as_lora(
         scale = max(np.abs(wanted).max(), 1e-30)
         lost, least = np.linalg.norm(B @ A - wanted), np.linalg.norm(best - wanted)
         assert lost <= least + 1e-5 * scale * wanted.size, (module, lost, least)
+
+
+@every_method("gauge")
+@given(data=st.data())
+@GENERIC
+def test_the_gauge_of_the_factors_is_immaterial(
+    method: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """(B, A) and (B M, M⁻¹ A), with ranks that say nothing, are one update and merge alike."""
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
+    count = data.draw(st.integers(1, min(3, taken(method).most or 3)), label="adapters")
+    padding = data.draw(st.integers(0, 2), label="padding")
+    scene = Turned(tmp_path_factory.mktemp("gauge"), random, count, padding)
+    params = drawn(data, method, density=data.draw(st.sampled_from([0.25, 0.5, 1.0])), lam=1.5)
+    params |= {name: value for name, value in SOMETHING.items() if name in params}
+    how = {"form": "delta", "method": method, **params, **looked_at(method, scene.base)}
+    with drawn_by_label():
+        got, expected = (
+            merge_models(list(zip(paths, scene.weights, strict=True)), **how)
+            for paths in (scene.turned, scene.plain)
+        )
+    assert any(array.any() for array in expected.values()), "nothing to compare"
+    assert_close(got, expected, 1e-9)
 
 
 @every_method("non-finite")
