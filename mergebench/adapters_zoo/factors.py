@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from mergebench.adapters_zoo.adapter import AdapterSource, ReadOptions
-from mergebench.adapters_zoo.resolve import BaseNames, Placement, place
+from mergebench.adapters_zoo.resolve import BaseNames, Placement, place, share
 from mergebench.core.delta import Delta, LowRank
 from mergebench.core.errors import FormatError, MismatchError
 from mergebench.core.tensor import FLOATING
@@ -139,12 +139,21 @@ def lay(
     deltas: dict[str, Delta] = {}
     targets: dict[str, str] = {}
     placed: list[tuple[Pair, Placement]] = []
+    pairs = tuple(pairs)
     for pair in pairs:
-        name = pair.target
-        if names is not None:
-            found = candidates(names, pair)
-            name = names.unique(source.label, pair.key_a, pair.target, found)
-        placement = _placement(source, options, pair, name, names)
+        try:
+            name = pair.target
+            if names is not None:
+                found = candidates(names, pair)
+                name = names.unique(source.label, pair.key_a, pair.target, found)
+            placement = _placement(source, options, pair, name, names)
+        except MismatchError as error:
+            assert names is not None
+            fits = sum(_fits(source, options, each, names, candidates) for each in pairs)
+            raise MismatchError(
+                error.what + share(len(pairs) - fits, len(pairs)),
+                got=error.got, expected=error.expected, fix=error.fix,
+            ) from None  # fmt: skip
         a, b = source.tensors[pair.key_a], source.tensors[pair.key_b]
         delta = LowRank(b, a, pair.scale, placement.shape, placement.transposed, pair.embedding)
         put(source.label, deltas, name, pair.key_a, delta)
@@ -173,6 +182,23 @@ def _placement(
             fix="check that --base is the model that the adapter was trained on",
         )
     return found
+
+
+def _fits(
+    source: AdapterSource,
+    options: ReadOptions,
+    pair: Pair,
+    names: BaseNames,
+    candidates: Callable[[BaseNames, Pair], tuple[str, ...]],
+) -> bool:
+    found = candidates(names, pair)
+    if len(found) != 1:
+        return False
+    try:
+        _placement(source, options, pair, found[0], names)
+    except MismatchError:
+        return False
+    return True
 
 
 def _check_orientation(label: str, placed: list[tuple[Pair, Placement]]) -> None:

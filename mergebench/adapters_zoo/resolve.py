@@ -113,6 +113,11 @@ class BaseNames:
         return tuple(close) or tuple(self.shapes)
 
 
+def share(count: int, total: int) -> str:
+    """How many modules of an adapter do not fit a base, for messages; nothing for the only one."""
+    return "" if total < 2 else f" ({count} of {total} modules do not fit)"
+
+
 def _suffixes(name: str) -> list[str]:
     """The name and every part of it behind a dot: ``a.b.c`` gives ``a.b.c``, ``b.c``, ``c``."""
     parts = name.split(".")

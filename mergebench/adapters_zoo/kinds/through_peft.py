@@ -32,6 +32,7 @@ from mergebench.adapters_zoo.peft_settings import (
     one_of,
     settings_of,
 )
+from mergebench.adapters_zoo.peft_shapes import check_shapes
 from mergebench.adapters_zoo.resolve import BaseNames
 from mergebench.adapters_zoo.values import add_values, is_declared
 from mergebench.core.delta import Delta, Dense
@@ -329,6 +330,7 @@ def _read(family: Family, source: AdapterSource, options: ReadOptions) -> dict[s
     if family.ordered:
         layers = in_order(source.label, family.ordered, layers, shared, entries)
         entries = _entries(family, source, layers)
+    check_shapes(source.label, targets, layers, entries)
     bridge = Bridge(
         source.label, family.peft_type, entries, tuple(layers), shared, family.need, family.double
     )
