@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mergebench.adapters_zoo.dialects import kohya
+from mergebench.adapters_zoo.layouts.unmapped import unmapped
 from mergebench.adapters_zoo.parts import part_of
 from mergebench.core.errors import MismatchError
 
@@ -99,7 +100,8 @@ class BaseNames:
             f"{label}: {key} fits no tensor of the base",
             expected=wanted,
             got=f"a base with {_listed(self._near(wanted))}" if self.shapes else "an empty base",
-            fix="check that --base is the model that the adapter was trained on"
+            fix=unmapped(key, self.shapes)
+            or "check that --base is the model that the adapter was trained on"
             + ("" if (part := part_of(key)) is None else _PART.format(part=part)),
         )
 

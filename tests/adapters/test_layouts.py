@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from diffusers import SD3Transformer2DModel
 
 from mergebench.adapters_zoo.adapter import ReadOptions, read_adapter
 from mergebench.adapters_zoo.layouts.view import view_of
@@ -315,6 +316,56 @@ def test_other_models_have_one_layout() -> None:
     """Nothing is renamed where no table fits."""
     assert view_of({"model.layers.0.self_attn.q_proj.weight": (2, 2)}) is None
     assert view_of({}) is None
+
+
+def _sd3() -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Shapes of a small Stable Diffusion 3 in diffusers' layout, and some of the single file's."""
+    made = SD3Transformer2DModel(
+        sample_size=4, in_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2,
+        joint_attention_dim=6, caption_projection_dim=8, pooled_projection_dim=5, out_channels=4,
+        pos_embed_max_size=4,
+    )  # fmt: skip
+    own = {name: tuple(value.shape) for name, value in made.state_dict().items()}
+    block = f"{ROOT}joint_blocks.0."
+    single: dict[str, tuple[int, ...]] = {
+        f"{ROOT}x_embedder.proj.weight": own["pos_embed.proj.weight"],
+        f"{ROOT}context_embedder.weight": own["context_embedder.weight"],
+        f"{block}x_block.attn.qkv.weight": (24, 8),
+        f"{block}context_block.attn.qkv.weight": (24, 8),
+        f"{block}x_block.mlp.fc1.weight": (32, 8),
+    }
+    return own, single
+
+
+@pytest.mark.parametrize(
+    ("stored", "on_diffusers"),
+    [
+        ({"transformer_blocks.0.attn.to_q": (8, 8)}, True),
+        ({"lora_unet_transformer_blocks_0_attn_to_q": (8, 8)}, True),
+        ({f"{ROOT}joint_blocks.0.x_block.attn.qkv": (24, 8)}, False),
+        ({"lora_unet_joint_blocks_0_x_block_attn_qkv": (24, 8)}, False),
+    ],
+)
+def test_stable_diffusion_3_is_not_mapped(
+    stored: dict[str, tuple[int, ...]], on_diffusers: bool
+) -> None:
+    """An adapter applies to the base whose names it has; on the other one the error says why."""
+    own, single = _sd3()
+    (module,) = stored
+    flat_names = module.startswith("lora_")
+    down, up = ("lora_down", "lora_up") if flat_names else ("lora_A", "lora_B")
+    (rows, columns) = stored[module]
+    source = source_of(
+        {f"{module}.{down}.weight": np.ones((2, columns), np.float32),
+         f"{module}.{up}.weight": np.ones((rows, 2), np.float32)},
+        None if flat_names else {"peft_type": "LORA", "r": 2, "lora_alpha": 2},
+    )  # fmt: skip
+    fitting, other = (own, single) if on_diffusers else (single, own)
+    (name,) = read_adapter(source, ReadOptions(base_shapes=fitting))
+    assert fitting[name] == (rows, columns)
+    wanted = "transformer of a diffusers folder" if on_diffusers else "single file"
+    with pytest.raises(MismatchError, match=f"Stable Diffusion 3 is not mapped.*{wanted}"):
+        read_adapter(source, ReadOptions(base_shapes=other))
 
 
 def test_one_part_of_a_pipeline() -> None:
