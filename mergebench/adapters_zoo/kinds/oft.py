@@ -17,7 +17,8 @@ from mergebench.core.delta import Delta
 from mergebench.core.errors import FormatError
 from mergebench.core.tensor import Array
 
-_ROLES = ("oft_R",)
+_LINEAR, _EMBEDDING = "oft_R", "oft_embedding_R"
+_ROLES = (_LINEAR, _EMBEDDING)
 
 
 def _detect(source: AdapterSource) -> frozenset[str]:
@@ -39,7 +40,11 @@ def _read(source: AdapterSource, options: ReadOptions) -> dict[str, Delta]:
 
 
 def _rotations(source: AdapterSource, module: Adapted) -> Array:
-    """The blocks R, shape (blocks, size, size), from their upper triangles."""
+    """The blocks R, shape (blocks, size, size), from their upper triangles.
+
+    A row of a linear weight is turned by R from the left, a row of an embedding from the right:
+    for these the blocks are the transposes.
+    """
     config: Any = source.config
     if config is None:
         raise FormatError(
@@ -50,7 +55,12 @@ def _rotations(source: AdapterSource, module: Adapted) -> Array:
         raise FormatError(
             f"{source.label}: constrained OFT (coft) projects while it merges; not supported"
         )
-    upper = matrix(source, module, "oft_R")
+    if len(module.keys) > 1:
+        raise FormatError(
+            f"{source.label}: {module.name} is rotated twice", got=", ".join(module.keys.values())
+        )
+    (role,) = module.keys
+    upper = matrix(source, module, role)
     size = round((1 + (1 + 8 * upper.shape[1]) ** 0.5) / 2)
     if size * (size - 1) // 2 != upper.shape[1]:
         raise FormatError(
@@ -60,6 +70,9 @@ def _rotations(source: AdapterSource, module: Adapted) -> Array:
     rows, columns = np.triu_indices(size, 1)
     skew[:, rows, columns] = upper
     skew -= skew.transpose(0, 2, 1)
+    if role == _EMBEDDING:
+        # Cayley's transform of -Q is the transpose of that of Q, and so is the series.
+        skew = -skew
     one = np.eye(size)
     if not config.get("use_cayley_neumann", True):
         # (I - Q)(I + Q)⁻¹
@@ -106,7 +119,8 @@ KINDS.add(
     "oft",
     Kind(
         name="oft",
-        formula="ΔW = W Rᵀ - W, R block-diagonal, from a skew-symmetric Q (Cayley)",
+        formula="ΔW = W Rᵀ - W (embedding: W R - W), R block-diagonal, from a skew-symmetric Q "
+        "(Cayley)",
         detect=_detect,
         read=_read,
         notes="OFT, arXiv:2306.07280, and its Cayley-Neumann form, arXiv:2506.19847. Needs the "
