@@ -10,6 +10,8 @@ import typer
 
 from mergebench.cli import console
 from mergebench.cli import options as o
+from mergebench.cli import scoring as s
+from mergebench.cli.packed_scores import numbers, plain_choice, show_choice
 
 if TYPE_CHECKING:
     from mergebench.ship.compress import Report
@@ -42,7 +44,7 @@ def compress(
             "-p",
             metavar="NAME=VALUE",
             help="Parameter of the scheme, repeatable: density=0.1, alpha=2, level=mse, "
-            "scope=tensor, values=int8, energy=0.9.",
+            "scope=tensor, values=int8, energy=0.9. With --task several values: alpha=0.5,1,2.",
         ),
     ] = None,
     target_ratio: Annotated[
@@ -66,6 +68,11 @@ def compress(
     include: o.Include = None,
     exclude: o.Exclude = None,
     lora_alpha: o.LoraAlpha = None,
+    task: s.Tasks = None,
+    select: s.Select = "val",
+    limit: s.Limit = None,
+    batch_size: s.Batch = 32,
+    no_cache: s.NoCache = False,
     allow_base_mismatch: o.AllowBaseMismatch = False,
     force: o.Force = False,
     memory: o.Memory = "512MiB",
@@ -75,40 +82,64 @@ def compress(
 ) -> None:
     """Make an adapter or a task vector 8 to 50 times smaller, and say what that has cost.
 
-    The result is used as it is: by merge, inspect, diff, spectral, and as base+packed.
+    The result is used as it is: by merge, inspect, diff, spectral, and as base+packed. With
+    --task, listed values of parameters are all tried, and what scores best on the base is kept.
 
     Examples:
 
     \b
       mergebench compress adapter -o adapter.mbz.safetensors -p level=mse
       mergebench compress ft1 --base base -o ft1.mbz.safetensors -s ternary -p density=0.1
+      mergebench compress adapter -b base -o a.mbz.safetensors -p alpha=0.5,1,2 --task eval.py
     """
     from mergebench.ship.compress import compress as run
+    from mergebench.ship.scored import compress_best
 
     started = perf_counter()
-    with console.bar(quiet or as_json) as progress:
-        report = run(
-            model,
-            out.expanduser(),
-            scheme=scheme,
-            params=_params(param or ()),
-            base=base,
-            target_ratio=None if target_ratio is None else _ratio(target_ratio),
-            max_error=max_error,
-            whole=whole or (),
-            include=include or (),
-            exclude=exclude or (),
-            lora_alpha=lora_alpha,
-            allow_base_mismatch=allow_base_mismatch,
-            force=force,
-            memory=o.size("--memory", memory),
-            workers=workers,
-            progress=progress,
-        )
+    options: dict[str, Any] = {
+        "scheme": scheme,
+        "params": _params(param or (), lists=bool(task)),
+        "target_ratio": None if target_ratio is None else _ratio(target_ratio),
+        "max_error": max_error,
+        "whole": whole or (),
+        "include": include or (),
+        "exclude": exclude or (),
+        "lora_alpha": lora_alpha,
+        "allow_base_mismatch": allow_base_mismatch,
+        "force": force,
+        "memory": o.size("--memory", memory),
+        "workers": workers,
+    }
+    choice = None
+    if task:
+        scores = s.scores_of(task, _needed(base), limit, batch_size, None, "stop", no_cache)
+        tell = s.teller(quiet or as_json)
+        choice = compress_best(
+            model, out.expanduser(), base=_needed(base), scores=scores, split=select, tell=tell,
+            **options,
+        )  # fmt: skip
+        report = choice.best.report
+    else:
+        with console.bar(quiet or as_json) as progress:
+            report = run(model, out.expanduser(), base=base, progress=progress, **options)
     if as_json:
-        console.say_json({**report.to_json(), "seconds": round(perf_counter() - started, 3)})
+        scored = {} if choice is None else {"scored": plain_choice(choice, select)}
+        seconds = round(perf_counter() - started, 3)
+        console.say_json({**report.to_json(), **scored, "seconds": seconds})
     elif not quiet:
+        if choice is not None:
+            show_choice(choice, select)
         _show(report)
+
+
+def _needed(base: str | None) -> str:
+    from mergebench.core.errors import ParameterError
+
+    if base is None:
+        raise ParameterError(
+            "--task: what is packed is scored on its base", fix="name the base with --base"
+        )
+    return base
 
 
 def _show(report: Report) -> None:
@@ -124,10 +155,10 @@ def _show(report: Report) -> None:
     layers = report.layers()
     worst = sorted(layers, key=lambda name: -layers[name].relative)[:_SHOWN]
     for name in worst:
-        table.add_row(console.cell(name), *_numbers(layers[name]))
+        table.add_row(console.cell(name), *numbers(layers[name]))
     if len(layers) > _SHOWN:
         table.add_row(f"… and {len(layers) - _SHOWN} layers with less error", "", "")
-    table.add_row("all", *_numbers(report.error))
+    table.add_row("all", *numbers(report.error))
     console.out().print(table)
     params = ", ".join(
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
@@ -146,12 +177,7 @@ def _show(report: Report) -> None:
         console.say(f"stored exactly: {len(report.exact)} tensors")
 
 
-def _numbers(error: Any) -> tuple[str, str]:
-    cosine = error.cosine
-    return f"{error.relative:.4f}", "" if cosine is None else f"{cosine:.4f}"
-
-
-def _params(given: list[str] | tuple[str, ...]) -> dict[str, Any]:
+def _params(given: list[str] | tuple[str, ...], *, lists: bool) -> dict[str, Any]:
     from mergebench.core.errors import ParameterError
 
     found: dict[str, Any] = {}
@@ -161,7 +187,12 @@ def _params(given: list[str] | tuple[str, ...]) -> dict[str, Any]:
             raise ParameterError(
                 f"-p {text}", expected="NAME=VALUE, each name once", fix="such as -p density=0.1"
             )
-        found[name] = _plain(value)
+        if "," in value and not lists:
+            raise ParameterError(
+                f"-p {text}: several values", fix="name a --task that chooses, or give one value"
+            )
+        several = [_plain(each) for each in value.split(",")]
+        found[name] = several if len(several) > 1 else several[0]
     return found
 
 

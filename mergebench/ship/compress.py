@@ -171,7 +171,7 @@ def compress(
     out = Path(out)
     if not out.name.endswith(SUFFIX):
         raise ParameterError(f"{out}: a packed file is one file", fix=f"name it {SUFFIX} with -o")
-    chosen, own, factoring = _parsed(scheme, dict(params or {}))
+    chosen, own, factoring = parsed(scheme, dict(params or {}))
     goal = Goal.of(chosen, target_ratio, max_error, factoring is not None)
     check_place(out, "safetensors", force=force, inputs=[str(p) for p in _inputs(model, base)])
     options = ReadOptions(lora_alpha=lora_alpha)
@@ -220,9 +220,16 @@ def compress(
         return _write(out, scheme, {**(factoring or {}), **own}, made, found, force=force)
 
 
-def _parsed(
+def parsed(
     scheme: str, params: dict[str, Any]
 ) -> tuple[Scheme, dict[str, Any], dict[str, Any] | None]:
+    """The scheme, its own parameters in full, and those of ``lowrank`` if it comes first.
+
+    Raises
+    ------
+    ParameterError
+        For a scheme or parameter that is none, or a value out of its range.
+    """
     first, _, second = scheme.partition("+")
     factoring = None
     if first == LOWRANK:
