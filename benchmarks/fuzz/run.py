@@ -42,8 +42,10 @@ def main() -> None:
         # It takes seconds, which must not count for the first input that needs it.
         import_module("torch")
         from mergebench.adapters_zoo.adapter import KINDS
+        from mergebench.adapters_zoo.packing import CODECS
 
         list(KINDS)
+        list(CODECS)
     findings, grown = given.findings / given.target, given.work / given.target
     for folder in (findings, grown):
         folder.mkdir(parents=True, exist_ok=True)
