@@ -366,11 +366,15 @@ def _adapter_at(
             config = _config_of(described)
             stored = ("adapter_model.safetensors", f"adapter_model.safetensors{SHELVED}")
             there = [each for name in stored if (each := path / name).exists()]
-            file = there[0] if there else path / "adapter_model.bin"
+            pickled = path / "adapter_model.bin"
+            if not there and not pickled.exists():
+                there = _packed_in(path)
+            file = there[0] if there else pickled
         if not file.exists():
             found = sorted(each.name for each in path.iterdir())
             raise FormatError(
-                f"{path}: adapter_config.json without adapter_model.safetensors or .bin",
+                f"{path}: adapter_config.json without adapter_model.safetensors or .bin, or one "
+                "packed file",
                 got=", ".join(found),
                 fix="copy the whole adapter folder",
             )
@@ -413,7 +417,8 @@ def _packed_in(folder: Path) -> list[Path]:
     """The packed file of a folder that holds one, and neither a model nor several."""
     if (folder / "config.json").exists():
         return []
-    found = [each for each in sorted(folder.iterdir()) if each.name.endswith(SUFFIX)]
+    endings = (SUFFIX, f"{SUFFIX}{SHELVED}")
+    found = [each for each in sorted(folder.iterdir()) if each.name.endswith(endings)]
     return found if len(found) == 1 else []
 
 

@@ -55,7 +55,7 @@ def push_card(
 
     text = written if written is not None else _generated(repo, made)
     front, body = _split(text)
-    front = _completed(front, made, source)
+    front = _completed(front, made, source, packed)
     body = _with_section(body, _section(repo, front, source, packed))
     head = (
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n" if front else ""
@@ -80,7 +80,10 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
 
 
 def _completed(
-    front: dict[str, Any], made: Mapping[str, Any] | None, source: Source | None
+    front: dict[str, Any],
+    made: Mapping[str, Any] | None,
+    source: Source | None,
+    packed: Packing | None,
 ) -> dict[str, Any]:
     found = dict(front)
     if not found.get("base_model"):
@@ -93,7 +96,8 @@ def _completed(
         found.setdefault("base_model_relation", "finetune" if whole else _RELATIONS[kind])
     if "base_model" not in found:
         found.pop("base_model_relation", None)
-    if library := _library(source):
+    # PEFT does not read packed files.
+    if packed is None and (library := _library(source)):
         found.setdefault("library_name", library)
     if made is not None:
         tags = found.get("tags") or []

@@ -786,3 +786,41 @@ def test_files_end_up_where_the_system_says(scene: Scene) -> None:
 
     assert len(listing(Path(home) / ".cache" / "mergebench" / "spectra")) == 4
     assert not (scene.path / "relative").exists()
+
+
+@pytest.mark.parametrize(("model", "more"), [("lora1", ()), ("ft1", ("-b", "base"))])
+def test_packed_files_give_what_they_unpack_to(scene: Scene, model: str, more: Any) -> None:
+    """Every diagnostic, alone and against another, to the last digit; and it did lose."""
+    path = scene.path / "p.mbz.safetensors"
+    line = ("p.mbz.safetensors", "lora2", "-b", "base", "--no-cache")
+    assert_done(call("compress", model, *more, "-o", path, cwd=scene.path))
+    assert_done(call("decompress", path, "-o", "plain.safetensors", cwd=scene.path))
+
+    packed = report(scene, *line)
+    # Under the same name, as sentences say it.
+    (scene.path / "plain.safetensors").replace(path)
+    plain = report(scene, *line)
+
+    assert set(packed["diagnostics"]) >= SINGLE | PAIRED
+    assert packed["diagnostics"] == plain["diagnostics"]
+    before = report(scene, model, "-b", "base", "--no-cache", "--only", "spectra")
+    assert rows(before, "spectra") != rows(packed, "spectra")
+
+
+def test_a_folder_of_a_packed_adapter_is_looked_at(scene: Scene) -> None:
+    """As it is pushed and pulled: the packed file beside its config, or on its base."""
+    folder = scene.path / "packed"
+    folder.mkdir()
+    path = folder / "adapter.mbz.safetensors"
+    assert_done(call("compress", "lora1", "-o", path, cwd=scene.path))
+    config = (scene.path / "lora1" / "adapter_config.json").read_bytes()
+    (folder / "adapter_config.json").write_bytes(config)
+
+    only = ("-b", "base", "--only", "spectra,intruders")
+    one = report(scene, path, *only)
+    same = report(scene, folder, *only)
+    pair = report(scene, "base+packed/adapter.mbz.safetensors", *only)
+    for name in ("spectra", "intruders"):
+        assert rows(same, name) == rows(one, name)
+        assert whole(same, name) == whole(one, name)
+        assert_same_numbers(rows(pair, name), rows(one, name), 1e-3)

@@ -148,6 +148,49 @@ def test_a_dry_run_writes_nothing(hub: Hub, run: Run, out: Path) -> None:
     assert files_of(out) == before
 
 
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+def test_packed_adapters_say_what_they_lose(hub: Hub, run: Run, scene: Scene, folder: bool) -> None:
+    """Ratio and error as compressing measured them; and who merges it needs no unpacking."""
+    place = scene.path / "packed"
+    place.mkdir()
+    path = place / "adapter.mbz.safetensors"
+    made = assert_done(run("compress", "lora1", "-o", path, "--json")).json
+    if folder:
+        config = json.loads((scene.path / "lora1" / "adapter_config.json").read_text())
+        named = json.dumps({**config, "base_model_name_or_path": "org/base"})
+        (place / "adapter_config.json").write_text(named)
+    push = ("push", "packed" if folder else path, "org/packed", "--public")
+
+    data = assert_done(run(*push, "--dry-run", "--json")).json
+    shown = assert_done(run(*push, "--dry-run")).out
+
+    assert {each["name"] for each in data["files"]} == {
+        "README.md", "adapter.mbz.safetensors", *(["adapter_config.json"] if folder else [])
+    }  # fmt: skip
+    cells = [line.strip("| ").split(" | ") for line in data["card"].splitlines()]
+    table = dict(each for each in cells if len(each) == 2)
+    assert table["packed by"] == "ternary"
+    assert table["bytes"] == f"{path.stat().st_size:,}"
+    assert table["bytes before"] == f"{made['input_bytes']:,}"
+    assert table["times smaller"] == f"{made['ratio']:.1f}"
+    assert float(table["relative error"]) == pytest.approx(made["relative_error"], rel=1e-3)
+    assert float(table["cosine"]) == pytest.approx(made["cosine"], rel=1e-3)
+    assert f"| relative error | {table['relative error']} |" in shown
+    base = "hf://org/base" if folder else "BASE"
+    assert f"mergebench merge hf://org/packed --base {base} --method task_arithmetic" in shown
+    # PEFT does not read it, and the Hub would show how to load it with that.
+    assert "library_name: peft" not in data["card"]
+    assert hub.repos == {}
+
+    assert_done(run(*push))
+    hub.add("org/base", files_of(scene.path / "base"))
+    merge = ("-m", "task_arithmetic", "-o")
+    assert_done(run("merge", "hf://org/packed", "-b", "hf://org/base", *merge, "one"))
+    assert_done(run("merge", path, "-b", "base", *merge, "two"))
+    one, two = (files_of(scene.path / each)["model.safetensors"] for each in ("one", "two"))
+    assert one == two
+
+
 def test_who_may_see_it_is_asked(hub: Hub, run: Run, out: Path) -> None:
     """Never guessed for a new repository, never changed for an old one."""
     bare = ("push", "out", "org/out")

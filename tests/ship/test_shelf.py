@@ -335,3 +335,33 @@ def test_small_tensors_stand_together() -> None:
         big + 8 + 2 * shelved.SMALL,
     ]
     assert shelved.cuts(100, [], 100) == [0, 100]
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+def test_packed_adapters_stand_on_the_shelf(scene: Scene, shelf: Path, folder: bool) -> None:
+    """A file, and a folder of one with its config: named, listed, merged, given back."""
+    place = scene.path / "packed"
+    place.mkdir()
+    path = place / "adapter.mbz.safetensors"
+    report = assert_done(call("compress", "lora1", "-o", path, "--json", cwd=scene.path)).json
+    if folder:
+        config = (scene.path / "lora1" / "adapter_config.json").read_bytes()
+        (place / "adapter_config.json").write_bytes(config)
+    name = "packed" if folder else "adapter"
+
+    assert_done(zoo(scene, shelf, "add", "packed" if folder else path))
+
+    (row,) = assert_done(zoo(scene, shelf, "ls", "--json")).json["adapters"]
+    assert row["name"] == name
+    beside = sum(each.stat().st_size for each in place.iterdir() if each != path)
+    assert row["uncompressed"] == report["input_bytes"] + beside
+    assert row["bytes"] == path.stat().st_size + beside
+    on_shelf = zoo(scene, shelf, "path", name).out.strip()
+    merge = ("-m", "ties", "-o")
+    assert_done(call("merge", path, "lora2", *merge, "one.safetensors", cwd=scene.path))
+    assert_done(call("merge", on_shelf, "lora2", *merge, "two.safetensors", cwd=scene.path))
+    one, two = (read(scene.path / f"{each}.safetensors") for each in ("one", "two"))
+    assert {n: a.tobytes() for n, a in one.items()} == {n: a.tobytes() for n, a in two.items()}
+    assert_done(zoo(scene, shelf, "export", name, "-o", "back"))
+    assert tree(scene.path / "back") == tree(place)
+    assert_done(zoo(scene, shelf, "verify"))
