@@ -45,6 +45,11 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="compare the spectra of full fine-tunes and LoRAs of rank 1 to 64, and merge nothing",
     )
+    parser.add_argument(
+        "--sizes",
+        action="store_true",
+        help="pack full fine-tunes and LoRAs in every way: accuracy against size, no merges",
+    )
     return parser.parse_args()
 
 
@@ -61,5 +66,11 @@ if __name__ == "__main__":
 
         chosen = quick(settings) if options.quick else with_ranks(settings)
         compare(chosen, options.work, options.out)
+        raise SystemExit
+    if options.sizes:
+        from digits_demo import sizes
+
+        chosen = quick(settings) if options.quick else settings
+        sizes.compare(chosen, options.work, options.out, few=options.quick)
         raise SystemExit
     run(quick(settings) if options.quick else settings, options.work, options.out)
