@@ -88,7 +88,6 @@ def compress(
     Examples:
 
     \b
-      mergebench compress adapter -o adapter.mbz.safetensors -p level=mse
       mergebench compress ft1 --base base -o ft1.mbz.safetensors -s ternary -p density=0.1
       mergebench compress adapter -b base -o a.mbz.safetensors -p alpha=0.5,1,2 --task eval.py
     """
