@@ -14,7 +14,7 @@ from mergebench.cli import scoring as s
 from mergebench.cli.packed_scores import numbers, plain_choice, show_choice
 
 if TYPE_CHECKING:
-    from mergebench.ship.compress import Report
+    from mergebench.ship.report import Report
 
 _SHOWN = 8
 

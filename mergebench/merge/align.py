@@ -10,29 +10,24 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from mergebench.checkpoints.layout import Checkpoint
-from mergebench.checkpoints.ties import is_tied, same_content
+from mergebench.checkpoints.ties import same_content
 from mergebench.compute.random import stream_of
-from mergebench.core.delta import Delta, Dense, Difference, LowRank, Replacement, reads
+from mergebench.core.delta import Delta, LowRank, Replacement, reads
 from mergebench.core.errors import MismatchError
 from mergebench.core.site import (
     BLOCK_PATTERN,
     conv1d_names,
     is_constant,
     is_counter,
-    is_statistic,
-    kind_of,
     make_sites,
 )
 from mergebench.core.tensor import FLOATING, Tensor
-from mergebench.merge.averaged import average
+from mergebench.merge.contributions import in_spaces
+from mergebench.merge.held import Table, check_added, keep_replacements, own_values
+from mergebench.merge.names import check_names, is_optional
 from mergebench.merge.spaces import Spaces
 from mergebench.merge.stream import Item
-from mergebench.sources import Applied, Source
-
-_UNTIE = (
-    "merge models that are both tied or both untied: load the tied one, set tie_word_embeddings to "
-    "false, give the head a copy of the embedding and save it"
-)
+from mergebench.sources import Source
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,19 +58,6 @@ class Aligned:
     reasons: Mapping[str, str]
     notes: tuple[str, ...] = ()
     own: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class _Table:
-    """Work in progress of :func:`align`."""
-
-    models: Sequence[Source]
-    weights: tuple[float, ...]
-    base: Checkpoint | None
-    deltas: dict[str, list[Delta | None]] = field(default_factory=dict)
-    copies: dict[str, Tensor] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-    kept: dict[str, list[tuple[str, Tensor]]] = field(default_factory=dict)
 
 
 def align(
@@ -112,7 +94,7 @@ def align(
     """
     under = base.checkpoint if base is not None else None
     reference = under or next((m.checkpoint for m in models if m.checkpoint is not None), None)
-    table = _Table(models, tuple(weights), under)
+    table = Table(models, tuple(weights), under)
     full = [each.checkpoint for each in models if each.checkpoint is not None]
     notes = [
         note for each in dict.fromkeys((*([under] if under else []), *full)) for note in each.notes
@@ -120,12 +102,12 @@ def align(
     for position, model in enumerate(models):
         added: dict[str, Tensor] = {}
         if model.checkpoint is not None and reference is not None:
-            added = _check_names(model, reference, notes)
+            added = check_names(model, reference, notes)
             for name, tensor in added.items():
                 table.kept.setdefault(name, []).append((model.label, tensor))
             own = model.checkpoint.tensors.items()
-            added |= {n: t for n, t in own if n not in reference.tensors and _optional(n, t)}
-        found = _in_spaces(model, base, spaces, form, added)
+            added |= {n: t for n, t in own if n not in reference.tensors and is_optional(n, t)}
+        found = in_spaces(model, base, spaces, form, added)
         for name, delta in found.items():
             if isinstance(delta, Replacement):
                 table.kept.setdefault(name, []).append((model.label, delta.values))
@@ -140,170 +122,19 @@ def align(
         for alias, source in reference.aliases.items():
             if form == "model":
                 twins[source] = (*twins.get(source, ()), alias)
-    _check_added(table, reference)
-    values = _own_values(table) if apart else {}
-    _keep_replacements(table, names, values)
+    check_added(table, reference)
+    values = own_values(table) if apart else {}
+    keep_replacements(table, names, values)
     items = _items(table, reference, spaces, form, shapes or {}, pattern)
     present = [n for n in names if n in items or n in table.copies]
     return Aligned(tuple(present), items, table.copies, twins, table.reasons, tuple(notes), values)
-
-
-def _in_spaces(
-    model: Source, base: Source | None, spaces: Spaces, form: str, apart: Mapping[str, Tensor]
-) -> dict[str, Delta]:
-    """What one model contributes to each floating tensor, in that tensor's space."""
-    found = {space: _displacements(model, base, space, form, apart) for space in spaces.used}
-    names = dict.fromkeys(name for each in found.values() for name in each)
-    return {n: found[spaces.at(n)][n] for n in names if n in found[spaces.at(n)]}
-
-
-def _displacements(
-    model: Source, base: Source | None, space: str, form: str, apart: Mapping[str, Tensor]
-) -> dict[str, Delta]:
-    """What one model contributes to each floating tensor, in one space."""
-    own = model.checkpoint
-    if own is not None and model.deltas is not None and space == "delta" and base is not None:
-        # An adapter on the very base of the merge is that adapter: no rounding in between.
-        own = None if _same_weights(own, base.checkpoint) else own
-    over: Mapping[str, Delta] = model.deltas if model.deltas is not None else {}
-    if own is None:
-        if space == "weight" and base is not None and base.checkpoint is not None:
-            own = base.checkpoint
-        else:
-            # An adapter holds replaced tensors in full, whatever the base has.
-            under = base.checkpoint if base is not None and form != "lora" else None
-            return {name: _against(delta, under, name) for name, delta in over.items()}
-    values: dict[str, Tensor] = {
-        name: tensor
-        for name, tensor in own.tensors.items()
-        if tensor.dtype in FLOATING and name not in own.aliases and name not in apart
-    }
-    added: dict[str, Delta] = {}
-    for name, delta in over.items():
-        if isinstance(delta, Replacement) and name not in own.tensors:
-            added[name] = delta
-        else:
-            values[name] = _on_top(values.get(name), delta, name, model.label)
-    if space == "weight":
-        return added | {name: Dense(tensor) for name, tensor in values.items()}
-    assert base is not None
-    assert base.checkpoint is not None
-    origin = base.checkpoint.tensors
-    return added | {name: Difference(tensor, origin[name]) for name, tensor in values.items()}
-
-
-def _same_weights(own: Checkpoint, base: Checkpoint | None) -> bool:
-    return base is not None and own.path.resolve() == base.path.resolve()
-
-
-def _against(delta: Delta, base: Checkpoint | None, name: str) -> Delta:
-    """New values become a difference where the base has the tensor."""
-    if isinstance(delta, Replacement) and base is not None and name in base.tensors:
-        return Difference(delta.values, base.tensors[name])
-    return delta
-
-
-def _on_top(weight: Tensor | None, delta: Delta, name: str, label: str) -> Tensor:
-    if isinstance(delta, Replacement):
-        return delta.values
-    if weight is None:
-        raise MismatchError(f"{label}: the adapter changes {name!r}, which its base does not have")
-    return Applied(weight, delta)
-
-
-def _check_names(model: Source, reference: Checkpoint, notes: list[str]) -> dict[str, Tensor]:
-    """Compare names and kinds; returns floating tensors that the reference does not have."""
-    assert model.checkpoint is not None
-    own = model.checkpoint
-    if own is reference:
-        return {}
-    for name in own.tensors.keys() & reference.tensors.keys():
-        kinds = own.tensors[name].dtype, reference.tensors[name].dtype
-        differ = (kinds[0] in FLOATING) != (kinds[1] in FLOATING)
-        if differ and not is_constant(name, reference.tensors[name].shape):
-            raise MismatchError(
-                f"{name}: {kinds[0]} in {model.label}, {kinds[1]} in {reference.label}",
-                fix="give models that agree on which tensors are numbers to merge",
-            )
-    mine = set(own.tensors) - set(own.aliases)
-    theirs = set(reference.tensors) - set(reference.aliases)
-    missing = sorted(theirs - mine - set(own.aliases))
-    extra = sorted(mine - theirs - set(reference.aliases))
-    # Buffers that one version of a library saves and another does not.
-    missing = [name for name in missing if not _optional(name, reference.tensors[name])]
-    for name in [name for name in extra if _optional(name, own.tensors[name])]:
-        extra.remove(name)
-        notes.append(f"{name} of {model.label} is left out: {reference.label} does not have it")
-    # Mixtures with a head that repeats the embedding have been made alike before.
-    for tied, apart, names in (
-        (reference, own, mine & set(reference.aliases)),
-        (own, reference, theirs & set(own.aliases)),
-    ):
-        if names:
-            name = min(names)
-            raise MismatchError(
-                f"{name}: tied to {tied.aliases[name]!r} in {tied.label}, "
-                f"but a tensor of its own in {apart.label}",
-                fix=_UNTIE,
-            )
-    if is_tied(own.config) and (lost := [n for n in missing if _is_head(n, reference)]):
-        raise MismatchError(
-            f"{lost[0]}: tied to the embeddings in {model.label}, but a tensor of its own in "
-            f"{reference.label}",
-            fix=_UNTIE,
-        )
-    if missing:
-        others = f", and {_few(extra)} not in {reference.label}" if extra else ""
-        raise MismatchError(
-            f"{model.label}: {len(missing)} tensors are missing ({_few(missing)}){others}",
-            fix="give models fine-tuned from the same base, or choose with --on-mismatch "
-            "base|skip|union",
-        )
-    heads = [name for name in extra if kind_of(name, own.tensors[name].shape) == "head"]
-    if heads and is_tied(reference.config):
-        raise MismatchError(
-            f"{heads[0]}: a tensor of its own in {model.label}, but {reference.label} ties it to "
-            "the embeddings",
-            fix=_UNTIE,
-        )
-    return {name: own.tensors[name] for name in extra}
-
-
-def _is_head(name: str, reference: Checkpoint) -> bool:
-    return kind_of(name, reference.tensors[name].shape) == "head"
-
-
-def _optional(name: str, tensor: Tensor) -> bool:
-    return tensor.dtype not in FLOATING or is_constant(name, tuple(tensor.shape))
-
-
-def _check_added(table: _Table, reference: Checkpoint | None) -> None:
-    """A tensor that the base lacks (a new head) must be in every full model, or in none."""
-    full = [m for m in table.models if m.checkpoint is not None]
-    for name, given in table.kept.items():
-        holders = {label for label, _ in given}
-        for model in full:
-            assert model.checkpoint is not None
-            if name in model.checkpoint.tensors or reference is model.checkpoint:
-                continue
-            if any(name in m.checkpoint.tensors for m in full if m.checkpoint is not None):
-                raise MismatchError(
-                    f"{name}: is in {min(holders)}, but neither in {model.label} nor in "
-                    f"{reference.label if reference else 'a base'}",
-                    fix="give models with the same heads, or a base that has them",
-                )
-
-
-def _few(names: Sequence[str], most: int = 3) -> str:
-    shown = ", ".join(repr(name) for name in names[:most])
-    return shown + (", …" if len(names) > most else "")
 
 
 def _times(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "a scalar"
 
 
-def _check_shapes(table: _Table, reference: Checkpoint | None) -> None:
+def _check_shapes(table: Table, reference: Checkpoint | None) -> None:
     for name, row in table.deltas.items():
         expected, origin = None, ""
         if reference is not None and name in reference.tensors:
@@ -327,7 +158,7 @@ def _check_shapes(table: _Table, reference: Checkpoint | None) -> None:
                 )
 
 
-def _order(table: _Table, reference: Checkpoint | None, form: str) -> list[str]:
+def _order(table: Table, reference: Checkpoint | None, form: str) -> list[str]:
     names: dict[str, None] = {}
     if reference is not None:
         wanted: Iterable[str] = reference.tensors
@@ -340,7 +171,7 @@ def _order(table: _Table, reference: Checkpoint | None, form: str) -> list[str]:
 
 
 def _copy_the_rest(
-    table: _Table, reference: Checkpoint, models: Sequence[Source], form: str
+    table: Table, reference: Checkpoint, models: Sequence[Source], form: str
 ) -> None:
     for name, tensor in reference.tensors.items():
         if name in reference.aliases or name in table.deltas:
@@ -372,60 +203,6 @@ def _assert_equal(name: str, origin: str, tensor: Tensor, model: Source) -> None
         )
 
 
-def _own_values(table: _Table) -> dict[str, tuple[Tensor, ...]]:
-    """What every model holds in full and no base has, such as a head: one value per model."""
-    found: dict[str, tuple[Tensor, ...]] = {}
-    for name, given in table.kept.items():
-        values = tuple(tensor for _, tensor in given)
-        kinds = {(tensor.dtype, tuple(tensor.shape)) for tensor in values}
-        differ = any(not same_content(values[0], tensor) for tensor in values[1:])
-        plain = not is_statistic(name) and not is_counter(name)
-        if plain and differ and len(kinds) == 1 and len(values) == len(table.models):
-            found[name] = values
-    return found
-
-
-def _keep_replacements(
-    table: _Table, names: list[str], own: Mapping[str, tuple[Tensor, ...]]
-) -> None:
-    """Tensors that adapters replace and that no base has: one value for all, or an error.
-
-    Where each result has its own (``own``), they may differ.
-    """
-    for name, given in table.kept.items():
-        label, first = given[0]
-        reason = f"replaced alike by {len(given)} of {len(table.models)} inputs"
-        if is_statistic(name):
-            first, reason = average(name, _weighted(table, given), None)
-        if name in own:
-            reason = "not in the base, that of each model itself"
-        free = is_statistic(name) or is_counter(name) or name in own
-        for other, tensor in () if free else given[1:]:
-            if not same_content(first, tensor):
-                why = "no base has it to take differences from"
-                fix = "give --base with a model that has this tensor"
-                if table.base is not None and name in table.base.tensors:
-                    why = "an adapter cannot hold the difference to the base"
-                    fix = "write a model (--as model) or a task vector (--as delta)"
-                raise MismatchError(
-                    f"{name}: {label} and {other} hold different values of it in full, and {why}",
-                    fix=f"{fix}, or leave it out of the adapters: task heads are best kept apart",
-                )
-        table.copies[name] = first
-        table.reasons[name] = reason
-        if name not in names:
-            names.append(name)
-
-
-def _weighted(
-    table: _Table, given: Sequence[tuple[str, Tensor]]
-) -> list[tuple[str, float, Tensor]]:
-    """With each model's weight; weights that differ between tensors count as 1."""
-    weights = {m.label: w for m, w in zip(table.models, table.weights, strict=True)}
-    plain = {label: w if isinstance(w, (int, float)) else 1.0 for label, w in weights.items()}
-    return [(label, plain[label], tensor) for label, tensor in given]
-
-
 def draw_keys(models: Sequence[Source]) -> tuple[int, ...]:
     """64 bits that name each model to counter-based randomness, wherever it stands.
 
@@ -451,7 +228,7 @@ def in_places(aligned: Aligned, places: tuple[int, ...]) -> Aligned:
 
 
 def _items(
-    table: _Table,
+    table: Table,
     reference: Checkpoint | None,
     spaces: Spaces,
     form: str,
@@ -491,7 +268,7 @@ def _items(
     return {name: replace(item, dtype=dtype) for name, item in items.items()}
 
 
-def _transposed(table: _Table, reference: Checkpoint | None) -> set[str]:
+def _transposed(table: Table, reference: Checkpoint | None) -> set[str]:
     """Weights stored input × output: those of GPT-2's layers, and what adapters say."""
     config = None if reference is None else reference.config
     found = set(conv1d_names(table.deltas, (config or {}).get("model_type")))

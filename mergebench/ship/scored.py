@@ -21,7 +21,9 @@ from mergebench.merge.fit.scores import Outcome, Scores, mean_value
 from mergebench.merge.limits import DEFAULT_MEMORY
 from mergebench.merge.sparse import check_place
 from mergebench.recipe import Recipe
-from mergebench.ship.compress import Report, compress, parsed
+from mergebench.ship.compress import compress
+from mergebench.ship.report import Report
+from mergebench.ship.requested import parsed
 from mergebench.sources import open_source, paths_of, with_base
 
 _MOST = 1000
