@@ -34,7 +34,7 @@ from mergebench.merge.origin import Origin, check_saved, measure, named_bases
 from mergebench.merge.package import Package, package
 from mergebench.merge.partition import check_count, methods_of
 from mergebench.merge.precision import coarser
-from mergebench.merge.selecting import place, select
+from mergebench.merge.selecting import check_heard, place, select
 from mergebench.merge.spaces import Space, Spaces
 from mergebench.merge.tying import tie_alike
 from mergebench.merge.variants import Variant, make_variants, recorded, split, sweeps
@@ -267,6 +267,8 @@ def make_plan(
     aligned = settle(
         aligned, models, base, spaces, allow_nonfinite=recipe.allow_nonfinite, apart=apart
     )
+    for each in variants:
+        check_heard(each.recipe, aligned, chosen)
     origin = measure(
         models, base, aligned, spaces, allow=recipe.allow_base_mismatch, fragile=_fragile(variants)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -234,6 +234,50 @@ def _check_schedules(
         for selector in selectors(weight):
             check_matches(f"weight: {selector}", selector, sites)
         _check_names("weight", weight, sites)
+
+
+def check_heard(recipe: Recipe, aligned: Aligned, chosen: Selected) -> None:
+    """Refuse parameters and parts that no op will ever hear of.
+
+    Buffers are taken out of what is merged after the rules were placed, and tensors that one model
+    alone has are never given to a method: weights decide of them, and no parameter does.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    aligned : Aligned
+        Without buffers.
+    chosen : Selected
+        As :func:`select` returned it.
+
+    Raises
+    ------
+    ParameterError
+    """
+    merged = [item.site for item in aligned.items.values()]
+    shapes = {name: tuple(t.shape) for name, t in aligned.copies.items() if name not in chosen.apart}
+    copied = make_sites(shapes, pattern=parse_pattern(recipe.block_pattern)).values()
+    for what, value, number in _scheduled(recipe):
+        own = [site for site in merged if chosen.parts.get(site.name) == number]
+        left = [site for site in copied if chosen.parts.get(site.name) == number]
+        where = what if number is None else f"{spelled(recipe, number)}: {what}"
+        for selector in selectors(value):
+            if not any(map(selector.matches, own)):
+                _refuse_unheard(f"{where}: {selector}", filter(selector.matches, left), aligned)
+    for number, part in enumerate(recipe.parts):
+        if not part.weights and number not in (chosen.parts.get(site.name) for site in merged):
+            mine = (site for site in copied if chosen.parts.get(site.name) == number)
+            _refuse_unheard(spelled(recipe, number), mine, aligned)
+
+
+def _refuse_unheard(what: str, sites: Iterable[Site], aligned: Aligned) -> None:
+    names = sorted(site.name for site in sites)
+    if names:
+        raise ParameterError(
+            f"{what} selects only tensors that no method is given",
+            got=f"{names[0]}: {aligned.reasons[names[0]]}",
+            fix="leave it out; where models are averaged, weight=1/0 says whose values are taken",
+        )
 
 
 def _check_names(what: str, value: Any, sites: Sequence[Site]) -> None:

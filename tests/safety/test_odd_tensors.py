@@ -154,6 +154,34 @@ def test_statistics_do_not_take_part_in_thresholds() -> None:
         assert_same({n: large[n] for n in rest}, {n: small[n] for n in rest})
 
 
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (("--where", "class=buffer:lam=0"), "lam: class=buffer selects only tensors that no"),
+        (("--where", "running_mean:lam=0"), f"{MEAN}: weighted mean of running statistics"),
+        (("--method-for", "class=buffer:linear"), "part 1 (class=buffer) selects only tensors"),
+        (("--method-for", "num_batches:linear"), f"{COUNT}: a counter"),
+        (("--method-for", "running:ties", "--then", "scale:lam=0.5"), "part 1 (running) selects"),
+    ],
+)
+def test_rules_that_no_method_hears(nets: Path, extra: tuple[str, ...], words: str) -> None:
+    models = ("merge", "one.safetensors", "two.safetensors", "-b", "base.safetensors")
+    ran = call(*models, "-m", "task_arithmetic", *extra, "-o", "x.safetensors", cwd=nets)
+    assert_refused(ran, words, "weight=1/0")
+    assert not (nets / "x.safetensors").exists()
+
+
+def test_rules_that_other_tensors_hear(nets: Path) -> None:
+    """A weight chooses statistics, and a rule may select buffers beside parameters."""
+    models = ("merge", "one.safetensors", "two.safetensors", "-b", "base.safetensors")
+    rules = ("--where", "class=buffer:weight=1/0", "--where", "bn1:lam=0")
+    out = ("-m", "task_arithmetic", "-o", "x.safetensors")
+    assert_done(call(*models, *rules, *out, cwd=nets))
+    made = read(nets / "x.safetensors")
+    assert_same({"": made[MEAN]}, {"": ONE[MEAN]})
+    assert_same({"": made["bn1.weight"]}, {"": BASE["bn1.weight"]})
+
+
 def test_equal_statistics_need_no_note(nets: Path) -> None:
     """Frozen BatchNorm keeps its bytes, and nothing is to be recalibrated."""
     frozen = {**ONE, **{name: BASE[name] for name in (*STATISTICS, COUNT)}}
