@@ -196,6 +196,23 @@ main()
     assert ran == Ran(130, "", "error: interrupted; nothing was written\n")
 
 
+def test_interrupt_while_numpy_is_loading(scene: Scene) -> None:
+    """numpy's C code would take it for a broken installation."""
+    code = """
+import os, signal, sys
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy.lib":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupted())
+from mergebench.cli.start import main
+main()
+"""
+    models = ("merge", "ft1", "ft2", "-b", "base")
+    ran = run_python(code, *models, "-m", "ties", "-o", "out.safetensors", cwd=scene.path)
+    assert ran == Ran(130, "", "error: interrupted; nothing was written\n")
+
+
 def test_python_runs_the_package(scene: Scene) -> None:
     """``python -m mergebench`` is the command."""
     code = "import runpy; runpy.run_module('mergebench', run_name='__main__')"
