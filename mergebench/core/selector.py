@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 from mergebench.core.errors import ParameterError, did_you_mean
+from mergebench.core.regular import finder
 from mergebench.core.site import CLASSES, Site, stands_before
 
 _KEYED = re.compile(r"(?P<key>[a-z]+)=(?P<value>.*)", re.DOTALL)
@@ -20,7 +22,8 @@ class Selector:
     ``class=norm`` selects a class of tensors (see :attr:`Site.kind`), ``block=3`` and
     ``block=3-7`` numbered blocks (both ends included), ``block=before`` and ``block=after`` what
     stands before the blocks (embeddings) and behind them (final norm, head), and everything else is
-    a regular expression that is searched for in the tensor's name.
+    a regular expression that is searched for in the tensor's name, in time that no pattern makes
+    endless.
 
     Attributes
     ----------
@@ -29,7 +32,8 @@ class Selector:
     Raises
     ------
     ParameterError
-        For an unknown class, a block that is no number, or an invalid regular expression.
+        For an unknown class, a block that is no number, an invalid regular expression, or one that
+        could take too long.
     """
 
     text: str
@@ -68,10 +72,18 @@ def _parse(text: str) -> partial[bool]:
     if not text:
         raise ParameterError("a selector is empty", fix="give a regular expression or class=norm")
     try:
-        return partial(_named, re.compile(text))
+        re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
         raise ParameterError(
             f"selector {text!r} is not a regular expression", got=str(error)
+        ) from None
+    try:
+        return partial(_named, finder(text))
+    except re.error as error:
+        raise ParameterError(
+            f"selector {text!r} could take forever to match a name",
+            got=str(error),
+            fix="write it with fewer repeats, none inside another, or without looking around",
         ) from None
 
 
@@ -87,5 +99,5 @@ def _outside(before: bool, site: Site) -> bool:
     return site.block is None and stands_before(site.name) == before
 
 
-def _named(pattern: re.Pattern[str], site: Site) -> bool:
-    return pattern.search(site.name) is not None
+def _named(found: Callable[[str], bool], site: Site) -> bool:
+    return found(site.name)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from mergebench.core.errors import ParameterError
+from mergebench.core.regular import check_ways
 
 #: Finds the stack and the index of a numbered block in a tensor name. Overridable per merge.
 BLOCK_PATTERN = re.compile(
@@ -156,16 +157,19 @@ def parse_pattern(text: str | None) -> re.Pattern[str]:
     Raises
     ------
     ParameterError
-        If it is no regular expression, or lacks one of the groups.
+        If it is no regular expression, could take too long, or lacks one of the groups.
     """
     if text is None:
         return BLOCK_PATTERN
     wanted = r"a regular expression such as (?P<stack>blocks)\.(?P<index>\d+)\."
     try:
         pattern = re.compile(text)
-    except re.error as error:
+        check_ways(text)
+    except (re.error, RecursionError, OverflowError) as error:
         raise ParameterError(
-            f"block pattern: no regular expression ({error})", got=text, expected=wanted
+            f"block pattern: no regular expression that can be used ({error})",
+            got=text,
+            expected=wanted,
         ) from None
     if missing := _GROUPS - set(pattern.groupindex):
         raise ParameterError(

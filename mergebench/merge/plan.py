@@ -257,18 +257,16 @@ def make_plan(
         lenient=recipe.allow_nonfinite,
     )
     models, base, first = evened.models, spoken.base, spoken.first
-    pattern = parse_pattern(recipe.block_pattern)
-    apart = all(each.tail for each in variants)
+    apart, pattern = all(each.tail for each in variants), parse_pattern(recipe.block_pattern)
     aligned = align(models, weights, base, spaces, form, chosen.shapes, pattern, apart=apart)
     if not aligned.items and not aligned.copies:
         raise MismatchError("the inputs have no floating-point tensor to merge")
     aligned, variants = place(aligned, variants, weights, chosen, evened)
     aligned = in_places(extended(aligned, evened), order)
-    aligned = settle(
+    settled = settle(
         aligned, models, base, spaces, allow_nonfinite=recipe.allow_nonfinite, apart=apart
     )
-    for each in variants:
-        check_heard(each.recipe, aligned, chosen)
+    aligned = check_heard(settled, variants, chosen)
     origin = measure(
         models, base, aligned, spaces, allow=recipe.allow_base_mismatch, fragile=_fragile(variants)
     )

@@ -236,28 +236,32 @@ def _check_schedules(
         _check_names("weight", weight, sites)
 
 
-def check_heard(recipe: Recipe, aligned: Aligned, chosen: Selected) -> None:
-    """Refuse parameters and parts that no op will ever hear of.
+def check_heard(aligned: Aligned, variants: Sequence[Variant], chosen: Selected) -> Aligned:
+    """What is given, if some op hears of every parameter and every part.
 
     Buffers are taken out of what is merged after the rules were placed, and tensors that one model
     alone has are never given to a method: weights decide of them, and no parameter does.
 
     Parameters
     ----------
-    recipe : Recipe
     aligned : Aligned
         Without buffers.
+    variants : sequence of Variant
     chosen : Selected
         As :func:`select` returned it.
 
     Raises
     ------
     ParameterError
+        For one that selects only what no method is given.
     """
+    recipe = variants[0].recipe
     merged = [item.site for item in aligned.items.values()]
-    shapes = {name: tuple(t.shape) for name, t in aligned.copies.items() if name not in chosen.apart}
+    shapes = {
+        name: tuple(t.shape) for name, t in aligned.copies.items() if name not in chosen.apart
+    }
     copied = make_sites(shapes, pattern=parse_pattern(recipe.block_pattern)).values()
-    for what, value, number in _scheduled(recipe):
+    for what, value, number in (each for v in variants for each in _scheduled(v.recipe)):
         own = [site for site in merged if chosen.parts.get(site.name) == number]
         left = [site for site in copied if chosen.parts.get(site.name) == number]
         where = what if number is None else f"{spelled(recipe, number)}: {what}"
@@ -268,6 +272,7 @@ def check_heard(recipe: Recipe, aligned: Aligned, chosen: Selected) -> None:
         if not part.weights and number not in (chosen.parts.get(site.name) for site in merged):
             mine = (site for site in copied if chosen.parts.get(site.name) == number)
             _refuse_unheard(spelled(recipe, number), mine, aligned)
+    return aligned
 
 
 def _refuse_unheard(what: str, sites: Iterable[Site], aligned: Aligned) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergebench.adapters_zoo.patterns import STATES, ends_with
+from mergebench.adapters_zoo.patterns import ends_with
+from mergebench.core.regular import STATES
 
 ATOMS = st.sampled_from(["a", "b", ".", r"\.", r"\d", r"\w", "[ab]", "[^.]", "[a-c0-2]", "^", "$"])
 REPEATS = st.sampled_from(["", "*", "+", "?", "*?", "{2}", "{1,3}", "{2,}"])

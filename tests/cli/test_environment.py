@@ -197,7 +197,7 @@ main()
 
 
 def test_interrupt_while_numpy_is_loading(scene: Scene) -> None:
-    """numpy's C code would take it for a broken installation."""
+    """Or the C code of numpy would take it for a broken installation."""
     code = """
 import os, signal, sys
 class Interrupted:
