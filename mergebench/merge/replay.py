@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import threading
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mergebench.checkpoints.reader import FileTensor
 from mergebench.core.errors import MergebenchError
-from mergebench.core.tensor import DTYPES, Array, nbytes
+from mergebench.core.tensor import nbytes
+from mergebench.merge.compared import Comparison
 from mergebench.merge.engine import Progress, execute_into, targets_of
 from mergebench.merge.inputs import check_input, find_input
 from mergebench.merge.limits import DEFAULT_MEMORY
 from mergebench.merge.made import Finding, Made, read_made
+from mergebench.merge.op import is_linear, tolerance_of
 from mergebench.merge.plan import Plan, make_plan
+from mergebench.merge.verify import tensor_digest
 from mergebench.recipe import Recipe, recipe_from_dict
 from mergebench.sources import Source
 
@@ -51,6 +51,7 @@ class Replayed:
     findings : tuple of Finding
         Tensors that differ, with the bytes from the first difference to the last.
     notes : tuple of str
+        Also of tensors that are as they were written and differ by no more than another LAPACK may.
     """
 
     tensors: int
@@ -161,7 +162,7 @@ def replay(
     wanted = {sources[name] for name in names}
     order = tuple(name for name in plan.aligned.order if name in wanted)
     reduced = replace(plan, aligned=replace(plan.aligned, order=order))
-    sink = _Comparison(held)
+    sink = Comparison(held, *_tolerant(plan))
     entries = sum(
         plan.aligned.items[name].site.size for name in order if name in plan.aligned.items
     )
@@ -173,11 +174,43 @@ def replay(
         progress(doing, min(done, measured + entries), measured + entries)
 
     execute_into(reduced, [sink], None if progress is None else shown)
-    truncated = bool(plan.package.dense_bytes)
-    findings += sink.findings(truncated)
+    intact = {name for name in sink.near() if _is_intact(made, name)}
+    findings += sink.findings(intact)
     compared = [target for name in order for target in targets_of(plan, name) if target in held]
     read = sum(nbytes(held[name][1].dtype, held[name][1].shape) for name in compared)
-    return Replayed(len(compared), len(sources), read, tuple(findings), _notes(made, plan))
+    return Replayed(
+        len(compared),
+        len(sources),
+        read,
+        tuple(findings),
+        (*_notes(made, plan), *sink.notes(intact)),
+    )
+
+
+def _tolerant(plan: Plan) -> tuple[dict[str, float], list[tuple[str, str]]]:
+    """Where LAPACK decides the last digits: tensors with tolerances, and pairs of factors."""
+    variant = plan.variants[0]
+    dense: dict[str, float] = {}
+    pairs: list[tuple[str, str]] = []
+    for name in plan.aligned.items:
+        if (module := plan.package.modules.get(name)) is None:
+            if tolerance := tolerance_of(variant.at(name)):
+                dense |= dict.fromkeys(targets_of(plan, name), tolerance)
+            continue
+        if is_linear(variant.at(name)) and module.own_rank >= module.full_rank:
+            continue
+        factors = {spec.role: spec.name for spec in module.specs}
+        # Of several pairs for one weight each is compared to the last bit.
+        if len(factors) == len(module.specs) and {"A", "B"} <= factors.keys():
+            pairs.append((factors["A"], factors["B"]))
+    return dense, pairs
+
+
+def _is_intact(made: Made, name: str) -> bool:
+    """Whether a tensor still has the bytes that the merge wrote."""
+    expected = made.expected.get(name)
+    digest = tensor_digest(made.tensors[name][1], threading.local())
+    return expected is not None and digest == expected.digest
 
 
 def _notes(made: Made, plan: Plan) -> tuple[str, ...]:
@@ -194,51 +227,3 @@ def _notes(made: Made, plan: Plan) -> tuple[str, ...]:
     if whole:
         notes.append(f"{', '.join(whole)} looked at the whole model, so all inputs were read")
     return tuple(notes)
-
-
-@dataclass(eq=False)
-class _Comparison:
-    """A sink that compares what it is given with what is stored."""
-
-    held: Mapping[str, tuple[str, FileTensor]]
-    spans: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    misshapen: dict[str, str] = field(default_factory=dict)
-
-    def write(self, name: str, byte_start: int, data: Array) -> None:
-        """Compare entries of a tensor from byte ``byte_start`` on."""
-        if name not in self.held or name in self.misshapen:
-            return
-        tensor = self.held[name][1]
-        dtype = DTYPES[tensor.dtype]
-        given = np.ascontiguousarray(data).reshape(-1)
-        start = byte_start // dtype.itemsize
-        fits = (start + given.size) * dtype.itemsize <= nbytes(tensor.dtype, tensor.shape)
-        if given.dtype != dtype or not fits:
-            self.misshapen[name] = f"{given.dtype}"
-            return
-        stored = tensor.read(start, start + given.size)
-        one, two = (each.view(np.uint8).reshape(given.size, -1) for each in (given, stored))
-        wrong = np.flatnonzero((one != two).any(axis=1))
-        if wrong.size:
-            first, last, many = self.spans.get(name, (start + int(wrong[0]), 0, 0))
-            last = start + int(wrong[-1]) + 1
-            self.spans[name] = first, last, many + int(wrong.size)
-
-    def finish(self, name: str) -> None:
-        """Nothing is left to do."""
-
-    def findings(self, truncated: bool) -> list[Finding]:
-        """One finding for each tensor that differs."""
-        found = []
-        for name, given in self.misshapen.items():
-            what = f"the recipe gives {given} of another shape or dtype"
-            found.append(Finding("replay", what, self.held[name][0], name))
-        for name, (first, last, many) in self.spans.items():
-            file, tensor = self.held[name]
-            size = DTYPES[tensor.dtype].itemsize
-            what = f"{many} entries differ from what the recipe gives"
-            if truncated:
-                what += "; truncated factors depend on the version of LAPACK"
-            start, stop = tensor.offset + first * size, tensor.offset + last * size
-            found.append(Finding("replay", what, file, name, start, stop))
-        return found

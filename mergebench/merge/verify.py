@@ -144,7 +144,7 @@ def _check_tensors(
     buffers = threading.local()
 
     def hashed(job: tuple[str, FileTensor, str]) -> str:
-        return _digest(job[1], buffers)
+        return tensor_digest(job[1], buffers)
 
     for job, digest in in_order(hashed, jobs, workers):
         file, tensor, expected_digest = job
@@ -161,7 +161,8 @@ def _at(file: str, tensor: FileTensor, what: str) -> Finding:
     return Finding("tensor", what, file, tensor.name, tensor.offset, stop)
 
 
-def _digest(tensor: FileTensor, buffers: threading.local) -> str:
+def tensor_digest(tensor: FileTensor, buffers: threading.local) -> str:
+    """xxh3-128 of the stored bytes of a tensor, read piece by piece."""
     if not hasattr(buffers, "bytes"):
         buffers.bytes = np.empty(_PIECE, np.uint8)
     state = xxhash.xxh3_128()

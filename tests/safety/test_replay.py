@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from mergebench import merge_models
+from mergebench.compute.decompose import truncate
+from mergebench.compute.spectra import Spectrum
 from mergebench.core.errors import MergebenchError
 from mergebench.manifest import MANIFEST
 from mergebench.merge.replay import Replayed, plan_replay, replay
@@ -83,8 +85,62 @@ def test_sweeps_and_adapters(tmp_path: Path) -> None:
     path = tmp_path / "out" / "lam=1" / "adapter_model.safetensors"
     flip(path, next(iter(places_of(path).values()))[0])
     (found,) = replay(plan_replay(path.parent, inputs=tmp_path)).findings
-    assert "1 entries differ from what the recipe gives" in found.what
-    assert "LAPACK" in found.what
+    assert found.what == (
+        "1 entries differ from what the recipe gives, by less than another LAPACK may, but they "
+        "are not as they were written"
+    )
+
+
+def other_lapack(factor: float) -> Any:
+    """A decomposition with other bases of the same subspaces, whose product is scaled."""
+
+    def found(matrix: Any, rank: int) -> Any:
+        left, right, lost = truncate(matrix, rank)
+        turn = np.linalg.qr(np.random.default_rng(rank).standard_normal((rank, rank)))[0]
+        return factor * left @ turn, turn.T @ right, lost
+
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_factors_by_another_lapack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """What counts is the product; a real difference of it is found."""
+    build_more(tmp_path)
+    outs = {1 + 1e-7: "near", 1.2: "far"}
+    for factor, out in outs.items():
+        with monkeypatch.context() as patched:
+            patched.setattr("mergebench.merge.factors.truncate", other_lapack(factor))
+            with chdir(tmp_path):
+                merge_models(["lora1", "lora2"], method="ties", dtype=dtype, out=out)
+    near, far = (replay(plan_replay(tmp_path / out, inputs=tmp_path)) for out in outs.values())
+    assert near.findings == ()
+    (note,) = [each for each in near.notes if "another LAPACK may" in each]
+    assert note.startswith("4 tensors differ by at most ")
+    assert len(far.findings) == 4
+    assert all("by more than another LAPACK may" in each.what for each in far.findings)
+
+
+def test_tensors_by_another_lapack(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entry by entry, relative to the largest; what damage adds is found however small."""
+    product = Spectrum.product
+    options = {"method": "task_arithmetic", "then": ["truncate:rank=1"], "dtype": "f32"}
+    for factor, out in ((1 + 1e-6, "near"), (1.01, "far")):
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                Spectrum, "product", lambda self, s, f=factor: np.float32(f) * product(self, s)
+            )
+            written(inputs, out, **options)
+    near, far = replayed(inputs / "near"), replayed(inputs / "far")
+    assert near.findings == ()
+    assert any("another LAPACK may" in each for each in near.notes)
+    assert far.findings
+    assert all("by more than another LAPACK may" in each.what for each in far.findings)
+    path = inputs / "near" / "model.safetensors"
+    flip(path, places_of(path)["layers.1.q.weight"][0])
+    (found,) = replayed(inputs / "near").findings
+    assert "not as they were written" in found.what
 
 
 def test_tensors_that_differ_are_named(inputs: Path) -> None:
