@@ -168,6 +168,9 @@ def open_source(reference: str, options: ReadOptions) -> Source:
     MergebenchError
         If nothing is there, or if it is neither a checkpoint nor a known kind of adapter.
     """
+    if not reference.strip():
+        # As a path it would be the current folder, and a variable of a shell that is not set.
+        raise ParameterError("a model without a name", fix="give a path; `.` is this folder")
     path = Path(reference).expanduser()
     if _exists(path):
         return _open_path(path, reference, options)

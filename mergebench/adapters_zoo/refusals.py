@@ -101,7 +101,13 @@ FAMILIES: Mapping[str, tuple[re.Pattern[str], str]] = {
         re.compile(rf"{_LYCORIS}\.(diff(_b)?|[wb]_norm)$"),
         _LATER,
     ),
-    "GLoRA (LyCORIS)": (re.compile(rf"{_LYCORIS}\.[ab][12]\.weight$"), _LATER),
+    "GLoRA (LyCORIS)": (
+        re.compile(rf"{_LYCORIS}\.[ab][12]\.weight$"),
+        (
+            "its update W A + B is not computed yet; merge it into the base with LyCORIS and give "
+            "the merged checkpoint"
+        ),
+    ),
     "LoRA in XLabs' names": (
         re.compile(
             r"(double|single)_blocks\.\d+\.processor\.(qkv|proj)_lora\d?\.(down|up)\.weight$"

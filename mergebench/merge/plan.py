@@ -329,6 +329,8 @@ def _checked(plan: Plan) -> Plan:
 
 
 def _check_recipe(recipe: Recipe) -> None:
+    if recipe.out is not None and not recipe.out.strip():
+        raise ParameterError("out: no name of an output", fix="give one with -o")
     for what, value, known in (
         ("dtype", recipe.dtype, DTYPES),
         ("as", recipe.form, FORMS),

@@ -229,6 +229,11 @@ def _selected(
         if (not wanted or any(each.matches(site) for each in wanted))
         and not any(each.matches(site) for each in unwanted)
     ]
+    if not sites:
+        raise ParameterError(
+            "there is nothing to look at: no model has a tensor that it could have moved",
+            fix="give other models than the base, with its names and shapes of tensors",
+        )
     if not chosen:
         raise ParameterError(
             "there is nothing to look at",
