@@ -219,7 +219,12 @@ Workers = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Print the plan and stop.")]
 Inputs = Annotated[
     Path | None,
-    typer.Option("--inputs", help="Folder that holds the inputs, if they are not where they were."),
+    typer.Option(
+        "--inputs",
+        help="Folder that holds the inputs, if they are not where they were.",
+        exists=True,
+        file_okay=False,
+    ),
 ]
 Check = Annotated[
     bool,

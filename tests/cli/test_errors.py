@@ -59,6 +59,7 @@ def test_unknown_names_get_the_nearest_one(
         (("merge", "ft1", "ft2", "-b", ""), ("a model without a name",)),
         (("merge", ":0.5", "ft2", "-b", "base"), ("a model without a name",)),
         ((*FTS, "-o", "", "--force"), ("out: no name of an output",)),
+        (("verify", "base", "--inputs", "nowhere"), ("'--inputs'", "'nowhere' does not exist")),
         (("spectral", "base", "--base", "base"), ("no model has a tensor that it could have",)),
         (("merge", "ft1", "lora1"), ("ft1 is a full checkpoint", "task vectors", "--base")),
         (("merge", "ft1", "ft2", "-b", "lora1"), ("lora1: the base must be a checkpoint",)),
