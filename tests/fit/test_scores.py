@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +169,54 @@ def test_commands(tmp_path: Path) -> None:
         pytest.raises(ScorerError, match="cannot be run"),
     ):
         Scores([missing]).of(candidate, "val")
+
+
+@pytest.mark.parametrize("ends", ["timeout", "interrupt"])
+def test_a_command_that_hangs_leaves_nothing_behind(tmp_path: Path, ends: str) -> None:
+    """Its children are ended with it, also where it is a shell that waits for them."""
+    place = save_model(tmp_path / "a", [0.5])
+    (place / "config.json").write_text("{}")
+    mark = tmp_path / "mark"
+    # The child holds the pipes; a parent that is killed alone leaves it to run and to write.
+    script = f"(sleep 1; touch {mark}) & echo $! > {tmp_path}/child; wait; echo {{path}}"
+    task = parse_task(f"t=sh -c {shlex.quote(script)}", Setting(timeout=0.3))
+    started = time.monotonic()
+    with make(recipe_of(place), "a") as candidate:
+        if ends == "timeout":
+            (found,) = Scores([task], on_error="skip").of(candidate, "val")
+            assert "took longer than 0.3 s" in found.problem
+        else:
+            slow = parse_task(f"t=sh -c {shlex.quote(script)}", Setting())
+            with pytest.raises(KeyboardInterrupt), interrupted_after(0.3):
+                Scores([slow], on_error="skip").of(candidate, "val")
+    assert time.monotonic() - started < 30
+    child = int((tmp_path / "child").read_text())
+    assert_gone(child)
+    assert not mark.exists()
+
+
+@contextmanager
+def interrupted_after(seconds: float) -> Iterator[None]:
+    """Ctrl-C after a while."""
+    timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
+
+
+def assert_gone(process: int) -> None:
+    """No process has the number, but for what nobody has waited for."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.02)
+    pytest.fail(f"process {process} is still there: {state}")
 
 
 def test_specs(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import signal
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from mergebench.core.errors import MergebenchError, ParameterError
@@ -36,15 +39,7 @@ class Command:
         given = {"{path}": str(model.folder()), "{split}": split, "{label}": model.label}
         words = [_filled(word, given) for word in self.words]
         try:
-            done = subprocess.run(  # noqa: S603 - it is the user's own command
-                words,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=self.timeout,
-                check=False,
-                stdin=subprocess.DEVNULL,
-            )
+            done = _run(words, self.timeout)
         except subprocess.TimeoutExpired:
             raise MergebenchError(f"{self.words[0]}: took longer than {self.timeout:g} s") from None
         except OSError as error:
@@ -57,6 +52,43 @@ class Command:
                 f"{self.words[0]}: exit code {done.returncode}", got=tail or "no message"
             )
         return _last_object(done.stdout, self.words[0])
+
+
+def _run(words: list[str], timeout: float | None) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; whatever ends that early also ends all that it has started.
+
+    Killing the program alone would leave its children, which hold the pipes that are read here
+    and the memory that the next candidate needs.
+    """
+    process = subprocess.Popen(  # noqa: S603 - it is the user's own command
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        # A session of its own, so that its group holds nothing else.
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except BaseException:
+        _end(process)
+        raise
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    if hasattr(os, "killpg"):
+        # It is gone where the program and its children have ended by themselves.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    for pipe in (process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()
+    process.wait()
 
 
 def _filled(word: str, given: Mapping[str, str]) -> str:
