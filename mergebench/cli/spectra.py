@@ -134,9 +134,10 @@ def spectral(
       mergebench spectral adapter --base base --only intruders --epsilon 0.3,0.5,0.7
       mergebench spectral ft1 ft2 --base base --json
     """
+    from mergebench.pages import check_page, check_pictures
     from mergebench.spectral.against import changes, load_report
     from mergebench.spectral.engine import analyse, check_names
-    from mergebench.spectral.html import check_page, check_pictures, write_page, write_pictures
+    from mergebench.spectral.html import write_page, write_pictures
     from mergebench.spectral.subjects import open_inputs
     from mergebench.spectral.tables import check_place, write_tables
 

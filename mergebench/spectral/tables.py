@@ -9,7 +9,7 @@ from typing import Any
 
 from mergebench.checkpoints.descriptors import cannot
 from mergebench.core.errors import MergebenchError
-from mergebench.spectral.files import replaced
+from mergebench.pages.files import replaced
 from mergebench.spectral.report import Record
 
 _PLACE = ("tensor", "layer", "module", "model", "other")

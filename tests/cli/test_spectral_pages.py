@@ -18,9 +18,9 @@ from PIL import Image
 
 from mergebench.core.errors import MergebenchError
 from mergebench.core.text import written
+from mergebench.pages.colours import DIVERGING, SEQUENTIAL, colours, level, luminance
 from mergebench.spectral import html
 from mergebench.spectral.html import page as pages
-from mergebench.spectral.html.colours import DIVERGING, SEQUENTIAL, colours, level, luminance
 from mergebench.spectral.html.details import ROWS
 from mergebench.spectral.html.page import page
 from mergebench.spectral.html.quantities import quantities

@@ -9,15 +9,16 @@ from typing import Any
 from markupsafe import Markup
 
 from mergebench.core.text import short_labels, written
+from mergebench.pages.colours import LEVELS, level
+from mergebench.pages.drawing import plain_style
+from mergebench.pages.svg import inline_svg
 from mergebench.spectral.diagnostic import DIAGNOSTICS
 from mergebench.spectral.html import words
-from mergebench.spectral.html.colours import LEVELS, level
 from mergebench.spectral.html.curves import MODELS, PANELS, Panel, panels_of
 from mergebench.spectral.html.details import chosen, details, name_of
-from mergebench.spectral.html.figures import panel_figure, plain_style
+from mergebench.spectral.html.figures import panel_figure
 from mergebench.spectral.html.matrices import Matrix, matrices
 from mergebench.spectral.html.quantities import Grid, Quantity, grid_of, quantities
-from mergebench.spectral.html.svg import inline_svg
 from mergebench.spectral.report import Record
 
 #: Most cells of all maps, pairs in words and in maps by layer, changes, and rows of a table.
@@ -43,6 +44,7 @@ def context(data: Record) -> dict[str, Any]:
     return {
         "data": data,
         "labels": labels,
+        "title": f"Spectra of {', '.join(labels)}",
         "lead": words.lead(data, labels),
         **said,
         "paired": said["paired"][:_SAID],

@@ -1,46 +1,23 @@
-"""Pictures: singular values, maps and matrices, drawn by matplotlib without its global state."""
+"""Pictures: singular values, maps and matrices,."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from functools import cache
 from typing import Any
 
 import numpy as np
-from matplotlib import style
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont
-from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from mergebench.core.text import cell, written
-from mergebench.spectral.html.colours import SEQUENTIAL, colour_map
+from mergebench.core.text import written
+from mergebench.pages.colours import SEQUENTIAL, colour_map
+from mergebench.pages.drawing import DASHES, GRID, INK, PAPER, SCREEN, SERIES, plain_name
 from mergebench.spectral.html.curves import MODELS, Line, Panel
 from mergebench.spectral.html.matrices import Matrix
 from mergebench.spectral.html.quantities import Grid, Quantity
 
-#: Inks: what is drawn in them takes the colours of the page, light or dark.
-INK, GRID = "#000001", "#000002"
-SERIES = tuple(f"#00010{number}" for number in range(MODELS))
-#: The same on paper: Okabe & Ito's, which the colour-blind tell apart, darkened; dashes do it too.
-PAPER = {
-    INK: "#222222", GRID: "#cccccc",
-    **dict(zip(SERIES, ("#0072b2", "#c04a00", "#007a5a", "#a8447f", "#8a6500", "#4d4d4d"),
-               strict=True)),
-}  # fmt: skip
-DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (8, 3)), (0, (3, 3)))
-_SCREEN = dict(zip(PAPER, PAPER, strict=True))
-_LONG = 48
 
-
-def plain_style() -> AbstractContextManager[None]:
-    """Whatever settings of matplotlib a user has, the same report gives the same pictures."""
-    ours = {"svg.fonttype": "none", "svg.hashsalt": "mergebench"}
-    return style.context(["default", ours])
-
-
-def panel_figure(panel: Panel, inks: Mapping[str, str] = _SCREEN) -> Figure:
+def panel_figure(panel: Panel, inks: Mapping[str, str] = SCREEN) -> Figure:
     """One type of modules, 3.4 × 2.3 inches; its heading is left to the page."""
     figure = Figure(figsize=(3.4, 2.3))
     figure.subplots_adjust(left=0.18, right=0.98, bottom=0.17, top=0.97)
@@ -56,14 +33,14 @@ def curves_figure(panels: Sequence[Panel], labels: Sequence[str]) -> Figure:
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for at, panel in zip(axes, panels, strict=False):
         _draw_panel(at, panel, PAPER)
-        at.set_title(_plain(panel.module), fontsize=8)
+        at.set_title(plain_name(panel.module), fontsize=8)
     for at in axes[len(panels) :]:
         at.set_axis_off()
     shown: dict[str, Any] = {}
     for at in axes:
         for line, name in zip(*at.get_legend_handles_labels(), strict=True):
             shown.setdefault(name, line)
-    names = ["W0" if name == "base" else f"ΔW of {_plain(labels[int(name)])}" for name in shown]
+    names = ["W0" if name == "base" else f"ΔW of {plain_name(labels[int(name)])}" for name in shown]
     figure.legend(list(shown.values()), names, loc="outside lower center", fontsize=7, ncols=3)
     return figure
 
@@ -73,12 +50,12 @@ def map_figure(quantity: Quantity, grid: Grid, labels: Sequence[str]) -> Figure:
     models = quantity.models[:MODELS]
     columns = min(len(models), 3)
     lines = -(-len(models) // columns)
-    names = [_plain(each) for each in grid.modules]
+    names = [plain_name(each) for each in grid.modules]
     wide = max(min(0.32 * len(names), 7.0), 1.2)
     high = min(0.14 * len(grid.layers), 8.0) + _inches(names) + 0.5
     figure = Figure(
         figsize=(
-            wide * columns + _inches(_plain(each) for each in grid.layers) + 1.2,
+            wide * columns + _inches(plain_name(each) for each in grid.layers) + 1.2,
             high * lines,
         ),
         layout="constrained",
@@ -98,13 +75,13 @@ def map_figure(quantity: Quantity, grid: Grid, labels: Sequence[str]) -> Figure:
         places = (
             range(0, len(grid.layers), -(-len(grid.layers) // 16)) if number % columns == 0 else []
         )
-        at.set_yticks(places, [_plain(grid.layers[each]) for each in places], fontsize=6)
-        at.set_title("together" if model is None else _plain(labels[model]), fontsize=8)
+        at.set_yticks(places, [plain_name(grid.layers[each]) for each in places], fontsize=6)
+        at.set_title("together" if model is None else plain_name(labels[model]), fontsize=8)
     for at in axes[len(models) :]:
         at.set_axis_off()
     if image is not None:
         bar = figure.colorbar(image, ax=list(axes[: len(models)]), shrink=0.6)
-        bar.set_label(_plain(quantity.name), fontsize=8)
+        bar.set_label(plain_name(quantity.name), fontsize=8)
         bar.ax.tick_params(labelsize=6)
     return figure
 
@@ -112,7 +89,7 @@ def map_figure(quantity: Quantity, grid: Grid, labels: Sequence[str]) -> Figure:
 def matrix_figure(matrix: Matrix, labels: Sequence[str]) -> Figure:
     """Models against models, with the numbers written into the cells."""
     count = len(labels)
-    names = [_plain(each) for each in labels]
+    names = [plain_name(each) for each in labels]
     side = min(0.62 * count, 8.0) + _inches(names) + 0.6
     figure = Figure(figsize=(side + 0.6, side), layout="constrained")
     at = figure.subplots()
@@ -126,7 +103,7 @@ def matrix_figure(matrix: Matrix, labels: Sequence[str]) -> Figure:
             text = written(matrix.values[row][column])
             at.text(column, row, text, ha="center", va="center", fontsize=6, color=ink)
     bar = figure.colorbar(image, ax=at, shrink=0.7)
-    bar.set_label(_plain(matrix.name), fontsize=8)
+    bar.set_label(plain_name(matrix.name), fontsize=8)
     bar.ax.tick_params(labelsize=6)
     return figure
 
@@ -164,19 +141,3 @@ def _float(value: float | None) -> float:
 def _inches(names: Iterable[str]) -> float:
     """Room for labels of 7 points."""
     return 0.065 * max(map(len, names), default=0)
-
-
-def _plain(text: str) -> str:
-    """A name as matplotlib draws it: no formulas, and what the font lacks spelt out."""
-    safe = "".join(each if _drawn(each) else f"\\u{ord(each):04x}" for each in cell(text))
-    short = safe if len(safe) <= _LONG else f"{safe[: _LONG // 2]}…{safe[-_LONG // 2 :]}"
-    return short.replace("$", r"\$")
-
-
-def _drawn(letter: str) -> bool:
-    return letter.isascii() or _font().get_char_index(ord(letter)) != 0
-
-
-@cache
-def _font() -> FT2Font:
-    return FT2Font(findfont(FontProperties(family="DejaVu Sans")))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isfinite
 
+from mergebench.pages.colours import DIVERGING, SEQUENTIAL, colours, level
 from mergebench.spectral.diagnostic import DIAGNOSTICS
-from mergebench.spectral.html.colours import DIVERGING, SEQUENTIAL, colours, level
 from mergebench.spectral.report import Record
 
 Pair = tuple[int, int]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from io import BytesIO
-
 from matplotlib.figure import Figure
 
 from mergebench.core.text import short_labels
+from mergebench.pages.drawing import plain_style, png
 from mergebench.spectral.html.curves import PANELS, panels_of
-from mergebench.spectral.html.figures import curves_figure, map_figure, matrix_figure, plain_style
+from mergebench.spectral.html.figures import curves_figure, map_figure, matrix_figure
 from mergebench.spectral.html.matrices import matrices
 from mergebench.spectral.html.quantities import grid_of, quantities
 from mergebench.spectral.report import Record
@@ -33,11 +32,4 @@ def pictures(data: Record, dots: int) -> list[tuple[str, bytes]]:
         if panels := panels_of(data):
             found.append(("singular-values", curves_figure(panels[:PANELS], labels)))
         found += [(f"models-{m.key}", matrix_figure(m, labels)) for m in matrices(data)]
-        return [(name, _png(figure, dots)) for name, figure in found]
-
-
-def _png(figure: Figure, dots: int) -> bytes:
-    file = BytesIO()
-    # Without the version of matplotlib in it, the same report gives the same bytes.
-    figure.savefig(file, format="png", dpi=dots, metadata={"Software": None})
-    return file.getvalue()
+        return [(name, png(figure, dots)) for name, figure in found]

@@ -8,7 +8,7 @@ from xml.etree import ElementTree as ET
 
 from matplotlib.figure import Figure
 
-from mergebench.spectral.html.figures import GRID, INK, SERIES
+from mergebench.pages.drawing import GRID, INK, SERIES
 
 _SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _CLASSES = {INK: "ink", GRID: "grid", **{ink: f"s{n}" for n, ink in enumerate(SERIES)}}
@@ -23,7 +23,7 @@ def inline_svg(figure: Figure, key: str, title: str, words: str) -> str:
     Parameters
     ----------
     figure : Figure
-        Drawn in the inks and the style of :mod:`mergebench.spectral.html.figures`.
+        Drawn in the inks and the style of :mod:`mergebench.pages.drawing`.
     key : str
         Goes in front of every id, so that several can stand on one page.
     title, words : str
