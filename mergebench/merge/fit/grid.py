@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mergebench.core.errors import ParameterError
 from mergebench.merge.fit.scores import Outcome, Scores, mean_value
 from mergebench.merge.fit.soups import Make
+from mergebench.merge.fit.space import fixed_and_free, variants_of
 from mergebench.recipe import Recipe
 
 
@@ -61,14 +62,15 @@ def grid(
     make: Make,
     tell: Callable[[str], None] | None = None,
 ) -> list[Trial]:
-    """Score every variant of a recipe, in the order of its lists of values.
+    """Score every combination of the values that a recipe lists, in their order.
 
     Every recipe is planned before the first is scored: an error in the last costs nothing.
 
     Parameters
     ----------
     recipe : Recipe
-        With lists of values among its parameters; without any it is the only trial.
+        With lists of values among the parameters of its method and of the ops after it (see
+        :func:`~mergebench.merge.fit.space.fixed_and_free`); without any it is the only trial.
     scores, split, make, tell
         As for :func:`~mergebench.merge.fit.soups.greedy_soup`.
 
@@ -79,7 +81,9 @@ def grid(
     ScorerError
         As :meth:`~mergebench.merge.fit.scores.Scores.of`.
     """
-    candidates = [(label, each, make(each, label or "merge")) for label, each in recipe.variants()]
+    plain, dimensions = fixed_and_free(recipe)
+    found = variants_of(plain, dimensions)
+    candidates = [(label, each, make(each, label or "merge")) for label, each in found]
     for _, _, candidate in candidates:
         _ = candidate.plan
     trials = []

@@ -117,39 +117,50 @@ class Scores:
         ScorerError
             If a scorer fails and ``on_error`` is ``stop``. What others have said is kept.
         """
-        found = []
-        for task in self.tasks:
-            key = f"{candidate.key} {split} {task.spec}"
-            if (known := self._known.get(key)) is not None:
-                found.append(_outcome(task, split, known[0], known[1], kept=True))
-                continue
-            if tell is not None:
-                tell(f"{task.name} on {candidate.label}")
-            started = perf_counter()
-            try:
-                with limited(self.timeout, task.name):
-                    scores = checked(task.scorer.score(candidate, split), task.name)
-            except MergebenchError as error:
-                problem: Exception = error
-            except Exception as error:
-                # What a scorer does is its own; a crash of it must not lose what others found.
-                problem = ScorerError(
-                    f"task {task.name}: the scorer failed", got=f"{type(error).__name__}: {error}"
-                )
-            else:
-                seconds = perf_counter() - started
-                self._keep(key, scores, seconds)
-                found.append(_outcome(task, split, scores, seconds))
-                continue
-            if self.on_error == "stop":
-                raise ScorerError(
-                    f"{problem}, on {candidate.label}",
-                    fix="mend the scorer and run again: what is scored is kept; or go on with "
-                    "--on-error skip",
-                ) from problem
+        return [self.one(task, candidate, split, tell) for task in self.tasks]
+
+    def one(
+        self,
+        task: Task,
+        candidate: Candidate,
+        split: str,
+        tell: Callable[[str], None] | None = None,
+    ) -> Outcome:
+        """What one of the tasks says.
+
+        Raises
+        ------
+        ScorerError
+            As :meth:`of`.
+        """
+        key = f"{candidate.key} {split} {task.spec}"
+        if (known := self._known.get(key)) is not None:
+            return _outcome(task, split, known[0], known[1], kept=True)
+        if tell is not None:
+            tell(f"{task.name} on {candidate.label}")
+        started = perf_counter()
+        try:
+            with limited(self.timeout, task.name):
+                scores = checked(task.scorer.score(candidate, split), task.name)
+        except MergebenchError as error:
+            problem: Exception = error
+        except Exception as error:
+            # What a scorer does is its own; a crash of it must not lose what others found.
+            problem = ScorerError(
+                f"task {task.name}: the scorer failed", got=f"{type(error).__name__}: {error}"
+            )
+        else:
             seconds = perf_counter() - started
-            found.append(Outcome(task.name, split, problem=str(problem), seconds=seconds))
-        return found
+            self._keep(key, scores, seconds)
+            return _outcome(task, split, scores, seconds)
+        if self.on_error == "stop":
+            raise ScorerError(
+                f"{problem}, on {candidate.label}",
+                fix="mend the scorer and run again: what is scored is kept; or go on with "
+                "--on-error skip",
+            ) from problem
+        seconds = perf_counter() - started
+        return Outcome(task.name, split, problem=str(problem), seconds=seconds)
 
     def _keep(self, key: str, scores: dict[str, float], seconds: float) -> None:
         self._known[key] = (scores, seconds)
