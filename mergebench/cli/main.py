@@ -21,6 +21,7 @@ from mergebench.cli import (
     looking,
     merging,
     reports,
+    searching,
     shelf,
     shipping,
     spectra,
@@ -80,6 +81,7 @@ app.command("make-basis")(zoo.make_basis)
 app.command("push")(shipping.push)
 app.command("pull")(shipping.pull)
 app.add_typer(editing.app, name="edit")
+fitting.app.command("search")(searching.search)
 fitting.app.command("atlas")(learning.atlas)
 fitting.app.command("adamerging")(learning.adamerging)
 app.add_typer(fitting.app, name="fit")
