@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +12,9 @@ from mergebench.cli import options as o
 from mergebench.cli import scoring as s
 
 if TYPE_CHECKING:
-    from mergebench.merge.fit.compare import Comparison, Line
+    from mergebench.merge.fit.tables import Table
+
+_METHODS = ("linear", "task_arithmetic:lam=0.1:1:0.1", "ties:lam=0.2:1.4:0.2")
 
 
 def compare(
@@ -24,17 +25,31 @@ def compare(
         typer.Option(
             "--method",
             "-m",
-            metavar="METHOD[:K=V/V,...][+OP...]",
-            help="A line of the table, repeatable; of several values the best on --select is "
-            "taken: ties:density=0.1/0.2,lam=1+lines.",
+            metavar="LINE",
+            help="A line of the table, repeatable: METHOD[:K=V/V,...][+OP[:K=V,...]], of whose "
+            "values the best on --select are taken (ties:density=0.1/0.2,lam=0.4:1.4:0.2+lines); a "
+            "recipe, best.yaml; or a fit, 'fit soup', 'fit search -m ties -n 20'.",
         ),
     ] = None,
     base: o.Base = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--grid",
+            metavar="NAME=VALUES",
+            help="Values for every line whose method has the parameter, repeatable: "
+            "lam=0.1:1.5:0.1, or lines.beta=0.2/0.4 of an op.",
+        ),
+    ] = None,
     select: s.Select = "val",
     report_on: s.ReportOn = "test",
     markdown: Annotated[
         Path | None, typer.Option("--markdown", help="Write the table as Markdown too.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page: words, pictures, tables, recipes.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="Write the picture.")] = None,
     force: o.Force = False,
     limit: s.Limit = None,
     batch_size: s.Batch = 32,
@@ -54,68 +69,63 @@ def compare(
       mergebench compare ft1 ft2 --base base --task eval.py
       mergebench compare ft1 ft2 --base base --task eval.py -m ties:lam=0.5/1 -m iso_c+svc
     """
+    from mergebench.cli.nested import Nested
+    from mergebench.merge.fit import tables
     from mergebench.merge.fit.compare import compare as run
-    from mergebench.merge.fit.compare import entry_of
+    from mergebench.merge.fit.entries import entries_of
+    from mergebench.merge.fit.html import write_comparison
+    from mergebench.pages import check_page, check_picture
+    from mergebench.steps import parse_assignment
 
     recipe = s.recipe_of(models, base, "linear", None, None, None)
-    chosen = method or ["linear", "task_arithmetic:lam=0.2/0.3/0.4/0.6/0.8/1", "ties:lam=0.5/1"]
-    entries = [entry_of(text, recipe) for text in chosen]
+    searched = dict(parse_assignment(each) for each in grid or ())
+    entries = entries_of(method or _METHODS, recipe, searched)
     if markdown is not None:
         s.check_free(markdown, force)
+    if html is not None:
+        check_page(html, force)
+    if png is not None:
+        check_picture(png, force)
     scores = s.scores_of(task, base, limit, batch_size, timeout, on_error, no_cache)
-    found = run(
-        entries, recipe, scores, select=select, report=report_on,
-        make=s.maker(memory, workers), tell=s.teller(quiet or as_json), clock=perf_counter,
+    nested = Nested(
+        models, task or [], recipe, scores,
+        {
+            "base": base, "select": select, "learn_on": select, "report_on": report_on,
+            "limit": limit, "timeout": timeout, "on_error": on_error, "memory": memory,
+            "workers": workers, "no_cache": no_cache,
+        },
+        s.maker(memory, workers), kept=not no_cache,
     )  # fmt: skip
+    nested.check(entries)
+    try:
+        found = run(
+            entries, recipe, scores, select=select, report=report_on,
+            make=s.maker(memory, workers), fit=nested, tell=s.teller(quiet or as_json),
+        )  # fmt: skip
+    except BaseException as error:
+        if not no_cache:
+            error.add_note("what was scored is kept; the same command goes on")
+        raise
+    data = found.to_json()
     if markdown is not None:
-        markdown.write_text(_markdown(found), encoding="utf-8")
+        markdown.write_text(tables.overview(data).markdown(), encoding="utf-8")
+    write_comparison(data, html, png)
     if as_json:
-        console.say_json([_line(found, line) for line in found.lines])
+        console.say_json(data["lines"])
         return
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for index, title in enumerate(_titles(found)):
-        table.add_column(title, justify="left" if index < 2 else "right", overflow="fold")
+    if not quiet:
+        _show(tables.overview(data))
     for line in found.lines:
-        table.add_row(*_cells(found, line))
+        for problem in line.problems:
+            console.note(f"{line.title}: {problem}")
+
+
+def _show(found: Table) -> None:
+    from rich.table import Table as Drawn
+
+    table = Drawn(box=None, pad_edge=False)
+    for index, title in enumerate(found.titles):
+        table.add_column(title, justify="left" if index < found.words else "right", overflow="fold")
+    for row in found.rows:
+        table.add_row(*row)
     console.out().print(table)
-    for line in found.lines:
-        for problem in [line.problem, *(each.problem for each in line.outcomes)]:
-            if problem:
-                console.note(f"{line.title}: {problem}")
-
-
-def _titles(found: Comparison) -> list[str]:
-    return ["model", "chosen", *found.tasks, "average", "normalised", "seconds"]
-
-
-def _cells(found: Comparison, line: Line) -> list[str]:
-    values = [s.number(line.values.get(task)) for task in found.tasks]
-    averages = [s.number(found.average(line)), s.number(found.normalised(line))]
-    seconds = f"{line.seconds:.1f}" if line.role == "merge" and not line.problem else ""
-    return [line.title, line.chosen, *values, *averages, seconds]
-
-
-def _markdown(found: Comparison) -> str:
-    titles = _titles(found)
-    rows = ["| " + " | ".join(titles) + " |", "| --- | --- |" + " ---: |" * (len(titles) - 2)]
-    for line in found.lines:
-        cells = [cell.replace("|", "\\|") for cell in map(console.cell, _cells(found, line))]
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n"
-
-
-def _line(found: Comparison, line: Line) -> dict[str, Any]:
-    return {
-        "model": line.title,
-        "role": line.role,
-        "chosen": line.chosen,
-        "average": found.average(line),
-        "normalised": found.normalised(line),
-        "seconds": round(line.seconds, 3),
-        "trials": line.trials,
-        "tasks": [s.plain_outcome(each) for each in line.outcomes],
-        "recipe": line.recipe.to_dict(),
-        **({"problem": line.problem} if line.problem else {}),
-    }

@@ -139,14 +139,12 @@ def plain_trial(trial: Trial) -> dict[str, Any]:
 
 def plain_outcome(each: Outcome) -> dict[str, Any]:
     """An outcome for programs."""
-    about = {"problem": each.problem} if each.problem else {}
-    return {"task": each.task, "split": each.split, "scores": each.scores,
-            "seconds": round(each.seconds, 3), "kept": each.kept, **about}  # fmt: skip
+    return each.to_json()
 
 
 def number(value: float | None) -> str:
     """A value in a table."""
-    return "–" if value is None else f"{value:.4g}"
+    return "–" if value is None else f"{value + 0.0:.4g}"
 
 
 def show_trials(trials: Sequence[Trial], tasks: Sequence[str], split: str, best: str) -> None:

@@ -12,7 +12,7 @@ from mergebench.cli import options as o
 from mergebench.cli import scoring as s
 
 if TYPE_CHECKING:
-    from mergebench.merge.fit.search import Found, Settings
+    from mergebench.merge.fit.search import Found
     from mergebench.merge.fit.study import Attempt
 
 #: Most trials of the table, the best ones.
@@ -49,6 +49,10 @@ def search(
             "--prune", help="Trials to give up after some of several tasks: hopeless, median, none."
         ),
     ] = "hopeless",
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page: history, parameters, trials.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="Write a picture of them.")] = None,
     study: Annotated[
         Path | None,
         typer.Option("--study", help="Journal of the trials; OUT.journal unless named."),
@@ -82,10 +86,12 @@ def search(
 
     from mergebench.core.errors import ParameterError, did_you_mean
     from mergebench.merge.fit.grid import Trial
+    from mergebench.merge.fit.html import write_history
     from mergebench.merge.fit.search import Prune, Settings
     from mergebench.merge.fit.search import search as run
     from mergebench.merge.fit.space import fixed_and_free, numbers_of
     from mergebench.merge.fit.study import Sampler
+    from mergebench.pages import check_page, check_picture
 
     for name, value, known in (
         ("--sampler", sampler, get_args(Sampler)),
@@ -98,6 +104,10 @@ def search(
     recipe, dimensions = fixed_and_free(recipe)
     dimensions = dimensions or numbers_of(recipe)
     s.check_free(out, force)
+    if html is not None:
+        check_page(html, force)
+    if png is not None:
+        check_picture(png, force)
     place = out.with_suffix(".journal") if study is None else study
     scores = s.scores_of(task, base, limit, batch_size, timeout, on_error, no_cache)
     make, tell = s.maker(memory, workers), s.teller(quiet or as_json)
@@ -114,10 +124,9 @@ def search(
     with make(found.recipe, "the best") as candidate:
         final = Trial(found.best.label, found.recipe, tuple(scores.of(candidate, report_on, tell)))
         s.write(out, candidate.plan.variants[0].stored)
+    write_history(found.to_json(), html, png)
     if as_json:
-        console.say_json(_plain(found, settings, out, place, select) | {
-            report_on: s.plain_trial(final),
-        })  # fmt: skip
+        console.say_json(_plain(found, out, place) | {report_on: s.plain_trial(final)})
         return
     if not quiet:
         _show(found, [each.name for each in scores.tasks], select)
@@ -168,22 +177,10 @@ class _Progress:
             )
 
 
-def _plain(found: Found, settings: Settings, out: Path, place: Path, select: str) -> dict[str, Any]:
-    return {
-        "recipe": str(out),
-        "study": str(place),
-        "chosen": found.best.label,
-        "sampler": settings.sampler,
-        "seed": settings.seed,
-        select: [
-            {
-                "number": each.number, "label": each.label, "values": dict(each.values),
-                "state": each.state, "value": each.value, "tasks": dict(each.tasks),
-                "seconds": each.seconds, **({"problem": each.problem} if each.problem else {}),
-            }
-            for each in found.attempts
-        ],
-    }  # fmt: skip
+def _plain(found: Found, out: Path, place: Path) -> dict[str, Any]:
+    data = found.to_json()
+    about = {key: data[key] for key in ("chosen", "sampler", "seed")}
+    return {"recipe": str(out), "study": str(place), **about, found.select: data["trials"]}
 
 
 def _show(found: Found, tasks: list[str], split: str) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from types import TracebackType
 from typing import Self
 
@@ -30,6 +33,11 @@ class Candidate:
     workers : int, optional
     scratch : Path, optional
         Where a folder may be written; the system's place for temporary files by default.
+
+    Attributes
+    ----------
+    merging : float
+        Seconds that merging has taken so far.
     """
 
     def __init__(
@@ -46,6 +54,7 @@ class Candidate:
         self._memory, self._workers, self._scratch = memory, workers, scratch
         self._place: TemporaryDirectory[str] | None = None
         self._arrays: dict[str, Array] | None = None
+        self.merging = 0.0
 
     @cached_property
     def plan(self) -> Plan:
@@ -67,7 +76,9 @@ class Candidate:
     def arrays(self) -> dict[str, Array]:
         """Tensor name -> values."""
         if self._arrays is None:
-            (self._arrays,) = execute_in_memory(self.plan)
+            plan = self.plan
+            with self._timed():
+                (self._arrays,) = execute_in_memory(plan)
         return self._arrays
 
     def folder(self) -> Path:
@@ -77,9 +88,16 @@ class Candidate:
         if self._place is None:
             self._place = TemporaryDirectory(prefix="mergebench-fit-", dir=self._scratch)
             out = Path(self._place.name) / "model"
-            execute(make_plan(replace(self.recipe, out=str(out)), memory=self._memory,
-                              workers=self._workers))  # fmt: skip
+            with self._timed():
+                execute(make_plan(replace(self.recipe, out=str(out)), memory=self._memory,
+                                  workers=self._workers))  # fmt: skip
         return Path(self._place.name) / "model"
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = perf_counter()
+        yield
+        self.merging += perf_counter() - started
 
     def _as_given(self) -> Path | None:
         """The folder of a recipe that is one whole model and nothing else."""

@@ -36,8 +36,8 @@ class Trial:
 
     @property
     def seconds(self) -> float:
-        """What scoring took."""
-        return sum(each.seconds for each in self.outcomes)
+        """What merging and scoring took."""
+        return sum(each.seconds + each.merging for each in self.outcomes)
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:
@@ -61,6 +61,8 @@ def grid(
     split: str,
     make: Make,
     tell: Callable[[str], None] | None = None,
+    *,
+    alone: bool = True,
 ) -> list[Trial]:
     """Score every combination of the values that a recipe lists, in their order.
 
@@ -73,6 +75,8 @@ def grid(
         :func:`~mergebench.merge.fit.space.fixed_and_free`); without any it is the only trial.
     scores, split, make, tell
         As for :func:`~mergebench.merge.fit.soups.greedy_soup`.
+    alone : bool, default True
+        Score a recipe without lists too, where nothing is to be chosen.
 
     Raises
     ------
@@ -86,6 +90,8 @@ def grid(
     candidates = [(label, each, make(each, label or "merge")) for label, each in found]
     for _, _, candidate in candidates:
         _ = candidate.plan
+    if not (dimensions or alone):
+        return [Trial(label, each, ()) for label, each, _ in candidates]
     trials = []
     for label, each, candidate in candidates:
         with candidate:

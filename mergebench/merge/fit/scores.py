@@ -48,7 +48,9 @@ class Outcome:
     problem : str
         Why there are no scores.
     seconds : float
-        What measuring took, now or when it was kept.
+        What measuring took, now or when it was kept, without merging.
+    merging : float
+        What merging took where this task was the first to ask for the model.
     kept : bool
         From an earlier run.
     """
@@ -60,6 +62,14 @@ class Outcome:
     problem: str = ""
     seconds: float = 0.0
     kept: bool = False
+    merging: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        about = {"problem": self.problem} if self.problem else {}
+        return {"task": self.task, "split": self.split, "scores": self.scores,
+                "seconds": round(self.seconds, 3), "merging": round(self.merging, 3),
+                "kept": self.kept, **about}  # fmt: skip
 
 
 def mean_value(outcomes: Sequence[Outcome]) -> float | None:
@@ -135,10 +145,10 @@ class Scores:
         """
         key = f"{candidate.key} {split} {task.spec}"
         if (known := self._known.get(key)) is not None:
-            return _outcome(task, split, known[0], known[1], kept=True)
+            return _outcome(task, split, *known, kept=True)
         if tell is not None:
             tell(f"{task.name} on {candidate.label}")
-        started = perf_counter()
+        started, before = perf_counter(), candidate.merging
         try:
             with limited(self.timeout, task.name):
                 scores = checked(task.scorer.score(candidate, split), task.name)
@@ -150,9 +160,10 @@ class Scores:
                 f"task {task.name}: the scorer failed", got=f"{type(error).__name__}: {error}"
             )
         else:
-            seconds = perf_counter() - started
-            self._keep(key, scores, seconds)
-            return _outcome(task, split, scores, seconds)
+            merging = candidate.merging - before
+            measured = scores, perf_counter() - started - merging, merging
+            self._keep(key, *measured)
+            return _outcome(task, split, *measured)
         if self.on_error == "stop":
             raise ScorerError(
                 f"{problem}, on {candidate.label}",
@@ -162,24 +173,30 @@ class Scores:
         seconds = perf_counter() - started
         return Outcome(task.name, split, problem=str(problem), seconds=seconds)
 
-    def _keep(self, key: str, scores: dict[str, float], seconds: float) -> None:
-        self._known[key] = (scores, seconds)
+    def _keep(self, key: str, scores: dict[str, float], seconds: float, merging: float) -> None:
+        self._known[key] = (scores, seconds, merging)
         if self._file is None:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"key": key, "scores": scores, "seconds": round(seconds, 3)})
+        spent = {"seconds": round(seconds, 3), "merging": round(merging, 3)}
+        line = json.dumps({"key": key, "scores": scores, **spent})
         # One write of a whole line: two runs that add to one file do not mix theirs.
         with self._file.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 
 def _outcome(
-    task: Task, split: str, scores: dict[str, float], seconds: float, kept: bool = False
+    task: Task,
+    split: str,
+    scores: dict[str, float],
+    seconds: float,
+    merging: float,
+    kept: bool = False,
 ) -> Outcome:
-    return Outcome(task.name, split, scores, task.value(scores), "", seconds, kept)
+    return Outcome(task.name, split, scores, task.value(scores), "", seconds, kept, merging)
 
 
-def _read(path: Path) -> Iterator[tuple[str, tuple[dict[str, float], float]]]:
+def _read(path: Path) -> Iterator[tuple[str, tuple[dict[str, float], float, float]]]:
     """Kept scores; lines that are none, such as one cut off by a full disk, are passed over."""
     if not path.is_file():
         return
@@ -189,7 +206,8 @@ def _read(path: Path) -> Iterator[tuple[str, tuple[dict[str, float], float]]]:
                 continue
             try:
                 data: Any = parse_json(line)
-                yield str(data["key"]), (checked(data["scores"], "kept"), float(data["seconds"]))
+                spent = float(data["seconds"]), float(data.get("merging", 0.0))
+                yield str(data["key"]), (checked(data["scores"], "kept"), *spent)
             except (ValueError, KeyError, TypeError, MergebenchError):
                 continue
 

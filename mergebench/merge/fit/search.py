@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from math import fsum
 from pathlib import Path
 from time import perf_counter
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 from mergebench.core.errors import MergebenchError, ParameterError
 from mergebench.core.params import bind
-from mergebench.merge.fit.ranges import Choices, Values
+from mergebench.merge.fit.ranges import Choices, Range, Values
 from mergebench.merge.fit.scores import Scores
 from mergebench.merge.fit.soups import Make
 from mergebench.merge.fit.space import Dimension, declared_params, placed
@@ -60,11 +61,38 @@ class Found:
         The first of the highest value.
     recipe : Recipe
         With the values of the best.
+    tasks : tuple of str
+    select : str
+        The split.
+    settings : Settings
+    dimensions : tuple of Dimension
     """
 
     attempts: tuple[Attempt, ...]
     best: Attempt
     recipe: Recipe
+    tasks: tuple[str, ...]
+    select: str
+    settings: Settings
+    dimensions: tuple[Dimension, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "mergebench": version("mergebench"),
+            "method": self.recipe.method,
+            "tasks": list(self.tasks),
+            "select": self.select,
+            "sampler": self.settings.sampler,
+            "seed": self.settings.seed,
+            "chosen": self.best.label,
+            "log": [
+                each.name for each in self.dimensions
+                if isinstance(each.values, Range) and each.values.log
+            ],
+            "trials": [each.to_json() for each in self.attempts],
+            "recipe": self.recipe.to_dict(),
+        }  # fmt: skip
 
 
 def search(
@@ -140,7 +168,9 @@ def search(
         if ended is not None:
             ended(attempt)
     best = best_attempt(study.attempts)
-    return Found(study.attempts, best, recipe_of(recipe, dimensions, best))
+    made = recipe_of(recipe, dimensions, best)
+    names = tuple(task.name for task in scores.tasks)
+    return Found(study.attempts, best, made, names, split, settings, tuple(dimensions))
 
 
 def _first(values: Values) -> Any:

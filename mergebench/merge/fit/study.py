@@ -66,6 +66,14 @@ class Attempt:
             return None
         return sum(self.tasks.values()) / len(self.tasks)
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "number": self.number, "label": self.label, "values": dict(self.values),
+            "state": self.state, "value": self.value, "tasks": dict(self.tasks),
+            "seconds": self.seconds, "problem": self.problem,
+        }  # fmt: skip
+
 
 class Study:
     """Trials in a journal.
