@@ -60,6 +60,14 @@ def chosen(stream: int, start: int, stop: int, probability: float) -> NDArray[np
     return draws(stream, start, stop) < np.uint32(limit)
 
 
+def parts(stream: int, start: int, stop: int, count: int) -> NDArray[np.int64]:
+    """Which of ``count`` parts each of the entries ``start:stop`` is in, shape ``(stop-start,)``.
+
+    All parts are equally likely, to 2^-32; ``count`` is at most 2^16.
+    """
+    return (draws(stream, start, stop).astype(np.int64) * count) >> 32
+
+
 def as_shares(numbers: NDArray[np.uint32]) -> NDArray[Any]:
     """Draws as float64 numbers in [0, 1); ``share < p`` holds with probability p."""
     return numbers * 2.0**-32

@@ -8,7 +8,7 @@ from typing import Any
 
 from mergebench.core.errors import ParameterError
 from mergebench.core.params import ALIASES, Param
-from mergebench.core.schedule import ByName, Cases, each_leaf, parse_schedule
+from mergebench.core.schedule import ByName, Cases, each_leaf, leaves, parse_schedule
 from mergebench.core.selector import Selector
 
 _RULE = re.compile(r"(?P<select>.+):(?P<set>\w+=[^:,=]+(?:,\w+=[^:,=]+)*)", re.DOTALL)
@@ -97,6 +97,8 @@ def parse_weight(data: Any, where: str) -> Any:
     """
     param = Param(WEIGHT, float)
     value = parse_schedule(data, WEIGHT)
+    if isinstance(value, ByName) and (texts := [v for v in leaves(value) if isinstance(v, str)]):
+        raise ParameterError(f"{where}: `{WEIGHT}` by tensor must be numbers", got=repr(texts[0]))
     default = 1.0 if isinstance(value, (Cases, ByName)) else None
     return each_leaf(value, lambda leaf: param.check(leaf, where), default)
 

@@ -79,13 +79,13 @@ class Cases:
 
 @dataclass(frozen=True)
 class ByName:
-    """A number for each tensor that is named: what is learned tensor by tensor.
+    """A value for each tensor that is named: what is learned tensor by tensor.
 
     Attributes
     ----------
-    pairs : tuple of (str, float)
+    pairs : tuple of (str, float or str)
         Names of tensors in the base's layout, each once.
-    otherwise : float or None
+    otherwise : float, str or None
         For all other tensors; ``None`` stands for the parameter's default.
     """
 
@@ -93,15 +93,15 @@ class ByName:
     otherwise: Any = None
 
     @cached_property
-    def _numbers(self) -> dict[str, Any]:
+    def _values(self) -> dict[str, Any]:
         return dict(self.pairs)
 
     def at(self, site: Site) -> Any:
-        """The number at one tensor."""
-        return self._numbers.get(site.name, self.otherwise)
+        """The value at one tensor."""
+        return self._values.get(site.name, self.otherwise)
 
     def __str__(self) -> str:
-        return f"{len(self.pairs)} numbers by tensor"
+        return f"{len(self.pairs)} values by tensor"
 
 
 def _short(number: float) -> str:
@@ -172,7 +172,7 @@ def parse_schedule(data: Any, name: str) -> Any:
     ----------
     data : object
         ``"0..0.5..1"``, ``{"cases": [{"select": …, "value": …}], "else": …}`` or
-        ``{"by_name": {name: number}, "else": …}``.
+        ``{"by_name": {name: number or text}, "else": …}``.
     name : str
         Of the parameter, for messages.
 
@@ -229,13 +229,14 @@ def _by_name(data: Mapping[Any, Any], name: str) -> ByName:
     listed, rest = data["by_name"], data.get("else")
     if set(data) - {"by_name", "else"} or not isinstance(listed, Mapping) or not listed:
         raise ParameterError(
-            f"`{name}`: numbers by tensor are {{by_name: {{tensor: number, …}}, else: number}}",
+            f"`{name}`: values by tensor are {{by_name: {{tensor: value, …}}, else: value}}",
             got=repr(dict(data))[:200],
         )
     for tensor, number in [*listed.items(), ("else", 0.0 if rest is None else rest)]:
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
+        if isinstance(number, bool) or not isinstance(number, (int, float, str)):
             raise ParameterError(
-                f"`{name}`: the value at tensor {str(tensor)!r} is no number", got=repr(number)[:99]
+                f"`{name}`: the value at tensor {str(tensor)!r} is no number and no text",
+                got=repr(number)[:99],
             )
     return ByName(tuple((str(tensor), number) for tensor, number in listed.items()), rest)
 

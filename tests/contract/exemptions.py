@@ -61,6 +61,7 @@ NEUTRAL: Mapping[str, Any] = {
 }
 #: The same for parameters whose name means something else in another method.
 NEUTRAL_OF: Mapping[str, Mapping[str, Any]] = {
+    "atlas": {"coefficients": "1"},
     "lines": {"alpha": "1.0"},
     "widen": {"ratio": 1.0},
     "deintrude": {"epsilon": 0.5},
@@ -87,6 +88,7 @@ METHODS_EXEMPT: Mapping[tuple[str, str], str] = {
     ("gradients", "pcb"): "bars and norms of its scores are found out of core, without derivatives",
     ("homogeneous", "widen"): "vectors are scored by a softmax of |τ|, in their unit",
     ("base at zero", "linear"): "it averages weights: there is no global scale to set to zero",
+    ("base at zero", "atlas"): _NO_SCALE,
     ("base at zero", "slerp"): _NO_SCALE,
     ("base at zero", "nuslerp"): _NO_SCALE,
     ("base at zero", "karcher"): _NO_SCALE,

@@ -16,7 +16,14 @@ from mergebench.merge.op import OPS, is_apart
 Arrays = dict[str, np.ndarray]
 
 #: A value for parameters that have no default.
-REQUIRED = {"density": 0.5, "t": 0.01, "lam": 0.5, "rank": 2, "select_topk": 0.5}
+REQUIRED = {
+    "density": 0.5,
+    "t": 0.01,
+    "lam": 0.5,
+    "rank": 2,
+    "select_topk": 0.5,
+    "coefficients": "0.5/-1",
+}
 #: It is about names of Stable Diffusion's tensors, which these models do not have.
 ELSEWHERE = {"block_weights": "weights=GRAD_V"}
 
