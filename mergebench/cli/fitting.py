@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -77,68 +76,3 @@ def grid(
     if not quiet:
         s.show_trials(trials, [each.name for each in scores.tasks], select, best.label)
         s.show_final(final.outcomes, report_on, out)
-
-
-@app.command("soup")
-def soup(
-    models: o.Models,
-    task: s.Tasks = None,
-    base: o.Base = None,
-    accept: Annotated[
-        str, typer.Option("--accept", help="Take a model if the soup is > or >= without it.")
-    ] = ">",
-    select: s.Select = "val",
-    report_on: s.ReportOn = "test",
-    out: s.RecipeOut = Path("soup.yaml"),
-    force: o.Force = False,
-    limit: s.Limit = None,
-    batch_size: s.Batch = 32,
-    timeout: s.Timeout = None,
-    on_error: s.OnError = "stop",
-    no_cache: s.NoCache = False,
-    memory: o.Memory = "512MiB",
-    workers: o.Workers = None,
-    as_json: o.Json = False,
-    quiet: o.Quiet = False,
-) -> None:
-    """Greedy soup: average models, best first, as long as the score rises (arXiv:2203.05482).
-
-    Examples:
-
-    \b
-      mergebench fit soup ft1 ft2 --task eval.py -o soup.yaml
-      mergebench fit soup ft1 ft2 --task 'python score.py {path}' --accept '>=' -o b.yaml
-    """
-    from mergebench.core.errors import ParameterError, did_you_mean
-    from mergebench.merge.fit.soups import greedy_soup
-
-    if accept not in (">", ">="):
-        raise ParameterError(f"--accept: {accept!r}", fix=did_you_mean(accept, (">", ">=")))
-    recipe = s.recipe_of(models, None, "linear", None, None, None)
-    s.check_free(out, force)
-    scores = s.scores_of(task, base, limit, batch_size, timeout, on_error, no_cache)
-    make, tell = s.maker(memory, workers), s.teller(quiet or as_json)
-    made = greedy_soup(recipe, scores, select, make, accept=accept, tell=tell)  # type: ignore[arg-type]
-    with make(made.recipe, "the soup") as candidate:
-        final = tuple(scores.of(candidate, report_on, tell))
-        s.write(out, candidate.plan.variants[0].stored)
-    if as_json:
-        steps = [
-            {"model": s.model, "alone": s.alone, "together": s.together, "accepted": s.accepted}
-            for s in made.steps
-        ]
-        data = {"recipe": str(out), "steps": steps, "value": made.value}
-        console.say_json(data | {report_on: [s.plain_outcome(each) for each in final]})
-        return
-    if quiet:
-        return
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for title in ("model", f"alone ({select})", "soup with it", ""):
-        table.add_column(title, justify="right" if "(" in title or "soup" in title else "left")
-    for step in made.steps:
-        shown = [s.number(step.alone), s.number(step.together)]
-        table.add_row(step.model, *shown, "taken" if step.accepted else "left out")
-    console.out().print(table)
-    s.show_final(final, report_on, out)

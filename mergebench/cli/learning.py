@@ -7,43 +7,65 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergebench.cli import console
+from mergebench.cli import console, descent
 from mergebench.cli import options as o
 from mergebench.cli import scoring as s
 
 if TYPE_CHECKING:
     from mergebench.merge.fit.learn import Settings
 
-LearnOn = Annotated[str, typer.Option("--learn-on", help="Split whose batches are learned from.")]
-Epochs = Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the split.")]
-Rate = Annotated[float | None, typer.Option("--rate", help="Learning rate of AdamW.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of the order of batches.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:1.")]
+Objective = Annotated[
+    str | None,
+    typer.Option("--objective", help="labels, or without them entropy or ufm (FixMatch)."),
+]
 
 
 def atlas(
     models: o.Models,
     task: s.Tasks = None,
     base: o.Base = None,
+    setting: Annotated[
+        str | None,
+        typer.Option(
+            "--setting",
+            help="What the paper trains with: addition, negation (with --forget) or few-shot by "
+            "labels, or test-time without; addition or negation by default.",
+            show_default=False,
+        ),
+    ] = None,
     forget: Annotated[
         list[str] | None,
         typer.Option("--forget", metavar="TASK", help="Maximise the loss of this task instead."),
     ] = None,
-    setting: Annotated[
-        str,
-        typer.Option(
-            "--setting",
-            help="addition or few-shot (labels), or test-time (no labels): what the paper trains "
-            "with.",
-        ),
-    ] = "addition",
-    epochs: Epochs = None,
-    rate: Rate = None,
+    objective: Objective = None,
+    compat: Annotated[
+        str, typer.Option("--compat", help="official: FixMatch as the authors' code does it.")
+    ] = "",
+    shots: Annotated[
+        int | None, typer.Option("--shots", min=1, help="Examples of each class that are learned.")
+    ] = None,
+    parts: Annotated[
+        int, typer.Option("--parts", min=1, max=1 << 16, help="K random parts of every tensor.")
+    ] = 1,
+    blocks: Annotated[
+        int | None,
+        typer.Option("--blocks", min=1, help="Hold so many vectors of each tensor, the best."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", metavar="SIZE", help="Hold the best blocks that fit: 2GiB."),
+    ] = None,
+    epochs: descent.Epochs = None,
+    rate: descent.Rate = None,
     l1: Annotated[float, typer.Option("--l1", help="Weight of the sum of |coefficients|.")] = 0.0,
-    learn_on: LearnOn = "val",
+    l2: Annotated[float, typer.Option("--l2", help="Weight of the sum of their squares.")] = 0.0,
+    learn_on: descent.LearnOn = "val",
+    select: descent.Select = None,
+    patience: descent.Patience = 0,
     report_on: s.ReportOn = "test",
-    seed: Seed = 0,
-    device: Device = "cpu",
+    seed: descent.Seed = 0,
+    device: descent.Device = "cpu",
+    precision: descent.Precision = "float32",
     out: s.RecipeOut = Path("atlas.yaml"),
     force: o.Force = False,
     limit: s.Limit = None,
@@ -61,16 +83,23 @@ def atlas(
       mergebench fit atlas ft1 ft2 --base base --task eval.py -o atlas.yaml
       mergebench fit atlas ft1 ft2 --base base --task eval.py --setting test-time -o b.yaml
     """
-    from mergebench.core.errors import ParameterError, did_you_mean
+    from mergebench.core.errors import ParameterError
     from mergebench.merge.fit.atlas import SETTINGS
 
-    if setting not in SETTINGS:
-        raise ParameterError(f"--setting: {setting!r}", fix=did_you_mean(setting, SETTINGS))
-    _learn(
-        models, task, base, SETTINGS[setting], {"epochs": epochs, "rate": rate, "l1": l1}, forget,
-        learn_on, report_on, seed, device, out, force, limit, batch_size, memory, workers, as_json,
-        quiet,
+    name = setting or ("negation" if forget else "addition")
+    _known("--setting", name, SETTINGS)
+    _known("--compat", compat, ("", "official"))
+    if name == "negation" and not forget:
+        raise ParameterError("--setting negation: no task to forget", fix="--forget TASK")
+    asked = descent.Asked(
+        models, task, base, learn_on, select, report_on, device, out, force, limit, batch_size,
+        memory, workers, as_json, quiet, forget=forget or [], parts=parts, blocks=blocks,
+        budget=None if budget is None else o.size("--budget", budget),
     )  # fmt: skip
+    given = {"objective": objective, "compat": compat, "shots": shots, "epochs": epochs,
+             "rate": rate, "l1": l1, "l2": l2, "patience": patience, "seed": seed,
+             "precision": precision}  # fmt: skip
+    _learn(asked, _settings(SETTINGS[name], given), "task_arithmetic", ["lam=1"])
 
 
 def adamerging(
@@ -80,12 +109,24 @@ def adamerging(
     by: Annotated[
         str, typer.Option("--by", help="One coefficient per model and tensor, or per model: task.")
     ] = "tensor",
-    epochs: Epochs = None,
-    rate: Rate = None,
-    learn_on: LearnOn = "val",
+    plus: Annotated[
+        bool,
+        typer.Option("--plus", help="AdaMerging++: of task vectors that TIES has trimmed."),
+    ] = False,
+    density: Annotated[
+        float, typer.Option("--density", help="Share of entries that TIES keeps, with --plus.")
+    ] = 0.2,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Steps in all; the authors take 500.")
+    ] = None,
+    rate: descent.Rate = None,
+    learn_on: descent.LearnOn = "val",
+    select: descent.Select = None,
+    patience: descent.Patience = 0,
     report_on: s.ReportOn = "test",
-    seed: Seed = 0,
-    device: Device = "cpu",
+    seed: descent.Seed = 0,
+    device: descent.Device = "cpu",
+    precision: descent.Precision = "float32",
     out: s.RecipeOut = Path("adamerging.yaml"),
     force: o.Force = False,
     limit: s.Limit = None,
@@ -101,93 +142,70 @@ def adamerging(
 
     \b
       mergebench fit adamerging ft1 ft2 --base base --task eval.py -o learned.yaml
-      mergebench fit adamerging ft1 ft2 --base base --task eval.py --by task -o b.yaml
+      mergebench fit adamerging ft1 ft2 --base base --task eval.py --plus -o b.yaml
     """
-    from mergebench.core.errors import ParameterError, did_you_mean
-    from mergebench.merge.fit.adamerging import SETTINGS
+    from mergebench.merge.fit.adamerging import METHOD, PLUS, SETTINGS
 
-    if by not in SETTINGS:
-        raise ParameterError(f"--by: {by!r}", fix=did_you_mean(by, SETTINGS))
-    _learn(
-        models, task, base, SETTINGS[by], {"epochs": epochs, "rate": rate}, None, learn_on,
-        report_on, seed, device, out, force, limit, batch_size, memory, workers, as_json, quiet,
+    _known("--by", by, SETTINGS)
+    method, params = PLUS if plus else METHOD
+    asked = descent.Asked(
+        models, task, base, learn_on, select, report_on, device, out, force, limit, batch_size,
+        memory, workers, as_json, quiet,
     )  # fmt: skip
+    given = {"steps": steps, "rate": rate, "patience": patience, "seed": seed,
+             "precision": precision}  # fmt: skip
+    params = [*params, f"density={density}"] if plus else params
+    _learn(asked, _settings(SETTINGS[by], given), method, params)
 
 
-def _learn(
-    models: list[str],
-    task: list[str] | None,
-    base: str | None,
-    published: Settings,
-    given: dict[str, Any],
-    forget: list[str] | None,
-    learn_on: str,
-    report_on: str,
-    seed: int,
-    device: str,
-    out: Path,
-    force: bool,
-    limit: int | None,
-    batch_size: int,
-    memory: str,
-    workers: int | None,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def _known(option: str, value: str, choices: Any) -> None:
+    from mergebench.core.errors import ParameterError, did_you_mean
+
+    if value not in choices:
+        raise ParameterError(f"{option}: {value!r}", fix=did_you_mean(value, list(choices)))
+
+
+def _settings(published: Settings, given: dict[str, Any]) -> Settings:
     from dataclasses import replace
 
-    from mergebench.core.errors import ParameterError, did_you_mean
-    from mergebench.merge.fit.learn import learn
+    for option, choices in (
+        ("objective", ("labels", "entropy", "ufm")),
+        ("precision", ("float32", "bfloat16", "float16")),
+    ):
+        if given.get(option) is not None:
+            _known(f"--{option}", given[option], choices)
+    return replace(published, **{key: value for key, value in given.items() if value is not None})
+
+
+def _learn(asked: descent.Asked, settings: Settings, method: str, params: list[str]) -> None:
     from mergebench.merge.fit.mixture import load_mixture
 
-    recipe = s.recipe_of(models, base, "task_arithmetic", ["lam=1"], None, None)
-    s.check_free(out, force)
-    scores = s.scores_of(task, base, limit, batch_size, None, "stop", False)
-    names = [each.name for each in scores.tasks]
-    for name in forget or []:
-        if name not in names:
-            raise ParameterError(f"--forget: no task {name!r}", fix=did_you_mean(name, names))
-    if learn_on == report_on:
-        raise ParameterError(
-            f"--learn-on and --report-on are both {report_on!r}",
-            fix="report on a split that nothing was learned from",
-        )
-    settings = replace(
-        published, seed=seed, **{key: value for key, value in given.items() if value is not None}
-    )
-    make, tell = s.maker(memory, workers), s.teller(quiet or as_json)
-    with make(recipe, "task vectors") as candidate:
-        mixture = load_mixture(candidate.plan)
-    signs = dict.fromkeys(forget or [], -1.0)
-    with console.bar(quiet or as_json, "steps") as progress:
-        learned = learn(
-            mixture, scores.tasks, settings, learn_on, signs=signs, tell=progress, device=device
-        )
+    recipe = s.recipe_of(asked.models, asked.base, method, params, None, None)
+    scores = descent.checked(asked)
+    make = s.maker(asked.memory, asked.workers)
+    with make(recipe, "task vectors") as candidate, descent.advised(asked.device):
+        plan, key = candidate.plan, candidate.key
+        keep = descent.blocks_of(asked, plan, scores, settings)
+        mixture = load_mixture(plan, parts=asked.parts, seed=settings.seed, keep=keep)
+    descent.check_size(mixture)
+    learned = descent.run(asked, mixture, scores, settings, mixture.recipe, make, key)
     made = mixture.recipe(learned.coefficients)
     with make(made, "the result") as candidate:
-        final = tuple(scores.of(candidate, report_on, tell))
-        s.write(out, candidate.plan.variants[0].stored)
+        final = tuple(scores.of(candidate, asked.report_on))
+        s.write(asked.out, candidate.plan.variants[0].stored, form=descent.form_of(mixture))
     spread = {
         label: [float(row.min()), float(row.mean()), float(row.max())]
         for label, row in zip(
             [each.label for each in mixture.plan.models], learned.coefficients, strict=True
         )
     }
-    if as_json:
-        console.say_json(
-            {
-                "recipe": str(out),
-                "history": list(learned.history),
-                "coefficients": spread,
-                report_on: [s.plain_outcome(each) for each in final],
-            }
-        )
+    if asked.as_json:
+        data = descent.plain(asked, learned) | {"coefficients": spread}
+        console.say_json(data | {asked.report_on: [s.plain_outcome(each) for each in final]})
         return
-    if quiet:
+    if asked.quiet:
         return
-    console.say(
-        f"loss {learned.history[0]:.4g} in the first epoch, {learned.history[-1]:.4g} in the last"
-    )
+    descent.show(learned)
     for label, (low, mean, high) in spread.items():
         console.say(f"{label}: coefficients {low:.3g} to {high:.3g}, mean {mean:.3g}")
-    s.show_final(final, report_on, out)
+    s.show_final(final, asked.report_on, asked.out)

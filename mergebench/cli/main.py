@@ -24,6 +24,7 @@ from mergebench.cli import (
     searching,
     shelf,
     shipping,
+    soups,
     spectra,
     trying,
     zoo,
@@ -82,6 +83,7 @@ app.command("push")(shipping.push)
 app.command("pull")(shipping.pull)
 app.add_typer(editing.app, name="edit")
 fitting.app.command("search")(searching.search)
+fitting.app.command("soup")(soups.soup)
 fitting.app.command("atlas")(learning.atlas)
 fitting.app.command("adamerging")(learning.adamerging)
 app.add_typer(fitting.app, name="fit")

@@ -121,11 +121,11 @@ def check_free(path: Path, force: bool) -> None:
         raise ParameterError(f"{path} exists", fix="give another -o, or --force to replace it")
 
 
-def write(path: Path, recipe: Recipe) -> None:
+def write(path: Path, recipe: Recipe, form: str = "auto") -> None:
     """Write a recipe that `run` reads."""
     from mergebench.checkpoints.documents import write_text
 
-    write_text(path, replace(recipe, form="auto", out=None).to_yaml())
+    write_text(path, replace(recipe, form=form, out=None).to_yaml())
 
 
 def plain_trial(trial: Trial) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,13 @@ def test_ends(tmp_path: Path) -> None:
     under = save_folder(tmp_path / "base", base)
     mixture = mixture_of(*places, base=under)
     shape = (2, len(mixture.names))
-    for name, value in mixture.values(torch.zeros(shape)).items():
+    for name, value in mixture.values(torch.zeros(shape)):
         np.testing.assert_array_equal(value.numpy(), base[name])
     added = merge_models(list(map(str, places)), base=str(under), method="task_arithmetic", lam=1)
-    for name, value in mixture.values(torch.ones(shape)).items():
+    for name, value in mixture.values(torch.ones(shape)):
         np.testing.assert_allclose(value.numpy(), added[name], rtol=1e-6, atol=1e-6)
     half = mixture_of(*places, base=under, dtype=torch.float16)
-    for name, value in half.values(torch.ones(shape)).items():
+    for name, value in half.values(torch.ones(shape)):
         np.testing.assert_allclose(value.numpy(), added[name], rtol=2e-3, atol=2e-3)
 
 
@@ -75,7 +76,7 @@ def test_gradients_are_inner_products(tmp_path: Path) -> None:
                 assert isinstance(held, Whole)
                 through[name] = through[name] + learned[row, column] * held.values
     sum(torch.sin(value).sum() + (value**3).sum() for value in through.values()).backward()
-    values = mixture.values(learned.detach())
+    values = dict(mixture.values(learned.detach()))
     for name, value in through.items():
         torch.testing.assert_close(values[name], value.detach())
     at = {name: torch.cos(value) + 3 * value**2 for name, value in values.items()}
@@ -91,7 +92,7 @@ def test_adapters_stay_factored(tmp_path: Path) -> None:
     mixture = mixture_of(place, base=under)
     wanted = product(made, 2.0)
     assert set(mixture.names) == set(wanted)
-    values = mixture.values(torch.full((1, len(mixture.names)), 0.5))
+    values = dict(mixture.values(torch.full((1, len(mixture.names)), 0.5)))
     merged = merge_models([f"{place}:0.5"], base=str(under), method="task_arithmetic", lam=1)
     at = {n: torch.randn(v.shape, generator=torch.Generator().manual_seed(3))
           for n, v in values.items()}  # fmt: skip
@@ -126,7 +127,7 @@ def test_the_recipe_merges_to_the_same(tmp_path: Path) -> None:
     recipe = mixture.recipe(learned)
     with make(recipe, "result") as candidate:
         arrays = candidate.arrays()
-    for name, value in mixture.values(learned).items():
+    for name, value in mixture.values(learned):
         np.testing.assert_allclose(arrays[name], value.numpy(), rtol=1e-6)
 
 
@@ -149,12 +150,12 @@ def test_entropy_falls_from_task_arithmetic(tmp_path: Path) -> None:
     original = mixture.values
 
     class Watched(Mixture):
-        def values(self, coefficients: torch.Tensor) -> dict[str, torch.Tensor]:
+        def values(self, coefficients: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
             seen.append(coefficients.clone())
             return original(coefficients)
 
     watched = Watched(mixture.plan, mixture.base, mixture.vectors)
-    settings = replace(ADAMERGING["tensor"], epochs=50, rate=0.05)
+    settings = replace(ADAMERGING["tensor"], steps=50, rate=0.05)
     learned = learn(watched, [task], settings, "val")
     assert bool((seen[0] == 0.3).all())
     assert learned.history[-1] < learned.history[0]

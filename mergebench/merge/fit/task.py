@@ -81,6 +81,19 @@ class Classifies(Learnable, Protocol):
         ...
 
 
+@runtime_checkable
+class FewShot(Learnable, Protocol):
+    """What is asked for besides by fits that learn from a few examples of each class.
+
+    Fits by FixMatch also take ``augment(batch)`` where there is one: the same examples, changed
+    strongly.
+    """
+
+    def few(self, split: str, shots: int, seed: int) -> Iterable[Any]:
+        """Batches of ``shots`` examples of each class, drawn by ``seed``."""
+        ...
+
+
 @dataclass(frozen=True)
 class Task:
     """A scorer with a name.

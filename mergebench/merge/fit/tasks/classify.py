@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mergebench.checkpoints.descriptors import cannot
 from mergebench.checkpoints.documents import read_bounded
@@ -109,9 +111,22 @@ class Classify:
 
     def batches(self, split: str) -> Iterator[dict[str, torch.Tensor]]:
         """Tokens of texts of alike lengths, and their labels."""
+        return self._batches(self.rows(split))
+
+    def few(self, split: str, shots: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+        """As :meth:`batches`, of at most ``shots`` texts of each class."""
+        order = np.random.default_rng(seed).permutation(len(self.rows(split)))
+        taken: dict[int, list[Row]] = {}
+        for row in (self.rows(split)[place] for place in order):
+            own = taken.setdefault(row[1], [])
+            if len(own) < shots:
+                own.append(row)
+        return self._batches([row for own in taken.values() for row in own])
+
+    def _batches(self, rows: Sequence[Row]) -> Iterator[dict[str, torch.Tensor]]:
         import torch
 
-        rows = sorted(self.rows(split), key=lambda row: len(row[0]))
+        rows = sorted(rows, key=lambda row: len(row[0]))
         for start in range(0, len(rows), self.setting.batch):
             some = rows[start : start + self.setting.batch]
             yield {
@@ -127,7 +142,8 @@ class Classify:
         """(examples, classes)."""
         if not self.prompts:
             return outputs.logits  # type: ignore[no-any-return]
-        return self.scale * _pooled(outputs, batch) @ self._head.T
+        pooled = _pooled(outputs, batch)
+        return self.scale * pooled @ self._head.to(pooled).T
 
     def loss(self, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
         """Mean cross-entropy."""
