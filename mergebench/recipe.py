@@ -76,17 +76,22 @@ class ModelRef:
     weight : float, Gradient, Cases or ByName
     params : mapping
         Parameters of the method that have another value for this model.
+    statistics : str or None
+        A file of what was collected of it with data, for methods that need that.
     """
 
     path: str
     weight: Any = 1.0
     params: Mapping[str, Any] = field(default_factory=dict)
+    statistics: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         data = {"path": self.path, "weight": to_plain(self.weight)}
         if self.params:
             data["params"] = {key: to_plain(value) for key, value in self.params.items()}
+        if self.statistics is not None:
+            data["statistics"] = self.statistics
         return data
 
 
@@ -399,7 +404,7 @@ def _model_in(data: Any, where: str) -> ModelRef:
     if isinstance(data, str):
         return ModelRef(data)
     if isinstance(data, Mapping) and ("path" in data or "slices" in data):
-        known = ["path", "slices", "weight", "params"]
+        known = ["path", "slices", "weight", "params", "statistics"]
         for key in data:
             if key not in known:
                 raise FormatError(
@@ -414,7 +419,12 @@ def _model_in(data: Any, where: str) -> ModelRef:
         params = data.get("params") or {}
         if not isinstance(params, Mapping):
             raise FormatError(f"{where}: `params` of {path} must be a mapping", got=repr(params))
-        return ModelRef(path, given, {str(key): value for key, value in params.items()})
+        return ModelRef(
+            path,
+            given,
+            {str(key): value for key, value in params.items()},
+            text_in(data, "statistics", where),
+        )
     raise FormatError(f"{where}: a model is a path or `{{path, weight}}`", got=repr(data))
 
 

@@ -26,6 +26,7 @@ from mergebench.cli import (
     shipping,
     soups,
     spectra,
+    statistics,
     trying,
     zoo,
 )
@@ -86,6 +87,7 @@ fitting.app.command("search")(searching.search)
 fitting.app.command("soup")(soups.soup)
 fitting.app.command("atlas")(learning.atlas)
 fitting.app.command("adamerging")(learning.adamerging)
+fitting.app.command("statistics")(statistics.statistics)
 app.add_typer(fitting.app, name="fit")
 app.add_typer(shelf.app, name="zoo")
 

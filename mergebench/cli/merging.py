@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mergebench.merge.plan import Plan
     from mergebench.merge.readings import Row
     from mergebench.merge.variants import Variant
-    from mergebench.recipe import Recipe
+    from mergebench.recipe import ModelRef, Recipe
 
 
 def merge(
@@ -31,6 +31,7 @@ def merge(
     method_for: o.MethodFor = None,
     where: o.Where = None,
     task: o.Task = None,
+    statistics: o.Statistics = None,
     include: o.Include = None,
     exclude: o.Exclude = None,
     block_pattern: o.BlockPattern = None,
@@ -74,7 +75,7 @@ def merge(
     recipe = _recipe(
         models, base, method, param, then, method_for, compat, dtype, form, shard_size, lora_alpha,
         out, ignore_saved_base, part, target, rank, energy, whole, where, include, exclude,
-        on_mismatch, vocab, allow_base_mismatch, allow_nonfinite, block_pattern, task,
+        on_mismatch, vocab, allow_base_mismatch, allow_nonfinite, block_pattern, task, statistics,
     )  # fmt: skip
     do(recipe, force, memory, workers, dry_run, as_json, quiet, check, report, cache=cache)
 
@@ -88,6 +89,7 @@ def plan(
     method_for: o.MethodFor = None,
     where: o.Where = None,
     task: o.Task = None,
+    statistics: o.Statistics = None,
     include: o.Include = None,
     exclude: o.Exclude = None,
     block_pattern: o.BlockPattern = None,
@@ -123,7 +125,7 @@ def plan(
     recipe = _recipe(
         models, base, method, param, then, method_for, compat, dtype, form, shard_size, lora_alpha,
         out, ignore_saved_base, part, target, rank, energy, whole, where, include, exclude,
-        on_mismatch, vocab, allow_base_mismatch, allow_nonfinite, block_pattern, task,
+        on_mismatch, vocab, allow_base_mismatch, allow_nonfinite, block_pattern, task, statistics,
     )  # fmt: skip
     do(recipe, True, memory, workers, True, as_json, False, cache=cache)
 
@@ -209,6 +211,7 @@ def _recipe(
     allow_nonfinite: bool,
     block_pattern: str | None,
     task: list[str] | None,
+    statistics: list[str] | None,
 ) -> Recipe:
     from mergebench.core.errors import ParameterError, did_you_mean
     from mergebench.recipe import (
@@ -235,7 +238,9 @@ def _recipe(
     if shard_size is not None:
         o.size("--shard-size", shard_size)
     recipe = Recipe(
-        models=tuple(ModelRef(*split_weight(each)) for each in models),
+        models=with_statistics(
+            tuple(ModelRef(*split_weight(each)) for each in models), statistics or ()
+        ),
         method=method or ("" if method_for else "linear"),
         params=parse_params(param or []),
         then=tuple(parse_op(each) for each in then or []),
@@ -263,6 +268,36 @@ def _recipe(
         out=out,
     )
     return _with_out(with_rules(recipe, where or ()))
+
+
+def with_statistics(models: tuple[ModelRef, ...], given: Sequence[str]) -> tuple[ModelRef, ...]:
+    """Models with their statistics files: one for each in order, or ``MODEL=FILE``.
+
+    Raises
+    ------
+    ParameterError
+        For another number of files, or a model that there is none of.
+    """
+    from mergebench.core.errors import ParameterError, did_you_mean
+
+    found: dict[int, str] = {}
+    for place, text in enumerate(given):
+        name, equals, file = text.partition("=")
+        if equals and not Path(text).expanduser().exists():
+            paths = [each.path for each in models]
+            known = paths if name in paths else [Path(path).name for path in paths]
+            if known.count(name) != 1 or (at := known.index(name)) in found:
+                raise ParameterError(
+                    f"--statistics: {name!r} is not one model", fix=did_you_mean(name, known)
+                )
+            found[at] = file
+        elif place in found or place >= len(models):
+            raise ParameterError(
+                "--statistics: one for every model", got=str(len(given)), expected=str(len(models))
+            )
+        else:
+            found[place] = text
+    return tuple(replace(each, statistics=found.get(at)) for at, each in enumerate(models))
 
 
 def parse_params(texts: list[str]) -> dict[str, Any]:

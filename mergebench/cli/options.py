@@ -74,6 +74,15 @@ Task = Annotated[
         help="Write only this model's result, repeatable, where every model has its own.",
     ),
 ]
+Statistics = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--statistics",
+        metavar="[MODEL=]FILE",
+        help="What was collected of each model with data (`mergebench fit statistics`), one for "
+        "every model in order, or named: for fisher, regmean and regmean_pp.",
+    ),
+]
 Include = Annotated[
     list[str] | None,
     typer.Option(

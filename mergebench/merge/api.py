@@ -14,6 +14,7 @@ from mergebench.core.errors import FormatError, MergebenchError
 from mergebench.core.rules import parse_weight
 from mergebench.core.task_vector import TaskVector
 from mergebench.core.tensor import ArrayTensor
+from mergebench.merge.collected import collected_of_arrays
 from mergebench.merge.engine import Progress, Written, execute, execute_in_memory
 from mergebench.merge.limits import DEFAULT_MEMORY
 from mergebench.merge.plan import Plan, make_plan
@@ -40,6 +41,7 @@ def merge_models(
     parts: Sequence[str | Part | Mapping[str, Any]] = (),
     where: Sequence[str] = (),
     tasks: Sequence[str] = (),
+    statistics: Sequence[str | PathLike[str] | Mapping[str, Any] | None] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     block_pattern: str | None = None,
@@ -91,6 +93,9 @@ def merge_models(
     tasks : sequence of str
         Where every model has a result of its own: the names of those that are wanted, such as
         ``ft-a`` for ``models/ft-a`` or ``models_0`` for the first of state dicts; all by default.
+    statistics : sequence, optional
+        One per model, for methods such as ``fisher`` and ``regmean``: files of ``mergebench fit
+        statistics``, or mappings of tensor name to array.
     include, exclude : sequence of str
         Selectors of the tensors to merge, such as ``"class=norm"`` or a regular expression; the
         others come from the base.
@@ -119,10 +124,19 @@ def merge_models(
     if isinstance(models, (str, Mapping)) or not models:
         raise MergebenchError("models: a list of at least one", got=type(models).__name__)
     pairs = [_pair(each) for each in models]
+    files = [None] * len(pairs) if statistics is None else list(statistics)
+    if len(files) != len(pairs):
+        raise MergebenchError(
+            "statistics: one for every model", expected=str(len(pairs)), got=str(len(files))
+        )
     plain = Recipe(
         models=tuple(
-            ModelRef(_label(model, f"models[{index}]"), weight)
-            for index, (model, weight) in enumerate(pairs)
+            ModelRef(
+                _label(model, f"models[{index}]"),
+                weight,
+                statistics=None if file is None else _label(file, f"statistics[{index}]"),
+            )
+            for index, ((model, weight), file) in enumerate(zip(pairs, files, strict=True))
         ),
         method=method or ("" if parts else "linear"),
         params={key: tuple(v) if isinstance(v, list) else v for key, v in params.items()},
@@ -156,8 +170,18 @@ def merge_models(
     recipe = with_rules(plain, where)
     opened = [_source(model, f"models[{index}]") for index, (model, _) in enumerate(pairs)]
     under = None if base is None else _source(base, "base")
+    held = [
+        collected_of_arrays(
+            f"statistics[{index}]", {name: _array(value) for name, value in file.items()}
+        )
+        if isinstance(file, Mapping)
+        else None
+        for index, file in enumerate(files)
+    ]
     budget = parse_size(memory) if isinstance(memory, str) else memory
-    plan = make_plan(recipe, sources=opened, base=under, memory=budget, workers=workers)
+    plan = make_plan(
+        recipe, sources=opened, base=under, statistics=held, memory=budget, workers=workers
+    )
     if out is not None:
         written: list[Written] = execute(plan, force=force, progress=progress)
         return written if _several(plan) else written[0]

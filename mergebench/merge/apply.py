@@ -10,10 +10,21 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mergebench.compute.namespace import namespace
+from mergebench.compute.select import as_numpy
 from mergebench.core.errors import MismatchError
 from mergebench.core.site import make_sites, parse_pattern
 from mergebench.core.tensor import FLOATING, dtype_name
-from mergebench.merge.op import At, Chain, Op, Stack, check_models, combines, needs_base
+from mergebench.merge.collected import collected_of_arrays, slices_of
+from mergebench.merge.op import (
+    At,
+    Chain,
+    Op,
+    Stack,
+    check_models,
+    collects_of,
+    combines,
+    needs_base,
+)
 
 R = TypeVar("R")
 
@@ -26,6 +37,7 @@ def apply(
     *,
     keys: Sequence[int] | None = None,
     places: Sequence[int] | None = None,
+    statistics: Sequence[Any] | Sequence[Mapping[str, Any]] | None = None,
     block_pattern: str | None = None,
 ) -> Any:
     """Run ops on task vectors held in memory.
@@ -46,6 +58,9 @@ def apply(
         (Merges of files and of state dicts derive them from what the models hold.)
     places : sequence of int, optional
         One per model, its place where an op asks for an order; the order given by default.
+    statistics : sequence of arrays, or of mappings of tensor name to array, optional
+        One per model, what was collected of it with data, for ops that need that. Tensors that
+        none of them has are averaged, as they are in a merge.
     block_pattern : str, optional
         Finds numbered blocks in tensor names; see :func:`~mergebench.core.site.parse_pattern`.
 
@@ -56,7 +71,8 @@ def apply(
     Raises
     ------
     MismatchError
-        If names or shapes differ between models, or an op needs the base and there is none.
+        If names or shapes differ between models, or an op needs the base or statistics and there
+        are none.
     ParameterError
         For weights that an op cannot take.
     """
@@ -84,6 +100,15 @@ def apply(
         if base is None:
             raise MismatchError("the ops look at the base, and none is given", fix="give base=")
         pieces = _on(pieces, base if named else {"tensor": base})
+    if collects_of(steps) is not None:
+        if statistics is None or len(statistics) != len(tables):
+            raise MismatchError(
+                "the ops need statistics of every model",
+                got="none" if statistics is None else str(len(statistics)),
+                fix="give statistics=",
+            )
+        held = [dict(each) if named else {"tensor": each} for each in statistics]
+        pieces = _beside(pieces, steps, held)
     given = {piece.at.site.name: piece.at for piece in pieces}
     for step in steps:
         pieces = _step(step, pieces, given)
@@ -155,6 +180,27 @@ def _on(pieces: Sequence[_Piece], base: Mapping[str, Any]) -> list[_Piece]:
     return found
 
 
+def _beside(
+    pieces: Sequence[_Piece], steps: Chain, held: Sequence[Mapping[str, Any]]
+) -> list[_Piece]:
+    """The same with what was collected of each tensor."""
+    asking = next(step for step in steps if step.collects is not None)
+    files = [
+        collected_of_arrays(f"statistics[{place}]", {n: as_numpy(a) for n, a in each.items()})
+        for place, each in enumerate(held)
+    ]
+    found = []
+    for piece in pieces:
+        at, xp = piece.at, namespace(piece.stack)
+        assert asking.collects is not None
+        slices = slices_of(at.site.name, asking, files, asking.collects.shapes(at.site))
+        if slices is not None:
+            values = slices.read(0, at.site.size)
+            at = replace(at, collected=xp.asarray(values, device=piece.stack.device))
+        found.append(_Piece(at, piece.stack))
+    return found
+
+
 def _check_floating(name: str, arrays: Sequence[Any]) -> None:
     for position, array in enumerate(arrays):
         if isinstance(array, np.ndarray):
@@ -170,12 +216,15 @@ def _check_floating(name: str, arrays: Sequence[Any]) -> None:
 
 
 def _step(step: Op, pieces: list[_Piece], given: Mapping[str, At]) -> list[_Piece]:
-    statistic = step.statistic
+    statistic, wanted = step.statistic, step.collects
     value = None
     if statistic is not None and statistic.scope == "model":
         value = statistic.measure(_Arrays(pieces))
     done = []
     for piece in pieces:
+        if wanted is not None and piece.at.collected is None:
+            done += _step(wanted.otherwise(), [piece], given)
+            continue
         if statistic is not None and statistic.scope == "tensor":
             value = statistic.measure(_Arrays([piece]))
         models = piece.at.models if step.spec.needs_models else None

@@ -10,6 +10,7 @@ from typing import Any
 from mergebench.adapters_zoo.adapter import ReadOptions
 from mergebench.checkpoints.stacking import parse_slices
 from mergebench.core.errors import MergebenchError
+from mergebench.merge.collected import named, open_collected
 from mergebench.merge.made import Finding, Made
 from mergebench.sources import Source, is_here, open_source, with_base
 
@@ -73,7 +74,19 @@ def check_input(
             fix="give --inputs with the folder that holds it",
         )
     source = open_source(place, options)
-    return source, *_changes(about, source)
+    changed, touched = _changes(about, source)
+    return source, changed + _of_statistics(about, folder), touched
+
+
+def _of_statistics(about: Mapping[str, Any], folder: Path | None) -> list[str]:
+    """What differs in what was collected of a model."""
+    said = about.get("statistics")
+    if not isinstance(said, Mapping):
+        return []
+    file = open_collected(find_input(str(said["path"]), folder))
+    now = named(file)
+    return [f"{key} of its statistics" for key in ("fingerprint", "header", "size")
+            if said.get(key) != now.get(key)]  # fmt: skip
 
 
 def _revisions(made: Made) -> dict[str, str]:

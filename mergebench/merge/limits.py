@@ -13,7 +13,7 @@ from mergebench.core.errors import MergebenchError, ParameterError, ResourceErro
 from mergebench.core.tensor import DTYPES
 from mergebench.merge.align import Aligned
 from mergebench.merge.core_space import core_bytes, fits
-from mergebench.merge.op import Chain, Granularity, granularity_of, workspace_of
+from mergebench.merge.op import Chain, Granularity, collects_of, granularity_of, workspace_of
 from mergebench.merge.package import Package
 from mergebench.merge.stream import Item
 from mergebench.merge.variants import Variant
@@ -22,6 +22,8 @@ from mergebench.sources import Source, paths_of
 DEFAULT_MEMORY = 512 << 20
 #: What a search for a threshold may hold (see compute.select), and small buffers.
 _STATISTIC, _BUFFERS = 72 << 20, 8 << 20
+#: Stacks that a tile of what was collected, in float64, and shares made of it take.
+_TILED = 10
 
 
 def choose_tiling(
@@ -57,7 +59,8 @@ def choose_tiling(
         unit=largest,
         fixed=fixed,
         largest=max((item.site.size for item in items), default=1),
-        shared=max((_shared(variants, name) for name in aligned.items), default=0),
+        shared=max((_shared(variants, name) for name in aligned.items), default=0)
+        + (_TILED if any(i.collected and i.collected.entries for i in items) else 0),
         workspace=working,
         factors=tuple(_factors(item) for item in items),
     )
@@ -117,10 +120,19 @@ def _piece(chains: Sequence[Chain]) -> Granularity:
 def _workspace(variants: Sequence[Variant], item: Item) -> int:
     """The most that an op holds beside its stack while it decomposes a tensor."""
     shape = matrix_shape(item.site.shape)
-    return max(
+    own = max(
         (workspace_of(ops, len(item.deltas), shape) for ops in _dense(variants, item)),
         default=0,
     )
+    return own + _collected(variants, item)
+
+
+def _collected(variants: Sequence[Variant], item: Item) -> int:
+    """What was collected of a tensor as a whole, and what is computed from it."""
+    if item.collected is None or item.collected.entries:
+        return 0
+    wanted = [collects_of(each.at(item.site.name)) for each in variants]
+    return max(each.workspace(len(item.deltas), item.site) for each in wanted if each is not None)
 
 
 def _inside(variants: Sequence[Variant], item: Item) -> int:

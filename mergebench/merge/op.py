@@ -61,6 +61,9 @@ class At:
     places : tuple of int
         The place of each model in the order in which the user named them, for ops that depend on
         it; empty where the stack itself is in that order.
+    collected : array or None
+        What was collected of each model with data, float64, for ops that declare to need it:
+        (n, m) where it belongs to entries, else (n, …) for the whole tensor.
     """
 
     site: Site
@@ -73,6 +76,7 @@ class At:
     core: tuple[int, int] | None = field(default=None, kw_only=True)
     keys: tuple[int, ...] = field(default=(), kw_only=True)
     places: tuple[int, ...] = field(default=(), kw_only=True)
+    collected: Any = field(default=None, kw_only=True)
 
     def after(self, op: Op, before: At) -> At:
         """The same place once ``op`` has run, in a chain that began at ``before``."""
@@ -92,7 +96,10 @@ class At:
         models = None if self.models is None else self.models[row : row + 1, :]
         own = slice(row, row + 1)
         weights, keys = self.weights[own], self.keys[own]
-        return replace(self, weights=weights, keys=keys, places=(), models=models)
+        collected = None if self.collected is None else self.collected[own, ...]
+        return replace(
+            self, weights=weights, keys=keys, places=(), models=models, collected=collected
+        )
 
 
 class Sweep(Protocol):
@@ -134,6 +141,31 @@ class Statistic:
 
     scope: Literal["tensor", "model"]
     measure: Callable[[Sweep], Any]
+
+
+@dataclass(frozen=True)
+class Collects:
+    """What an op needs to know of every model that only data can tell: a statistics file.
+
+    Attributes
+    ----------
+    kind : str
+        Of the files: ``fisher``, ``gram`` or ``gram_pp``.
+    shapes : callable ``(site) -> shapes``
+        Those that what was collected of a tensor may have; none where there is nothing to collect.
+    entries : bool
+        Whether it belongs to the entries of the tensor, so that tiles get theirs alone.
+    otherwise : callable ``() -> Op``
+        What is done with tensors that no model has anything for.
+    workspace : callable ``(models, site) -> bytes``
+        What the op holds, with what was collected, while it works on one tensor.
+    """
+
+    kind: str
+    shapes: Callable[[Site], tuple[tuple[int, ...], ...]]
+    entries: bool
+    otherwise: Callable[[], Op]
+    workspace: Callable[[int, Site], int] = lambda models, site: 0
 
 
 @dataclass(frozen=True)
@@ -200,6 +232,7 @@ class OpSpec:
     added_rank: Callable[..., int] = lambda shape, **_: 0
     masks: Callable[..., tuple[Stack, Stack, Stack | None]] | None = None
     checked: Mapping[str, str] = field(default_factory=dict)
+    collects: Callable[..., Collects | None] = lambda **_: None
 
     @property
     def summary(self) -> str:
@@ -251,6 +284,11 @@ class Op:
     def ordered(self) -> bool:
         """Whether its result depends on the order in which the user names the models."""
         return self.spec.ordered(**dict(self.params))
+
+    @property
+    def collects(self) -> Collects | None:
+        """What must have been collected of every model with data."""
+        return self.spec.collects(**dict(self.params))
 
     def check(self, site: Site) -> None:
         """Refuse a tensor that the op cannot work on.
@@ -409,6 +447,7 @@ def op(
     added_rank: Callable[..., int] | None = None,
     masks: Callable[..., tuple[Stack, Stack, Stack | None]] | None = None,
     checked: Mapping[str, str] | None = None,
+    collects: Collects | Callable[..., Collects | None] | None = None,
 ) -> Callable[[Callable[Concatenate[Stack, At, P], Stack]], Callable[P, Op]]:
     """Register a function ``(stack, at, **params) -> stack`` and return its factory.
 
@@ -475,6 +514,8 @@ def op(
         multiplied by its number (n,), or by none; so they can be stored as these.
     checked : mapping of implementation to tolerance, optional
         What else its results were compared with as a step of their own, in words.
+    collects : Collects or callable of the parameters, optional
+        What must have been collected of every model with data; it is ``At.collected``.
     """
 
     def register(function: Callable[Concatenate[Stack, At, P], Stack]) -> Callable[P, Op]:
@@ -506,6 +547,7 @@ def op(
             added_rank=added_rank or (lambda shape, **_: 0),
             masks=masks,
             checked=checked or {},
+            collects=collects if callable(collects) else lambda **_: collects,
         )
         return cast("Callable[P, Op]", OPS.add(name, spec))
 
@@ -567,6 +609,16 @@ def check_models(ops: Chain, weights: Sequence[float]) -> None:
 def needs_base(ops: Iterable[Op]) -> bool:
     """Whether an op of the chain looks at the base's entries."""
     return any(each.spec.needs_base for each in ops)
+
+
+def collects_of(ops: Iterable[Op]) -> Collects | None:
+    """What the chain needs to have been collected of every model; ``None`` for nothing."""
+    return next((each.collects for each in ops if each.collects is not None), None)
+
+
+def without_collected(ops: Chain) -> Chain:
+    """The chain for tensors that nothing was collected of."""
+    return tuple(each if (wanted := each.collects) is None else wanted.otherwise() for each in ops)
 
 
 def is_linear(ops: Chain) -> bool:

@@ -30,6 +30,7 @@ from mergebench.manifest import (
     no_digests,
 )
 from mergebench.merge.align import Aligned
+from mergebench.merge.collected import Collected, named
 from mergebench.merge.lora_layout import (
     STORED,
     Module,
@@ -150,6 +151,8 @@ def package(
     variants: Sequence[Variant],
     sides: Mapping[str, bytes | Path | None] | None = None,
     ranks: Mapping[str, int] | None = None,
+    *,
+    collected: Sequence[Collected | None] = (),
 ) -> Package:
     """Decide names, dtypes, ranks and files of the outputs.
 
@@ -204,7 +207,7 @@ def package(
         dense_bytes=dense_bytes(aligned, modules, form, variants),
         metadata=metadata,
         about={
-            "inputs": _inputs(models, weights, base),
+            "inputs": _inputs(models, weights, base, collected),
             "library": _library(form, reference, packed),
         },
         origins=tuple(_origins(models, base)),
@@ -264,10 +267,15 @@ def _specs(aligned: Aligned, stored: Mapping[str, str], asked: str) -> list[Tens
 
 
 def _inputs(
-    models: Sequence[Source], weights: Sequence[Any], base: Source | None
+    models: Sequence[Source],
+    weights: Sequence[Any],
+    base: Source | None,
+    collected: Sequence[Collected | None] = (),
 ) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for source, weight in [*([(base, None)] if base else []), *zip(models, weights, strict=True)]:
+    files = [*([None] if base else []), *(collected or [None] * len(models))]
+    given = [*([(base, None)] if base else []), *zip(models, weights, strict=True)]
+    for (source, weight), file in zip(given, files, strict=True):
         each: dict[str, Any] = {
             "role": "base" if weight is None else "model",
             "path": source.label,
@@ -277,6 +285,8 @@ def _inputs(
         each["fingerprint"] = source.fingerprint
         if (pulled := pulled_from(source)) is not None:
             each["origin"] = pulled
+        if file is not None:
+            each["statistics"] = named(file)
         each["files"] = [dict(one) for one in source.identity]
         found.append(each)
     return found

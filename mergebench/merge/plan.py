@@ -23,6 +23,7 @@ from mergebench.core.site import parse_pattern
 from mergebench.core.tensor import nbytes
 from mergebench.merge.align import Aligned, align, in_places
 from mergebench.merge.buffers import settle
+from mergebench.merge.collected import Collected, open_all
 from mergebench.merge.configs import check_configs
 from mergebench.merge.energy import ranks_by_energy
 from mergebench.merge.extraction import for_adapter
@@ -36,6 +37,7 @@ from mergebench.merge.partition import check_count, methods_of
 from mergebench.merge.precision import coarser
 from mergebench.merge.selecting import check_heard, place, select
 from mergebench.merge.spaces import Space, Spaces
+from mergebench.merge.supplied import supply
 from mergebench.merge.tying import tie_alike
 from mergebench.merge.variants import Variant, make_variants, recorded, split, sweeps
 from mergebench.merge.vocab import reconcile
@@ -71,6 +73,8 @@ class Plan:
         How the models relate to the base, from a sample.
     odd : tuple of Odd
         Tensors that do not match in all inputs, and what is done with them.
+    collected : tuple of Collected
+        The statistics of every model, if a method asks for them.
     """
 
     recipe: Recipe
@@ -89,6 +93,7 @@ class Plan:
     notes: tuple[str, ...]
     origin: Origin
     odd: tuple[Odd, ...] = ()
+    collected: tuple[Collected, ...] = ()
 
     @property
     def layout(self) -> Layout:
@@ -152,6 +157,7 @@ class Plan:
                 {"path": m.label, "weight": to_plain(w), "fingerprint": m.fingerprint}
                 for m, w in zip(self.models, self.weights, strict=True)
             ],
+            **({"statistics": [each.label for each in self.collected]} if self.collected else {}),
             "base": None if self.base is None else self.base.label,
             "origin": self.origin.to_json(),
             "mismatches": [each.to_json() for each in self.odd],
@@ -178,6 +184,7 @@ def make_plan(
     *,
     sources: Sequence[Source | None] | None = None,
     base: Source | None = None,
+    statistics: Sequence[Collected | None] | None = None,
     memory: int = DEFAULT_MEMORY,
     workers: int | None = None,
     stream: bool = False,
@@ -190,6 +197,8 @@ def make_plan(
     sources, base : optional
         Inputs already open (state dicts in memory), in the order of ``recipe.models``; the
         others are ``None``.
+    statistics : sequence of Collected or None, optional
+        Statistics already open, in the same order; the others are those the recipe names.
     memory : int, bytes, default 512 MiB
         Most anonymous memory to use above the imported libraries.
     workers : int, optional
@@ -228,7 +237,9 @@ def make_plan(
         options = with_base(options, base.checkpoint)
         opened = _open_models(recipe, sources, options)
         space = _space(recipe, form, base)
-    models, weights, order = _canonical(opened, recipe, weights_given)
+    files = open_all([each.statistics for each in recipe.models], statistics)
+    models, weights, order = _canonical(opened, recipe, weights_given, files)
+    collected = tuple(files[place] for place in order)
     first = next((each for each in opened if each.checkpoint is not None), None)
     notes += [
         *_alone(models, weights, variants),
@@ -261,7 +272,9 @@ def make_plan(
     aligned = align(models, weights, base, spaces, form, chosen.shapes, pattern, apart=apart)
     if not aligned.items and not aligned.copies:
         raise MismatchError("the inputs have no floating-point tensor to merge")
-    aligned, variants = place(aligned, variants, weights, chosen, evened)
+    aligned, variants, supplied = supply(
+        *place(aligned, variants, weights, chosen, evened), collected, models, weights
+    )
     aligned = in_places(extended(aligned, evened), order)
     settled = settle(
         aligned, models, base, spaces, allow_nonfinite=recipe.allow_nonfinite, apart=apart
@@ -272,12 +285,14 @@ def make_plan(
     )
     aligned = for_adapter(aligned, variants, recipe) if form == "lora" else aligned
     pack = partial(
-        package, recipe, form, aligned, models, weights, base, first, variants, spoken.sides
-    )
+        package, recipe, form, aligned, models, weights, base, first, variants, spoken.sides,
+        collected=collected,
+    )  # fmt: skip
     built, (tiling, needed, least) = _packed(recipe, pack, aligned, variants, memory, workers)
     kept = aligned.items if recipe.dtype == "keep" and form == "model" else {}
     notes += [
         *_left(chosen.apart, aligned.order, form),
+        *supplied,
         *tied,
         *spoken.notes,
         *evened.notes(),
@@ -289,6 +304,7 @@ def make_plan(
     plan = Plan(
         recipe, method, models, weights, base, aligned, form, variants, built, tiling, needed,
         least, 1 + sweeps(variants), tuple(dict.fromkeys(notes)), origin, evened.odd,
+        tuple(each for each in collected if each is not None),
     )  # fmt: skip
     return _checked(plan)
 
@@ -319,7 +335,8 @@ def _same(first: Source | None, models: Sequence[Source]) -> Source | None:
 
 def _checked(plan: Plan) -> Plan:
     """The plan, if the machine has room for what it writes."""
-    check_places(plan.variants, [*plan.models, *([plan.base] if plan.base is not None else [])])
+    inputs = [*plan.models, *([plan.base] if plan.base is not None else [])]
+    check_places(plan.variants, [*inputs, *(each.source for each in plan.collected)])
     places = [each.out for each in plan.variants if each.out is not None]
     if places:
         single = plan.package.single_file
@@ -395,7 +412,10 @@ def _provenance(
 
 
 def _canonical(
-    opened: Sequence[Source], recipe: Recipe, weights: Sequence[Any]
+    opened: Sequence[Source],
+    recipe: Recipe,
+    weights: Sequence[Any],
+    files: Sequence[Collected | None] = (),
 ) -> tuple[tuple[Source, ...], tuple[Any, ...], tuple[int, ...]]:
     """Models and weights in an order of their own, and the place where each of them was given."""
     marks = [source.fingerprint for source in opened]
@@ -403,6 +423,7 @@ def _canonical(
     full = [content(s) if marks.count(s.fingerprint) > 1 else "" for s in opened]
     own = [
         repr([sorted(each.to_dict().get("params", {}).items()), _of_parts(recipe, place)])
+        + (file.source.fingerprint if (file := dict(enumerate(files)).get(place)) else "")
         for place, each in enumerate(recipe.models)
     ]
     keys = list(zip(marks, full, map(_rank, weights), own, strict=True))

@@ -116,7 +116,14 @@ def plan_replay(
 
 def _recipe(made: Made, inputs: Path | None) -> Recipe:
     stored = recipe_from_dict(made.manifest["recipe"], f"{made.path}: stored recipe")
-    models = tuple(replace(each, path=find_input(each.path, inputs)) for each in stored.models)
+    models = tuple(
+        replace(
+            each,
+            path=find_input(each.path, inputs),
+            statistics=each.statistics and find_input(each.statistics, inputs),
+        )
+        for each in stored.models
+    )
     return replace(
         stored,
         models=models,

@@ -46,6 +46,12 @@ def resume_key(plan: Plan, variant: Variant) -> str:
         "tokenizers": [_tokenizers(each) for each in sources],
         "layout": plan.package.layout_of(variant).to_json(),
     }
+    if plan.collected:
+        about["statistics"] = [
+            _identity(each.source)
+            | ({} if each.source.identity else {"all": _content(each.tensors)})
+            for each in plan.collected
+        ]
     text = json.dumps(about, sort_keys=True, default=repr)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

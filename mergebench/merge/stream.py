@@ -18,6 +18,7 @@ from mergebench.core.delta import Delta, Dense, Difference, LowRank, reads, resi
 from mergebench.core.errors import MergebenchError, MismatchError
 from mergebench.core.site import Site
 from mergebench.core.tensor import Array, Tensor
+from mergebench.merge.collected import Slices
 from mergebench.merge.op import (
     Abreast,
     At,
@@ -64,6 +65,8 @@ class Item:
     part : str
         Names the part of the model that it belongs to: what is measured over the whole model is
         measured over the items of one part.
+    collected : Slices or None
+        What was collected of it with data, for chains that ask for it.
     """
 
     site: Site
@@ -77,6 +80,7 @@ class Item:
     keys: tuple[int, ...] = ()
     places: tuple[int, ...] = ()
     part: str = ""
+    collected: Slices | None = None
 
     def at(self, start: int, stop: int) -> At:
         """Entries ``start:stop`` of all models, before any op."""
@@ -154,7 +158,7 @@ def _proven(row: Array) -> bool:
 
 
 def located(item: Item, start: int, stop: int, base: Array | None, wanted: bool) -> At:
-    """Where a stack stands, with the base's entries where an op has asked for them.
+    """Where a stack stands, with the base's entries and statistics where an op asks for them.
 
     Parameters
     ----------
@@ -168,8 +172,11 @@ def located(item: Item, start: int, stop: int, base: Array | None, wanted: bool)
     MismatchError
         If there is no base to read them from.
     """
+    at = item.at(start, stop)
+    if item.collected is not None:
+        at = replace(at, collected=item.collected.read(start, stop))
     if not wanted:
-        return item.at(start, stop)
+        return at
     if base is None:
         if item.origin is None:
             raise MismatchError(
@@ -181,7 +188,7 @@ def located(item: Item, start: int, stop: int, base: Array | None, wanted: bool)
             base[bad] = 0
         elif not item.lenient:
             _check_finite(base, replace(item, base=item.origin))
-    return replace(item.at(start, stop), base=base)
+    return replace(at, base=base)
 
 
 def _check_finite(row: Array, item: Item) -> None:

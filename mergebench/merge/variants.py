@@ -298,7 +298,7 @@ def recorded(
     found = []
     for each in variants:
         refs = tuple(
-            ModelRef(model.label, weight, each.recipe.models[given].params)
+            replace(each.recipe.models[given], path=model.label, weight=weight)
             for model, weight, given in zip(models, weights, order, strict=True)
         )
         recipe = replace(
