@@ -59,8 +59,8 @@ def apply(
     places : sequence of int, optional
         One per model, its place where an op asks for an order; the order given by default.
     statistics : sequence of arrays, or of mappings of tensor name to array, optional
-        One per model, what was collected of it with data, for ops that need that. Tensors that
-        none of them has are averaged, as they are in a merge.
+        One per model (``None`` for nothing), what was collected of it with data, for ops that need
+        that. Tensors that none of them has are averaged, as they are in a merge.
     block_pattern : str, optional
         Finds numbered blocks in tensor names; see :func:`~mergebench.core.site.parse_pattern`.
 
@@ -107,7 +107,10 @@ def apply(
                 got="none" if statistics is None else str(len(statistics)),
                 fix="give statistics=",
             )
-        held = [dict(each) if named else {"tensor": each} for each in statistics]
+        held = [
+            {} if each is None else dict(each) if named else {"tensor": each}
+            for each in statistics
+        ]
         pieces = _beside(pieces, steps, held)
     given = {piece.at.site.name: piece.at for piece in pieces}
     for step in steps:

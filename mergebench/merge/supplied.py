@@ -48,24 +48,27 @@ def supply(
     """
     _check_given(variants, files, models, weights)
     given = [file for file in files if file is not None]
-    items, without, with_some, op = dict(aligned.items), set[str](), 0, None
+    items, without, op = dict(aligned.items), set[str](), None
+    could = has = False
     for name, item in aligned.items.items():
         asking = _asking([each.at(name) for each in variants])
         if asking is None:
             continue
         op = asking
         assert asking.collects is not None
-        found = slices_of(name, asking, given, asking.collects.shapes(item.site))
+        shapes = asking.collects.shapes(item.site)
+        found = slices_of(name, asking, given, shapes)
+        could |= bool(shapes)
+        has |= found is not None
         if found is None:
             without.add(name)
-            continue
-        with_some += 1
-        items[name] = replace(item, collected=found)
+        else:
+            items[name] = replace(item, collected=found)
     if op is None or not without:
         return replace(aligned, items=items), tuple(variants), ()
     assert op.collects is not None
     kind, other = op.collects.kind, op.collects.otherwise()
-    if not with_some:
+    if could and not has:
         raise MismatchError(
             f"{given[0].label}: has no {kind} of any tensor that is merged",
             fix="give the statistics of these models",

@@ -58,6 +58,7 @@ NEUTRAL: Mapping[str, Any] = {
     "claim": 1.0,
     "m": 0.0,
     "size": 2.0,
+    "floor": 1e-6,
 }
 #: The same for parameters whose name means something else in another method.
 NEUTRAL_OF: Mapping[str, Mapping[str, Any]] = {
@@ -90,6 +91,9 @@ METHODS_EXEMPT: Mapping[tuple[str, str], str] = {
     ("base at zero", "linear"): "it averages weights: there is no global scale to set to zero",
     ("base at zero", "atlas"): _NO_SCALE,
     ("base at zero", "slerp"): _NO_SCALE,
+    ("base at zero", "fisher"): _NO_SCALE,
+    ("base at zero", "regmean"): _NO_SCALE,
+    ("base at zero", "regmean_pp"): _NO_SCALE,
     ("base at zero", "nuslerp"): _NO_SCALE,
     ("base at zero", "karcher"): _NO_SCALE,
     ("base at zero", "multislerp"): _NO_SCALE,
@@ -148,5 +152,5 @@ OPS_EXEMPT: Mapping[tuple[str, str], str] = {
     ): "the authors' code takes tanh of products of entries, in their unit",
 }
 
-#: Ops whose arrays are shaped by a rank found in the data: arrays without data do not do for them.
-SHAPED_BY_DATA = frozenset({"core_space", "knots", "project_rows"})
+#: Ops that go by a rank found in the data: arrays without data do not do for them.
+SHAPED_BY_DATA = frozenset({"core_space", "gram_mean", "knots", "project_rows"})

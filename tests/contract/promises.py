@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-import mergebench
 from mergebench.compute.tiles import Tiling
 from mergebench.core.errors import MergebenchError, MismatchError
 from mergebench.core.tensor import ArrayTensor
@@ -26,7 +25,8 @@ from mergebench.recipe import ModelRef, Recipe
 from mergebench.sources import source_of_arrays
 
 from .assertions import assert_close, assert_same_bits, assert_same_values
-from .support import F32, Arrays, Case, apply, flat, merge_models, merged
+from .collecting import files_of, wanted
+from .support import F32, Arrays, Case, apply, flat, merge_each, merge_models, merged
 
 Params = Mapping[str, Any]
 #: Larger than every tensor of a case.
@@ -51,7 +51,8 @@ def assert_identity_within(method: str, case: Case, params: Params, epsilon: flo
 def outputs(method: str, case: Case, params: Params) -> list[Arrays]:
     """The results of a merge: one, or where they are apart one for each model."""
     models = list(zip(case.models, case.weights, strict=True))
-    found = mergebench.merge_models(models, base=case.base, method=method, **params)
+    marks = case.marks or None
+    found = merge_each(models, base=case.base, method=method, marks=marks, **params)
     assert isinstance(found, list) == is_apart(METHODS[method](**params))
     assert not isinstance(found, list) or len(found) == len(models)
     return found if isinstance(found, list) else [found]
@@ -73,12 +74,7 @@ def assert_base_at_zero(method: str, case: Case, params: Params) -> None:
 
 def assert_order_free(method: str, case: Case, params: Params, order: Sequence[int]) -> None:
     """The bits of any order of models and weights."""
-    shuffled = replace(
-        case,
-        models=tuple(case.models[i] for i in order),
-        weights=tuple(case.weights[i] for i in order),
-    )
-    before, after = outputs(method, case, params), outputs(method, shuffled, params)
+    before, after = outputs(method, case, params), outputs(method, case.chosen(order), params)
     if len(before) == 1:
         assert_same_bits(after[0], before[0])
         return
@@ -96,7 +92,10 @@ def planned(method: str, case: Case, params: Params, **options: Any) -> Plan:
     recipe = Recipe(
         models=tuple(map(ModelRef, labels, case.weights)), method=method, params=params, base="base"
     )
-    return make_plan(recipe, sources=opened[:-1], base=opened[-1], workers=1, **options)
+    files = files_of(wanted(method), case.models, case.base, case.marks or None)
+    return make_plan(
+        recipe, sources=opened[:-1], base=opened[-1], statistics=files, workers=1, **options
+    )
 
 
 def places_in(plan: Plan) -> list[int]:
@@ -106,8 +105,7 @@ def places_in(plan: Plan) -> list[int]:
 
 def as_planned(plan: Plan, case: Case) -> Case:
     """The models in the order in which a plan adds them up."""
-    places = places_in(plan)
-    return replace(case, models=tuple(case.models[i] for i in places), weights=plan.weights)
+    return replace(case.chosen(places_in(plan)), weights=plan.weights)
 
 
 def assert_tiling_free(method: str, case: Case, params: Params, tiling: Tiling) -> None:
@@ -127,7 +125,7 @@ def assert_same_from_files(method: str, case: Case, params: Params, folder: Path
     base, *models = paths
     pairs = list(zip(models, case.weights, strict=True))
     assert_same_bits(merge_models(pairs, base=base, method=method, **params), expected)
-    written = mergebench.merge_models(
+    written = merge_each(
         pairs, base=base, method=method, out=folder / "out.safetensors", force=True, **params
     )
     written = written if isinstance(written, list) else [written]
@@ -188,7 +186,8 @@ def assert_rounded_once(method: str, case: Case, params: Params) -> None:
     wide = as_planned(plan, case).astype(F32)
     chain = METHODS[method](**params)
     if METHODS[method].space == "weight":
-        exact = apply(chain, wide.models, wide.weights)
+        how = {"marks": wide.marks, "places": places_in(plan)}
+        exact = apply(chain, wide.models, wide.weights, **how)
     else:
         how = {"keys": draw_keys(plan.models), "places": places_in(plan)}
         exact = apply(chain, wide.task_vectors, wide.weights, base=wide.base, **how)
@@ -218,7 +217,7 @@ def assert_apply_is_merge(method: str, case: Case, params: Params) -> None:
     plan = planned(method, raised, params)
     ordered = as_planned(plan, raised)
     chain, keys = METHODS[method](**params), draw_keys(plan.models)
-    how = {"base": ordered.base, "keys": keys, "places": places_in(plan)}
+    how = {"base": ordered.base, "keys": keys, "places": places_in(plan), "marks": ordered.marks}
     expected = apply(chain, ordered.models, ordered.weights, **how)
     assert_same_values(computed(plan), expected)
 

@@ -24,7 +24,7 @@ from mergebench.core.registry import Registry
 from mergebench.merge.method import METHODS
 from mergebench.merge.op import OPS, Chain, check_models
 
-from . import exemptions
+from . import collecting, exemptions
 
 # Explaining a failure takes longer than finding it, where every example is a merge.
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
@@ -64,6 +64,18 @@ class Case:
     base: Arrays
     models: tuple[Arrays, ...]
     weights: tuple[float, ...]
+    #: What tells the models apart where statistics of them are invented: their first places.
+    marks: tuple[int, ...] = ()
+
+    def chosen(self, places: Sequence[int]) -> Case:
+        """Some of the models, in another order."""
+        marks = self.marks or tuple(range(len(self.models)))
+        return replace(
+            self,
+            models=tuple(self.models[i] for i in places),
+            weights=tuple(self.weights[i] for i in places),
+            marks=tuple(marks[i] for i in places),
+        )
 
     @property
     def task_vectors(self) -> list[Arrays]:
@@ -259,22 +271,44 @@ def flat(outputs: Any) -> Any:
     }
 
 
+def merge_each(models: Sequence[Any], *, marks: Sequence[int] | None = None, **options: Any) -> Any:
+    """As the public function, with statistics for methods that need some."""
+    wants = collecting.wanted(options["method"], options.get("then", ()))
+    made = collecting.statistics_of(wants, models, options.get("base"), marks)
+    return mergebench.merge_models(models, statistics=made, **options)
+
+
 def merge_models(models: Sequence[Any], **options: Any) -> Any:
-    """As the public function, but what is apart for every model comes as by :func:`flat`."""
-    found = mergebench.merge_models(models, **options)
+    """As :func:`merge_each`, but what is apart for every model comes as by :func:`flat`."""
+    found = merge_each(models, **options)
     swept = any(isinstance(options.get(name), list) for name in METHODS[options["method"]].params)
     return found if swept else flat(found)
 
 
+def apply_each(
+    chain: Any,
+    models: Sequence[Any],
+    *args: Any,
+    marks: Sequence[int] | None = None,
+    **options: Any,
+) -> Any:
+    """As the public function, with statistics for ops that need some."""
+    made: Any = collecting.statistics_of(collecting.needs(chain), models, None, marks)
+    if made and not isinstance(models[0], Mapping):
+        made = [each.get("tensor") for each in made]
+    return mergebench.apply(chain, models, *args, statistics=made, **options)
+
+
 def apply(chain: Any, models: Sequence[Any], *args: Any, **options: Any) -> Any:
-    """As the public function, but what is apart for every model comes as by :func:`flat`."""
-    return flat(mergebench.apply(chain, models, *args, **options))
+    """As :func:`apply_each`, but what is apart for every model comes as by :func:`flat`."""
+    return flat(apply_each(chain, models, *args, **options))
 
 
 def merged(method: str, case: Case, params: Mapping[str, Any], **options: Any) -> Any:
     """``merge_models`` on a case."""
     models = list(zip(case.models, case.weights, strict=True))
-    return merge_models(models, base=case.base, method=method, **{**params, **options})
+    marks = case.marks or None
+    return merge_models(models, base=case.base, method=method, marks=marks, **params, **options)
 
 
 def names(

@@ -131,7 +131,7 @@ def test_order_matters_to_a_method_that_takes_the_first(
     promises.assert_order_free(method, case, {}, (1, 0))
     monkeypatch.setattr(
         "mergebench.merge.plan._canonical",
-        lambda opened, recipe, weights: (
+        lambda opened, recipe, weights, files: (
             tuple(opened),
             tuple(weights),
             tuple(range(len(opened))),

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mergebench import apply, merge_models
 from mergebench.core.errors import MergebenchError
 from mergebench.merge.method import METHODS
 from mergebench.merge.op import OPS, is_apart
+
+from .support import apply_each, merge_each
 
 Arrays = dict[str, np.ndarray]
 
@@ -57,7 +58,7 @@ def _spelled(op: str) -> str:
 def _merged(method: str, *then: str) -> list[Arrays]:
     count = METHODS[method].models[1] or len(TUNED)
     form = "model" if METHODS[method].space == "weight" else "delta"
-    found: Any = merge_models(
+    found: Any = merge_each(
         TUNED[:count], base=BASE, method=method, then=list(then), form=form, memory="1GiB"
     )
     return found if isinstance(found, list) else [found]
@@ -100,7 +101,7 @@ def test_every_op_after_every_method(op: str) -> None:
         if OPS[op].needs_models or METHODS[method].space == "weight" or drawn_apart:
             continue
         own = {name: value for name, value in settings.items() if name in needed}
-        expected: Any = apply((OPS[op](**own),), before, base=BASE)
+        expected: Any = apply_each((OPS[op](**own),), before, base=BASE)
         expected = expected if isinstance(expected, list) else [expected]
         assert len(chained) == len(expected), method
         for got, wanted in zip(chained, expected, strict=True):

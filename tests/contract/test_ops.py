@@ -13,7 +13,6 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mergebench import apply
 from mergebench.compute.tiles import Tiling
 from mergebench.core.site import make_sites
 from mergebench.core.tensor import ArrayTensor
@@ -26,6 +25,7 @@ from tests.unit.sweeps import Tables
 
 from .array_promises import in_torch
 from .assertions import assert_close, assert_same_bits, assert_same_values, assert_within_ulps
+from .collecting import files_of, invented, needs
 from .exemptions import SHAPED_BY_DATA
 from .promises import WHOLE
 from .support import (
@@ -38,6 +38,7 @@ from .support import (
     SOME,
     Arrays,
     Case,
+    apply_each,
     cases,
     drawn_for_op,
     every_op,
@@ -76,7 +77,8 @@ def op_of(data: st.DataObject, name: str, **fixed: Any) -> Op:
 
 def results(op: Op, case: Case, keys: Sequence[int] | None = None) -> list[Arrays]:
     """One dictionary of arrays per model that the op leaves."""
-    out = apply(op, case.task_vectors, case.weights, base=case.base, keys=keys)
+    how = {"base": case.base, "keys": keys, "marks": case.marks or None}
+    out = apply_each(op, case.task_vectors, case.weights, **how)
     return [out] if isinstance(out, Mapping) else out
 
 
@@ -107,7 +109,9 @@ def test_ops_do_not_write_to_what_they_get(name: str, data: st.DataObject) -> No
         results(op, case)
     finally:
         object.__setattr__(op.spec, "function", original)
-    assert len(seen) == len(case.base)
+    shapes = {tensor: array.shape for tensor, array in case.base.items()}
+    wants = needs(op)
+    assert len(seen) == len(shapes if wants is None else invented(wants, shapes, 0))
     for before, after, dtype in seen:
         assert before[0] == count
         assert after == ((1 if op.spec.reduces else count), before[1])
@@ -136,7 +140,7 @@ def test_ops_agree_between_libraries(name: str, data: st.DataObject) -> None:
     kinds = ("normal",) if op.spec.tolerance else KINDS
     case = data.draw(cases(kinds=kinds, limits=taken_by_op(name)))
     (base,) = in_torch([case.base])
-    out = apply(op, in_torch(case.task_vectors), case.weights, base=base)
+    out = apply_each(op, in_torch(case.task_vectors), case.weights, base=base)
     tables = [out] if isinstance(out, Mapping) else out
     for expected, got in zip(results(op, case), tables, strict=True):
         if op.spec.tolerance:
@@ -163,7 +167,7 @@ def test_ops_stay_on_the_device_of_their_input(name: str, data: st.DataObject) -
     count = OPS[name].most or 3
     tables = [{"w": torch.empty((3, 4), device="meta")}] * count
     with measured_elsewhere(op, count) if name in ON_HOST else nullcontext():
-        out = apply(op, tables, [1.0, 0.5, 2.0][:count], base=tables[0])
+        out = apply_each(op, tables, [1.0, 0.5, 2.0][:count], base=tables[0])
     for each in [out] if isinstance(out, Mapping) else out:
         assert each["w"].device.type == "meta"
         assert each["w"].shape == (3, 4)
@@ -192,9 +196,7 @@ def test_ops_treat_models_alike(name: str, data: st.DataObject) -> None:
     kinds = ("normal",) if op.spec.tolerance else ("exact", "ternary")
     case = data.draw(cases(least=2, kinds=kinds, limits=taken_by_op(name)))
     order = data.draw(st.permutations(range(len(case.models))))
-    shuffled = Case(
-        case.base, tuple(case.models[i] for i in order), tuple(case.weights[i] for i in order)
-    )
+    shuffled = case.chosen(order)
     before, after = results(op, case), results(op, shuffled, order)
     if op.spec.reduces:
         # Sums of values times weights may round differently in another order.
@@ -217,7 +219,7 @@ def gradients(op: Op, case: Case) -> tuple[Any, list[dict[str, torch.Tensor]]]:
         for tensor in each.values():
             tensor.requires_grad_()
     (base,) = in_torch([case.base])
-    out = apply(op, inputs, case.weights, base=base)
+    out = apply_each(op, inputs, case.weights, base=base)
     merged = out if isinstance(out, Mapping) else out[0]
     torch.stack([tensor.sum() for tensor in merged.values()]).sum().backward()
     zero = torch.zeros
@@ -274,7 +276,7 @@ def test_ops_declared_linear_add_up(name: str, data: st.DataObject) -> None:
     zero = {tensor: np.zeros_like(array) for tensor, array in one.items()}
 
     def run(*models: Arrays) -> Arrays:
-        out = apply(op, models, weights)
+        out = apply_each(op, models, weights)
         return out if isinstance(out, Mapping) else out[0]
 
     total = {tensor: np.asarray(one[tensor] + other[tensor]) for tensor in one}
@@ -302,7 +304,8 @@ def test_granularity_is_fine_enough(name: str, data: st.DataObject) -> None:
         for label, each in zip([*labels, "base"], tables, strict=True)
     ]
     recipe = Recipe(tuple(map(ModelRef, labels, case.weights)), method="", ops=chain, base="base")
-    plan = make_plan(recipe, sources=opened[:-1], base=opened[-1], workers=1)
+    files = files_of(needs(op), tables[:-1], None)
+    plan = make_plan(recipe, sources=opened[:-1], base=opened[-1], statistics=files, workers=1)
     tiling = Tiling(data.draw(st.integers(1, 9)), data.draw(st.integers(1, 30)), 2)
     (whole,) = execute_in_memory(replace(plan, tiling=WHOLE))
     (pieces,) = execute_in_memory(replace(plan, tiling=tiling))

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergebench import merge_models
 from mergebench.core.errors import ParameterError
 from mergebench.core.params import Param
 from mergebench.merge.engine import execute_in_memory
@@ -27,6 +26,7 @@ from .support import (
     drawn_for_op,
     every_method,
     every_op,
+    merge_models,
     values_of,
 )
 

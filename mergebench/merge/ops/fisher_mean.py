@@ -37,7 +37,7 @@ def check_shares(weights: Sequence[float], **_: object) -> None:
 
 
 def _shapes(site: Site) -> tuple[tuple[int, ...], ...]:
-    return (site.shape,) if site.size else ()
+    return (site.shape,)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,10 @@ class _Collected:
 
     def __call__(self, visit: Callable[[Stack, At], R]) -> Iterator[tuple[At, R]]:
         def seen(stack: Stack, at: At) -> R:
-            return visit(stack * 0 if at.collected is None else at.collected, at)
+            if at.collected is not None:
+                return visit(at.collected, at)
+            xp = namespace(stack)
+            return visit(xp.zeros(stack.shape, dtype=xp.float64, device=stack.device), at)
 
         return self.sweep(seen)
 
