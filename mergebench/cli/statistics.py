@@ -68,7 +68,7 @@ def statistics(
 
     \b
       mergebench fit statistics ft1 --base base --kind fisher --task eval.py -o ft1.safetensors
-      mergebench fit statistics ft1 ft2 --kind gram -t a=eval.py -t b=eval.py -o statistics
+      mergebench fit statistics ft1 ft2 --kind fisher -t a=eval.py -t b=eval.py -o fishers
     """
     from mergebench.checkpoints.staging import check_destination
     from mergebench.core.errors import ParameterError, did_you_mean

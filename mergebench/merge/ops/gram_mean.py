@@ -60,7 +60,8 @@ def gram_mean(
     """``(Σ_i w_i W_i Ĝ_i)(Σ_i w_i Ĝ_i)⁺`` for weights out × in and Ĝ_i the inputs' ``XᵀX``.
 
     Of all W that reach the least ``Σ_i w_i ‖X_i Wᵀ - X_i W_iᵀ‖²`` (at alpha = 1) it is the one
-    nearest to the weighted mean, which it is where no model has any input.
+    nearest to the weighted mean, columns measured by their inputs; that mean itself where no
+    model has any input.
 
     Parameters
     ----------
