@@ -17,6 +17,7 @@ from mergebench.cli import (
     console,
     editing,
     fitting,
+    grafting,
     learning,
     looking,
     merging,
@@ -88,6 +89,7 @@ fitting.app.command("soup")(soups.soup)
 fitting.app.command("atlas")(learning.atlas)
 fitting.app.command("adamerging")(learning.adamerging)
 fitting.app.command("statistics")(statistics.statistics)
+fitting.app.command("graft")(grafting.graft)
 app.add_typer(fitting.app, name="fit")
 app.add_typer(shelf.app, name="zoo")
 

@@ -108,8 +108,7 @@ def apply(
                 fix="give statistics=",
             )
         held = [
-            {} if each is None else dict(each) if named else {"tensor": each}
-            for each in statistics
+            {} if each is None else dict(each) if named else {"tensor": each} for each in statistics
         ]
         pieces = _beside(pieces, steps, held)
     given = {piece.at.site.name: piece.at for piece in pieces}

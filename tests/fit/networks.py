@@ -13,7 +13,7 @@ from mergebench.merge.fit.task import Task
 from tests.helpers.files import write
 
 #: As task files hold it: two blocks of a linear layer with a bias, and a head.
-NETWORK = '''
+NETWORK = """
 import torch
 
 
@@ -60,7 +60,7 @@ class Data:
 
 def task():
     return Data(SEED)
-'''
+"""
 
 
 def task_file(path: Path, seed: int = 0) -> Path:

@@ -179,7 +179,9 @@ def test_kernels_see_patches() -> None:
             for j in range(4)
         ]
     )
-    np.testing.assert_allclose(gram.numpy(), patches.T @ patches / len(patches), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        gram.numpy(), patches.T @ patches / len(patches), rtol=1e-5, atol=1e-7
+    )
     line = torch.nn.Conv1d(3, 2, 2, bias=False)
     signal = x[:, :, 0, :]
     windows = np.array(
@@ -267,9 +269,7 @@ def test_inputs_through_merged_blocks(
     alpha, paths = 0.8, [networks[seed - 1] for seed in order]
     recipe = recipe_of(*paths, method="linear", form="model")
     with make(recipe, "mean") as candidate:
-        made = collect_through(
-            candidate, [[task_of(seed)] for seed in order], How(), alpha=alpha
-        )
+        made = collect_through(candidate, [[task_of(seed)] for seed in order], How(), alpha=alpha)
     models = [values_of(seed) for seed in order]
     merged: dict[str, Any] = {n: np.mean([m[n] for m in models], axis=0) for n in models[0]}
     for block, name in enumerate(("layers.0.lin.weight", "layers.1.lin.weight", "head.weight")):
@@ -334,7 +334,9 @@ def test_what_cannot_be_collected(networks: list[Path]) -> None:
             fisher_of(Logistic(W), [plain], "val")
         with pytest.raises(ParameterError, match="split 'val' is empty"):
             grams_of(Masked(), [Task("e", Runs(Masked(), []), "e")], "val")
-    uneven = Task("u", Classes(Logistic(W), [{"x": torch.ones(2, 2), "labels": torch.ones(3)}]), "u")
+    uneven = Task(
+        "u", Classes(Logistic(W), [{"x": torch.ones(2, 2), "labels": torch.ones(3)}]), "u"
+    )
     with pytest.raises(ParameterError, match="first dimension"):
         fisher_of(Logistic(W), [uneven], "val")
     broken = Logistic(np.full((3, 2), np.nan, np.float32))

@@ -37,9 +37,7 @@ def test_fisher_is_a_weighted_mean(data: st.DataObject) -> None:
     weights = [float(w) for w in random.uniform(0.1, 2, count)]
     normalize, floor = data.draw(st.booleans()), data.draw(st.sampled_from([0.0, 1e-6, 0.1]))
     pairs = list(zip(models, weights, strict=True))
-    got = merge_models(
-        pairs, method="fisher", statistics=fishers, normalize=normalize, floor=floor
-    )
+    got = merge_models(pairs, method="fisher", statistics=fishers, normalize=normalize, floor=floor)
     lengths = [
         np.sqrt(sum((f**2).sum() for f in each.values())) if normalize else 1.0 for each in fishers
     ]

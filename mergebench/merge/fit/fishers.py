@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from mergebench.core.errors import MergebenchError
+from mergebench.core.errors import MergebenchError, ParameterError
 from mergebench.merge.fit.batches import batches_of, check_learnable, examples_in, on, outputs_of
 from mergebench.merge.fit.task import Task
 
@@ -121,6 +121,8 @@ def _add(
 ) -> None:
     import torch
 
+    if not value.requires_grad:
+        raise ParameterError(f"task {task}: its loss depends on no parameter of its module")
     slopes: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
         value, list(held.values()), retain_graph=True, allow_unused=True
     )
