@@ -41,6 +41,7 @@ def compare(
             "lam=0.1:1.5:0.1, or lines.beta=0.2/0.4 of an op.",
         ),
     ] = None,
+    statistics: o.Statistics = None,
     select: s.Select = "val",
     report_on: s.ReportOn = "test",
     markdown: Annotated[
@@ -79,7 +80,9 @@ def compare(
 
     recipe = s.recipe_of(models, base, "linear", None, None, None)
     searched = dict(parse_assignment(each) for each in grid or ())
-    entries = entries_of(method or _METHODS, recipe, searched)
+    entries = entries_of(
+        method or _METHODS, recipe, searched, s.statistics_by_kind(recipe, statistics)
+    )
     if markdown is not None:
         s.check_free(markdown, force)
     if html is not None:

@@ -29,6 +29,7 @@ def grid(
     param: o.Params = None,
     then: o.Then = None,
     where: o.Where = None,
+    statistics: o.Statistics = None,
     select: s.Select = "val",
     report_on: s.ReportOn = "test",
     out: s.RecipeOut = Path("fit.yaml"),
@@ -54,7 +55,7 @@ def grid(
     from mergebench.merge.fit.grid import Trial, best_of
     from mergebench.merge.fit.grid import grid as run
 
-    recipe = s.recipe_of(models, base, method, param, then, where)
+    recipe = s.recipe_of(models, base, method, param, then, where, statistics)
     s.check_free(out, force)
     scores = s.scores_of(task, base, limit, batch_size, timeout, on_error, no_cache)
     make, tell = s.maker(memory, workers), s.teller(quiet or as_json)

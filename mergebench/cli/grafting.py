@@ -15,9 +15,6 @@ from mergebench.cli import scoring as s
 if TYPE_CHECKING:
     from mergebench.merge.fit.graft import Grafted
 
-#: What the paper leaves as it is.
-_FIXED = ("class=embedding", "class=head")
-
 
 def graft(
     model: Annotated[
@@ -72,7 +69,7 @@ def graft(
       mergebench fit graft ft1 --base base --task eval.py --density 0.01 --epochs 2 -o b.safetensors
     """
     from mergebench.core.errors import ParameterError
-    from mergebench.merge.fit.graft import Settings
+    from mergebench.merge.fit.graft import Settings, fixed
     from mergebench.merge.fit.graft import graft as run
     from mergebench.merge.sparse import check_place, write_sparse
 
@@ -85,13 +82,14 @@ def graft(
         )
     given = [model, *([] if base is None else [base])]
     check_place(out.expanduser(), "safetensors", force=force, inputs=given)
-    recipe = replace(
-        s.recipe_of([model], base, "task_arithmetic", ["lam=1"], None, None),
-        include=tuple(include or ()),
-        exclude=tuple(_FIXED if exclude is None else exclude),
-    )
     scores = s.scores_of(task, base, limit, batch_size, None, "stop", False)
     make, tell = s.maker(memory, workers), s.teller(quiet or as_json)
+    whole = s.recipe_of([model], base, "task_arithmetic", ["lam=1"], None, None)
+    recipe = replace(
+        whole,
+        include=tuple(include or ()),
+        exclude=fixed(whole, make) if exclude is None else tuple(exclude),
+    )
     settings = Settings(density, epochs, rate, l1, seed)
     with console.bar(quiet or as_json, "steps") as progress:
         made = run(

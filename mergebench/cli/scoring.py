@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mergebench.merge.fit.candidate import Candidate
     from mergebench.merge.fit.grid import Trial
     from mergebench.merge.fit.scores import Outcome, Scores
-    from mergebench.recipe import Recipe
+    from mergebench.recipe import ModelRef, Recipe
 
 Tasks = Annotated[
     list[str] | None,
@@ -56,20 +56,39 @@ def recipe_of(
     param: list[str] | None,
     then: list[str] | None,
     where: list[str] | None,
+    statistics: list[str] | None = None,
 ) -> Recipe:
     """The recipe that options describe."""
-    from mergebench.cli.merging import parse_params
+    from mergebench.cli.merging import parse_params, with_statistics
     from mergebench.recipe import ModelRef, Recipe, parse_op, with_rules
     from mergebench.sources import split_weight
 
     recipe = Recipe(
-        models=tuple(ModelRef(*split_weight(each)) for each in models),
+        models=with_statistics(
+            tuple(ModelRef(*split_weight(each)) for each in models), statistics or ()
+        ),
         method=method or "linear",
         params=parse_params(param or []),
         then=tuple(parse_op(each) for each in then or []),
         base=base,
     )
     return with_rules(recipe, where or ())
+
+
+def statistics_by_kind(
+    recipe: Recipe, given: Sequence[str] | None
+) -> dict[str, tuple[ModelRef, ...]]:
+    """The models with their statistics, once for every kind that there are files of."""
+    from mergebench.cli.merging import with_statistics
+    from mergebench.merge.collected import open_collected
+
+    paths = [each.path for each in recipe.models]
+    groups: dict[str, list[str]] = {}
+    for text in given or ():
+        name, equals, file = text.partition("=")
+        named = equals and (name in paths or name in {Path(path).name for path in paths})
+        groups.setdefault(open_collected(file if named else text).kind, []).append(text)
+    return {kind: with_statistics(recipe.models, files) for kind, files in groups.items()}
 
 
 def scores_of(

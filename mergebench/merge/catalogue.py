@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mergebench.core.params import Param
 from mergebench.merge.method import METHODS, Method
-from mergebench.merge.op import OPS, OpSpec, granularity_of, needs_base
+from mergebench.merge.op import OPS, OpSpec, collects_of, granularity_of, needs_base
 
 _HEAD = """\
 # Methods
@@ -17,7 +17,7 @@ the inputs are read with default parameters. *Presets* (`--compat`) supply the d
 implementation. `mergebench methods NAME` has the formula, every parameter and the deviations.
 
 *Needs*: a base, or its values too where they decide; whole rows or matrices at a time, where
-pieces would not do.
+pieces would not do; statistics of every model's data (`mergebench fit statistics`).
 
 *Checked against*: recorded outputs of other implementations (`tests/parity`, `tests/adapters`),
 with their preset where there is one. *8 roundings*: entry by entry, what differs is at most one
@@ -101,6 +101,8 @@ def _needs(method: Method) -> str:
         found.append("matrices")
     elif granularity_of(chain) == "row":
         found.append("rows")
+    if (wanted := collects_of(chain)) is not None:
+        found.append(f"statistics ({wanted.kind})")
     return ", ".join(found)
 
 

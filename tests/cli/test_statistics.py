@@ -207,3 +207,42 @@ def test_parts_take_statistics_too(scene: Path) -> None:
     np.testing.assert_allclose(out[name], base + lam * (one + two - 2 * base), rtol=1e-5, atol=1e-6)
     both = ("--method-for", "head:regmean", "--method-for", "layers:fisher", "--force")
     assert_refused(run(scene, *args, *both), "takes statistics of one kind")
+
+
+def test_methods_beside_each_other(scene: Path) -> None:
+    """`compare` gives each method the files of its kind, and `fit grid` searches alpha."""
+    fishers, grams = collect(scene, "fisher", "f"), collect(scene, "gram", "g")
+    given = [part for each in (*grams, *fishers) for part in ("--statistics", each)]
+    ran = run(scene, "compare", "one", "two", "-t", "a.py", *given, "-m", "fisher", "-m",
+              "regmean:alpha=0/0.9", "-m", "linear", "-m", "regmean_pp", "--json")  # fmt: skip
+    lines = {each["model"]: each for each in assert_done(ran).json}
+    assert lines["regmean:alpha=0/0.9"]["trials"] == 2
+    values = [lines[name]["average"] for name in ("fisher", "regmean:alpha=0/0.9", "linear")]
+    assert len(set(values)) == 3
+    assert "needs statistics of every model" in lines["regmean_pp"]["problem"]
+    some = [part for each in grams for part in ("--statistics", each)]
+    args = ("fit", "grid", "one", "two", "-m", "regmean", "-p", "alpha=0,0.5", *some)
+    assert_done(run(scene, *args, "-t", "a.py", "-o", "best.yaml"))
+    stored = yaml.safe_load((scene / "best.yaml").read_text())
+    assert {each["statistics"] for each in stored["models"]} == set(grams)
+    assert_done(run(scene, "run", "best.yaml", "-o", "out"))
+
+
+def test_grafting(scene: Path) -> None:
+    """A file that merges like any task vector; the head is left alone unless it is asked for."""
+    args = ("fit", "graft", "one", "-b", "base", "-t", "a.py", "--density", "0.2", "--epochs", "2")
+    ran = assert_done(run(scene, *args, "-o", "g.safetensors", "--json")).json
+    assert len(ran["history"]) == 3
+    assert ran["history"][0]["entries"] == ran["entries"] // 5 == 4
+    assert_done(run(scene, "merge", "g.safetensors", "-b", "base", "-m", "task_arithmetic", "-p",
+                    "lam=1", "-o", "out"))  # fmt: skip
+    base, tuned, out = (read(scene / name) for name in ("base", "one", "out"))
+    changed = {name: out[name] != base[name] for name in base}
+    assert sum(int(each.sum()) for each in changed.values()) == ran["stored"] > 0
+    assert not changed["head.weight"].any()
+    for name, mask in changed.items():
+        np.testing.assert_allclose(out[name][mask], tuned[name][mask], rtol=1e-6, atol=1e-6)
+    assert_refused(run(scene, *args, "-o", "g.safetensors"), "g.safetensors", "exists")
+    whole = assert_done(run(scene, *args, "--exclude", "bias", "-o", "h.safetensors")).out
+    assert "of 30 entries" in whole
+    assert_refused(run(scene, *args, "--report-on", "val", "-o", "x.safetensors"), "both 'val'")

@@ -72,7 +72,7 @@ def task_file(path: Path, seed: int = 0) -> Path:
 def task_of(seed: int = 0, size: int = 4) -> Task:
     """The task in memory."""
     scope: dict[str, Any] = {}
-    exec(NETWORK.replace("SEED", "0"), scope)  # noqa: S102 - the text above
+    exec(NETWORK.replace("SEED", "0"), scope)
     return Task(f"data{seed}", scope["Data"](seed, size), f"data{seed} {size}")
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from mergebench.core.errors import ParameterError
 from mergebench.merge.fit.space import check_known, with_values
 from mergebench.merge.method import METHODS
-from mergebench.recipe import Recipe, parse_op, read_recipe
+from mergebench.merge.op import collects_of
+from mergebench.recipe import ModelRef, Recipe, parse_op, read_recipe
 
 _RECIPES = (".yaml", ".yml", ".json")
 
@@ -34,12 +35,15 @@ class Entry:
     fit: tuple[str, ...] = ()
 
 
-def entry_of(text: str, models: Recipe) -> Entry:
+def entry_of(
+    text: str, models: Recipe, statistics: Mapping[str, tuple[ModelRef, ...]] | None = None
+) -> Entry:
     """An entry as it is written.
 
     ``METHOD[:K=V/V,...][+OP[:K=V,...]]``, such as ``ties:density=0.1/0.2,lam=1+lines:beta=0.5``;
     the name of a recipe file, ``best.yaml``; or ``fit soup``, ``fit search -m ties -n 20``: a fit
     with its options but for models, base, tasks and output, which are those of the comparison.
+    ``statistics`` has the models with files of each kind, for methods that need one.
 
     Raises
     ------
@@ -62,13 +66,24 @@ def entry_of(text: str, models: Recipe) -> Entry:
     method = parse_op(first)
     declared = METHODS[method.name]
     based = models.base if declared.space != "weight" or ops else None
+    wanted = collects_of(declared())
     recipe = replace(
-        models, method=method.name, params=method.params, base=based, then=tuple(map(parse_op, ops))
+        models,
+        models=(statistics or {}).get(wanted.kind if wanted is not None else "", models.models),
+        method=method.name,
+        params=method.params,
+        base=based,
+        then=tuple(map(parse_op, ops)),
     )
     return Entry(text, recipe)
 
 
-def entries_of(texts: Sequence[str], models: Recipe, grid: Mapping[str, str]) -> list[Entry]:
+def entries_of(
+    texts: Sequence[str],
+    models: Recipe,
+    grid: Mapping[str, str],
+    statistics: Mapping[str, tuple[ModelRef, ...]] | None = None,
+) -> list[Entry]:
     """All entries, with values to choose from for every method or op that has the parameter.
 
     Parameters
@@ -79,17 +94,20 @@ def entries_of(texts: Sequence[str], models: Recipe, grid: Mapping[str, str]) ->
     grid : mapping of name to values
         Such as ``lam`` to ``0.1:1.5:0.1``, or ``lines.beta`` to ``0.2/0.4``. What an entry says
         itself comes first; recipes in files and fits are left as they are.
+    statistics : mapping of kind to models, optional
+        The models with files of each kind.
 
     Raises
     ------
     ParameterError
         As :func:`entry_of`; for two entries of one title, and for a name that no entry has.
     """
-    found = [entry_of(text, models) for text in texts]
+    found = [entry_of(text, models, statistics) for text in texts]
     titles = [each.title for each in found]
     if twice := [title for title in titles if titles.count(title) > 1]:
         raise ParameterError(f"{twice[0]!r} is given twice", fix="keep one of them")
-    own = [not each.fit and each.recipe.models == models.models for each in found]
+    paths = [each.path for each in models.models]
+    own = [not each.fit and [m.path for m in each.recipe.models] == paths for each in found]
     check_known(list(grid), [each.recipe for each, ours in zip(found, own, strict=True) if ours])
     return [
         replace(each, recipe=with_values(each.recipe, grid)) if ours else each

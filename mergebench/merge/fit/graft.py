@@ -172,6 +172,13 @@ def graft(
     return Grafted(_sparse(plan, tau, kept), tuple(history), best, _overlap(start, kept))
 
 
+def fixed(recipe: Recipe, make: Callable[[Recipe, str], Candidate]) -> tuple[str, ...]:
+    """Selectors of what the paper leaves as it is: embeddings and heads, where there are any."""
+    with make(recipe, "the model") as candidate:
+        kinds = {item.site.kind for item in candidate.plan.aligned.items.values()}
+    return tuple(f"class={kind}" for kind in ("embedding", "head") if kind in kinds)
+
+
 def _task_vector(
     recipe: Recipe, method: str, params: Mapping[str, Any], make: Callable[[Recipe, str], Candidate]
 ) -> dict[str, Array]:

@@ -33,8 +33,9 @@ def regmean(alpha: Annotated[float, Interval(ge=0, le=1)] = 0.9) -> Chain:
     ----------
     Where the sum of the G is singular (fewer tokens than inputs, inputs that are always zero), the
     result is the solution nearest to the weighted mean, columns measured by their inputs, not the
-    pseudo-inverse's, which is zero on what no data reach. G is per token, so that a larger corpus does not weigh more; weights of
-    models do that where it is wanted. Kernels of convolutions (as matrices) and ``Conv1D`` count as
-    linear layers too. Tensors that no statistics file has are averaged, which the plan says.
+    pseudo-inverse's, which is zero on what no data reach. G is per token, so that a larger corpus
+    does not weigh more; weights of models do that where it is wanted. Kernels of convolutions (as
+    matrices) and ``Conv1D`` count as linear layers too. Tensors that no statistics file has are
+    averaged, which the plan says.
     """
     return chain(gram_mean(alpha, "gram"))
