@@ -66,7 +66,7 @@ def graft(
 
     \b
       mergebench fit graft ft1 --base base --task eval.py -o graft.safetensors
-      mergebench fit graft ft1 --base base --task eval.py --density 0.01 --epochs 2 -o b.safetensors
+      mergebench fit graft ft1 --base base --task eval.py --density 0.1 --epochs 2 -o c.safetensors
     """
     from mergebench.core.errors import ParameterError
     from mergebench.merge.fit.graft import Settings, fixed

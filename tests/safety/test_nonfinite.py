@@ -21,6 +21,7 @@ from mergebench.merge.method import METHODS
 from mergebench.merge.plan import make_plan
 from mergebench.merge.stream import Item, load
 from mergebench.recipe import ModelRef, Recipe
+from tests.contract.collecting import statistics_of, wanted
 from tests.helpers.adapters import factors, save_peft
 from tests.helpers.compare import assert_same
 from tests.helpers.files import BF16, F16, F32, Array, listing, read, write
@@ -97,7 +98,9 @@ def assert_as_without(method: str, found: Arrays, expected: Arrays, name: str, p
 
 def merged(method: str, models: list[Any], base: Any = None, **options: Any) -> Arrays:
     """In memory."""
-    found = merge_models(models, base=base, method=method, **PARAMS.get(method, {}), **options)
+    made = statistics_of(wanted(method), models, base)
+    params = PARAMS.get(method, {})
+    found = merge_models(models, base=base, method=method, statistics=made, **params, **options)
     if isinstance(found, list):
         # Where every model has a result of its own, that of the first one.
         found = found[0]

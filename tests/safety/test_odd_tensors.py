@@ -20,6 +20,7 @@ from tests.helpers.compare import assert_close, assert_same
 from tests.helpers.files import BF16, F16, F32, F64, Array, listing, read, write
 from tests.helpers.models import added, base_model, fine_tune, save_folder, task_vector
 from tests.helpers.running import assert_done, assert_refused, call
+from tests.helpers.statistics import options_for
 
 MEAN, VAR, COUNT = "bn1.running_mean", "bn1.running_var", "bn1.num_batches_tracked"
 STATISTICS = (MEAN, VAR)
@@ -89,7 +90,8 @@ def test_running_statistics_are_averaged(nets: Path, method: str) -> None:
     """By every method the weighted mean, and the base's counter; the rest is merged."""
     models = ("one.safetensors:3", "two.safetensors:1")
     base = () if METHODS[method].space == "weight" else ("-b", "base.safetensors")
-    common = ("merge", *models, *base, "-m", method, "-o", "out.safetensors")
+    more = options_for(method, models, nets)
+    common = ("merge", *models, *base, "-m", method, *more, "-o", "out.safetensors")
 
     ran = assert_done(call(*common, cwd=nets))
 

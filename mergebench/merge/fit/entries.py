@@ -66,7 +66,8 @@ def entry_of(
     method = parse_op(first)
     declared = METHODS[method.name]
     based = models.base if declared.space != "weight" or ops else None
-    wanted = collects_of(declared())
+    required = any(each.required for each in declared.params.values())
+    wanted = None if required else collects_of(declared())
     recipe = replace(
         models,
         models=(statistics or {}).get(wanted.kind if wanted is not None else "", models.models),

@@ -36,7 +36,7 @@ def graft(
 
     Deviations
     ----------
-    The paper then trains the mask on data of the task; that is not done here. It leaves embeddings
+    The paper then trains the mask on data of the task, as ``fit graft`` does. It leaves embeddings
     and head alone, which is ``--exclude class=embedding --exclude class=head``. The authors' code
     keeps what is strictly above the k-th magnitude, so one entry less and no ties.
     """
