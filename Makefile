@@ -3,10 +3,11 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: help demo test lint parity bench bench-packing fuzz clean
+.PHONY: help demo demo-text test lint parity bench bench-packing fuzz clean
 
 help:
 	@echo "make demo    the digits example, from training to the table and the picture"
+	@echo "make demo-text  text tasks, from your files to the table: make demo-text ARGS='a.csv b.csv'"
 	@echo "make test    the whole test suite"
 	@echo "make lint    formatting, lint, types, import layers"
 	@echo "make parity  record mergekit's, FusionBench's and WeightWatcher's outputs again, in environments of their own"
@@ -24,6 +25,9 @@ $(VENV)/.%: $(BIN)/python pyproject.toml constraints.txt
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/digits/run.py
+
+demo-text: $(VENV)/.peft
+	$(BIN)/python examples/text_tasks/run.py $(ARGS)
 
 # Chromium and axe-core for the tests of reports, where they are missing.
 BROWSER = tests/browser/.tools/stamp

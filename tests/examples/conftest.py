@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "digits"))
+for _name in ("digits", "text_tasks"):
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / _name))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,1 @@
+"""Text classification with one frozen head per task: data, experts, merges, a table."""
