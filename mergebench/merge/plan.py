@@ -3,46 +3,43 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
-from mergebench.adapters_zoo.adapter import ReadOptions
-from mergebench.adapters_zoo.targets import target_named
 from mergebench.checkpoints.disk import check_space
 from mergebench.checkpoints.staging import staged_bytes
 from mergebench.checkpoints.writer import Layout
 from mergebench.compute.tiles import Tiling
-from mergebench.core.delta import LowRank, Replacement, reads
+from mergebench.core.delta import reads
 from mergebench.core.errors import MismatchError, ParameterError
-from mergebench.core.rules import parse_weight
-from mergebench.core.schedule import is_schedule, to_plain
+from mergebench.core.schedule import to_plain
 from mergebench.core.site import parse_pattern
 from mergebench.core.tensor import nbytes
 from mergebench.merge.align import Aligned, align, in_places
 from mergebench.merge.buffers import settle
-from mergebench.merge.collected import Collected, open_all
+from mergebench.merge.collected import Collected
 from mergebench.merge.configs import check_configs
 from mergebench.merge.energy import ranks_by_energy
 from mergebench.merge.extraction import for_adapter
 from mergebench.merge.limits import DEFAULT_MEMORY, check_places, choose_tiling
-from mergebench.merge.method import METHODS, Method
+from mergebench.merge.method import Method
 from mergebench.merge.mismatch import Odd, even_out, extended
 from mergebench.merge.on_base import check_fit
+from mergebench.merge.opening import open_inputs
 from mergebench.merge.origin import Origin, check_saved, measure, named_bases
 from mergebench.merge.package import Package, package
-from mergebench.merge.partition import check_count, methods_of
+from mergebench.merge.partition import check_count
 from mergebench.merge.precision import coarser
 from mergebench.merge.selecting import check_heard, place, select
-from mergebench.merge.spaces import Space, Spaces
+from mergebench.merge.spaces import check_base, check_updates, spaces_of
 from mergebench.merge.supplied import supply
 from mergebench.merge.tying import tie_alike
 from mergebench.merge.variants import Variant, make_variants, recorded, split, sweeps
 from mergebench.merge.vocab import reconcile
 from mergebench.recipe import DTYPES, FORMS, ON_MISMATCH, VOCAB, Recipe
-from mergebench.sources import Source, content, open_source, with_base
+from mergebench.sources import Source
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,49 +210,28 @@ def make_plan(
     """
     _check_recipe(recipe)
     method, variants = make_variants(recipe)
-    options = ReadOptions(
-        lora_alpha=recipe.lora_alpha,
-        ignore_saved_base=recipe.ignore_saved_base,
-        part=recipe.part,
-        revisions=recipe.revisions,
-        stream=stream,
-    )
-    notes: list[str] = []
-    weights_given = [parse_weight(each.weight, each.path) for each in recipe.models]
-    if base is None and recipe.base is not None:
-        base = _open_base(recipe.base, options)
-    if base is not None and base.checkpoint is not None:
-        options = with_base(options, base.checkpoint)
-    opened = _open_models(recipe, sources, options)
-    form = _form(recipe, opened, base)
-    space = _space(recipe, form, base)
-    if base is None and (named := _named_base(opened, form, space)) is not None:
-        base = _open_base(str(named), options)
-        assert base.checkpoint is not None
-        notes.append(f"base taken from what the inputs name: {named}")
-        # Adapters are read again, now that the names and shapes of the base are known.
-        options = with_base(options, base.checkpoint)
-        opened = _open_models(recipe, sources, options)
-        space = _space(recipe, form, base)
-    files = open_all([each.statistics for each in recipe.models], statistics)
-    models, weights, order = _canonical(opened, recipe, weights_given, files)
-    collected = tuple(files[place] for place in order)
-    first = next((each for each in opened if each.checkpoint is not None), None)
+    opened = open_inputs(recipe, sources, base, statistics, stream=stream)
+    models, weights, order, collected = (
+        opened.models, opened.weights, opened.order, opened.collected
+    )  # fmt: skip
+    base, form = opened.base, opened.form
+    notes = list(opened.notes)
+    first = next((each for each in opened.given if each.checkpoint is not None), None)
     notes += [
         *_alone(models, weights, variants),
-        *_provenance(opened, base, form, allow=recipe.allow_base_mismatch),
+        *_provenance(opened.given, base, form, allow=recipe.allow_base_mismatch),
         *check_saved(models, base, allow=recipe.allow_base_mismatch),
         *check_configs(models, base, allow=recipe.allow_base_mismatch),
     ]
     models, base, tied = tie_alike(models, base)
-    space = _check_base(recipe, models, base, form, space)
+    space = check_base(recipe, models, base, form, opened.space)
     check_count(method, len(models))
-    _check_updates(recipe, variants, space)
+    check_updates(recipe, variants, space)
     leader = _leader(recipe, form, first if base is None else None, models)
     variants = split(variants, recipe, models, order)
     variants = recorded(variants, models, weights, base, order, leader)
     chosen = select(recipe, models, base)
-    spaces = _spaces(recipe, form, base, space, chosen.parts)
+    spaces = spaces_of(recipe, form, base, space, chosen.parts)
     spoken = reconcile(models, chosen.models, base, _same(first, chosen.models), form, recipe.vocab)
     evened = even_out(
         spoken.models,
@@ -358,47 +334,6 @@ def _check_recipe(recipe: Recipe) -> None:
             raise ParameterError(f"{what}: {value!r}", expected="one of " + ", ".join(known))
 
 
-def _check_lora(recipe: Recipe, form: str) -> None:
-    """Options of adapters are for adapters, and within their bounds."""
-    options = ("target", "rank", "energy", "whole")
-    given = [name for name in options if getattr(recipe, name) not in (None, ())]
-    if given and form != "lora":
-        raise ParameterError(
-            f"{given[0]}: is for adapters",
-            got=f"a {form} to write",
-            fix=f"add --as lora, or leave out --{given[0]}",
-        )
-    if recipe.target is not None:
-        target_named(recipe.target)
-    if recipe.energy is not None and not 0 < recipe.energy <= 1:
-        raise ParameterError("energy", expected="above 0 and at most 1", got=f"{recipe.energy:g}")
-    if recipe.rank is not None and recipe.rank < 1:
-        raise ParameterError("rank", expected="at least 1", got=str(recipe.rank))
-
-
-def _open_models(
-    recipe: Recipe, given: Sequence[Source | None] | None, options: ReadOptions
-) -> list[Source]:
-    ready = given or [None] * len(recipe.models)
-    return [
-        source or open_source(each.path, options)
-        for source, each in zip(ready, recipe.models, strict=True)
-    ]
-
-
-def _open_base(reference: str, options: ReadOptions) -> Source:
-    base = open_source(reference, options)
-    if base.checkpoint is None:
-        raise MismatchError(f"{reference}: the base must be a checkpoint", got="an adapter")
-    if base.deltas is not None:
-        raise MismatchError(
-            f"{reference}: the base must be a checkpoint alone",
-            got="one with an adapter",
-            fix=f"write it first: mergebench merge {reference} -o applied",
-        )
-    return base
-
-
 def _provenance(
     models: Sequence[Source], base: Source | None, form: str, *, allow: bool
 ) -> list[str]:
@@ -411,31 +346,6 @@ def _provenance(
     return notes
 
 
-def _canonical(
-    opened: Sequence[Source],
-    recipe: Recipe,
-    weights: Sequence[Any],
-    files: Sequence[Collected | None] = (),
-) -> tuple[tuple[Source, ...], tuple[Any, ...], tuple[int, ...]]:
-    """Models and weights in an order of their own, and the place where each of them was given."""
-    marks = [source.fingerprint for source in opened]
-    # A fingerprint samples; models that differ elsewhere only are told apart by all they hold.
-    full = [content(s) if marks.count(s.fingerprint) > 1 else "" for s in opened]
-    own = [
-        repr([sorted(each.to_dict().get("params", {}).items()), _of_parts(recipe, place)])
-        + (file.source.fingerprint if (file := dict(enumerate(files)).get(place)) else "")
-        for place, each in enumerate(recipe.models)
-    ]
-    keys = list(zip(marks, full, map(_rank, weights), own, strict=True))
-    order = tuple(sorted(range(len(opened)), key=lambda place: (*keys[place], place)))
-    return tuple(opened[i] for i in order), tuple(weights[i] for i in order), order
-
-
-def _of_parts(recipe: Recipe, place: int) -> list[str]:
-    """The weights of a model that are for single parts."""
-    return [str(part.weights[place]) for part in recipe.parts if part.weights]
-
-
 def _left(apart: frozenset[str], order: Sequence[str], form: str) -> list[str]:
     names = sorted(apart.intersection(order) if form == "model" else apart)
     if not names:
@@ -443,12 +353,6 @@ def _left(apart: frozenset[str], order: Sequence[str], form: str) -> list[str]:
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     what = "taken from the base unchanged" if form == "model" else "left out"
     return [f"{len(names)} tensors are not selected and {what}: {shown}"]
-
-
-def _rank(weight: Any) -> tuple[bool, float, str]:
-    """Numbers by size, before schedules."""
-    plain = not is_schedule(weight)
-    return (not plain, weight if plain else 0.0, "" if plain else str(weight))
 
 
 def _packed(
@@ -465,117 +369,6 @@ def _packed(
     if recipe.energy is not None:
         built = pack(ranks_by_energy(aligned, variants, chosen[0], recipe.energy))
     return built, chosen
-
-
-def _form(recipe: Recipe, models: Sequence[Source], base: Source | None) -> str:
-    form = _wanted_form(recipe, models, base)
-    _check_lora(recipe, form)
-    return form
-
-
-def _wanted_form(recipe: Recipe, models: Sequence[Source], base: Source | None) -> str:
-    if recipe.form != "auto":
-        return recipe.form
-    if base is not None or any(model.checkpoint is not None for model in models):
-        return "model"
-    factored = all(
-        isinstance(delta, (LowRank, Replacement))
-        for model in models
-        for delta in (model.deltas or {}).values()
-    )
-    return "lora" if factored else "delta"
-
-
-def _space(recipe: Recipe, form: str, base: Source | None) -> Space:
-    """What is combined: displacements, if anything needs them, or weights."""
-    found = {_space_of(method, form, base) for method in methods_of(recipe)}
-    return "delta" if "delta" in found else "weight"
-
-
-def _spaces(
-    recipe: Recipe, form: str, base: Source | None, space: Space, parts: Mapping[str, int]
-) -> Spaces:
-    """What is combined of each tensor, where that differs between parts."""
-    own = [_space_of(method, form, base) for method in methods_of(recipe)]
-    if base is None or len(set(own)) == 1:
-        return Spaces(space)
-    of_parts = own[-len(recipe.parts) :]
-    return Spaces(own[0], {name: of_parts[number] for name, number in parts.items()})
-
-
-def _space_of(method: Method | None, form: str, base: Source | None) -> Space:
-    if method is None or form != "model":
-        # What is written is a displacement, so displacements are combined.
-        return "delta"
-    if method.space == "either":
-        return "weight" if base is None else "delta"
-    return method.space
-
-
-def _named_base(models: Sequence[Source], form: str, space: str) -> Path | None:
-    """A base that the inputs name and that lies on this machine."""
-    wanted = form == "model" and any(model.checkpoint is None for model in models)
-    wanted = wanted or (space == "delta" and any(m.checkpoint is not None for m in models))
-    if not wanted:
-        return None
-    names = {_origin(model) for model in models}
-    name = names.pop() if len(names) == 1 else None
-    if not name:
-        return None
-    path = Path(name).expanduser()
-    return path if path.is_dir() or path.is_file() else None
-
-
-def _origin(model: Source) -> str | None:
-    name = None
-    if model.config:
-        name = model.config.get("base_model_name_or_path")
-    elif model.checkpoint is not None and model.checkpoint.config is not None:
-        name = model.checkpoint.config.get("_name_or_path")
-    return name if isinstance(name, str) else None
-
-
-def _check_base(
-    recipe: Recipe, models: Sequence[Source], base: Source | None, form: str, space: Space
-) -> Space:
-    """The space, which without full models can only be that of displacements."""
-    if base is not None:
-        return space
-    if any(model.checkpoint is None for model in models):
-        space = "delta"
-    full = [model.label for model in models if model.checkpoint is not None]
-    names = [recipe.method, *(part.method for part in recipe.parts)]
-    needing = [name for name in names if name and METHODS[name].space == "delta"]
-    what = next(iter(needing), recipe.method) or "this chain"
-    if full and space == "delta":
-        raise MismatchError(
-            f"{what} combines task vectors (fine-tuned minus base), and {full[0]} is a full "
-            "checkpoint",
-            fix="add --base with the model it was fine-tuned from",
-        )
-    if full and len(full) < len(models):
-        raise MismatchError(
-            f"{full[0]} is a full checkpoint and other inputs are task vectors",
-            fix="add --base with the model they belong to",
-        )
-    if form == "model" and not full:
-        raise MismatchError(
-            "task vectors alone do not make a model",
-            fix="add --base, or leave out --as model to write an adapter",
-        )
-    return space
-
-
-def _check_updates(recipe: Recipe, variants: Sequence[Variant], space: str) -> None:
-    """Refuse ops on updates that would get whole weights."""
-    if space != "weight":
-        return
-    for op in (op for each in variants for op in each.ops):
-        if op.spec.of_updates:
-            raise ParameterError(
-                f"{op.name} works on updates, and {recipe.method} gives whole weights here",
-                fix="use a method on task vectors: --method task_arithmetic with --base",
-            )
 
 
 def _alone(

@@ -130,7 +130,7 @@ def test_order_matters_to_a_method_that_takes_the_first(
     case = a_case()
     promises.assert_order_free(method, case, {}, (1, 0))
     monkeypatch.setattr(
-        "mergebench.merge.plan._canonical",
+        "mergebench.merge.opening._canonical",
         lambda opened, recipe, weights, files: (
             tuple(opened),
             tuple(weights),
