@@ -46,6 +46,10 @@ Precision = Annotated[
 ]
 
 
+#: Coefficients that cannot move so far have learned little.
+_FAR = 0.1
+
+
 @dataclass(frozen=True)
 class Asked:
     """What the user has asked for, but for how to learn."""
@@ -204,3 +208,9 @@ def show(learned: Learned) -> None:
         )
     elif learned.epoch != len(learned.history):
         console.say(f"taken after epoch {learned.epoch} of {len(learned.history)}")
+    # The papers' rates are those of data sets of many thousands.
+    if learned.reach < _FAR:
+        console.say(
+            f"coefficients move by {learned.reach:.3g} at most in {learned.steps} steps at this "
+            "rate: raise --rate, or give more batches"
+        )

@@ -61,6 +61,30 @@ def test_soup(scene: Path) -> None:
     assert stored["method"] == "linear"
 
 
+def test_other_soups(scene: Path) -> None:
+    """Uniform needs no choice; learned weights are positive, add up to one, and reach the merge."""
+    args = ("fit", "soup", "one", "two", "--task", "near.py", "--json")
+    uniform = assert_done(run(scene, *args, "--kind", "uniform", "-o", "u.yaml"))
+    assert uniform.json["test"][0]["scores"]["near"] == pytest.approx(0.0)
+    for by in ("model", "layer"):
+        learned = (*args, "--kind", "learned", "--by", by, "--epochs", "40", "-o", f"{by}.yaml")
+        ran = assert_done(run(scene, *learned))
+        assert ran.json["history"][-1] <= ran.json["history"][0]
+        means = {Path(name).name: mean for name, (_, mean, _) in ran.json["weights"].items()}
+        assert sum(means.values()) == pytest.approx(1.0, abs=1e-6)
+        assert_done(run(scene, "run", f"{by}.yaml", "-o", f"out-{by}"))
+        stored = yaml.safe_load((scene / f"{by}.yaml").read_text())
+        assert stored["method"] == "linear"
+        weights = [each["weight"] for each in stored["models"]]
+        numbers = weights if by == "model" else [each["by_name"]["w"] for each in weights]
+        place = [Path(each["path"]).name for each in stored["models"]].index("one")
+        wanted = np.array(
+            [[3.0 * numbers[place], 0], [0.5 * numbers[1 - place], 2 * numbers[1 - place]]]
+        )
+        np.testing.assert_allclose(read(scene / f"out-{by}")["w"], wanted, rtol=1e-5)
+    assert not list(scene.glob("*.state"))
+
+
 def test_atlas(scene: Path) -> None:
     """Coefficients of every tensor stand in the recipe, and it merges to what was learned."""
     ran = assert_done(
@@ -99,6 +123,88 @@ def test_adamerging(scene: Path) -> None:
     assert all(0 <= low <= high <= 1 for low, _, high in ran.json["coefficients"].values())
 
 
+def test_adamerging_plus(scene: Path) -> None:
+    """Is a recipe of TIES that sums, with a weight for each tensor."""
+    args = ("fit", "adamerging", "one", "two", "-b", "base", "--task", "near.py", "--plus")
+    more = ("--density", "0.5", "--steps", "5", "--by", "task", "-o", "plus.yaml", "--json")
+    ran = assert_done(run(scene, *args, *more))
+    stored = yaml.safe_load((scene / "plus.yaml").read_text())
+    assert (stored["method"], stored["as"]) == ("ties", "model")
+    assert (stored["params"]["divisor"], stored["params"]["density"]) == ("none", 0.5)
+    found = {Path(name).name: each for name, each in ran.json["coefficients"].items()}
+    assert all(low == high for low, _, high in found.values())
+    one, two = found["one"][0], found["two"][0]
+    assert_done(run(scene, "run", "plus.yaml", "-o", "out"))
+    # Half of six entries stay: all that differ from zero. No sign disagrees.
+    wanted = np.array([[3.0 * one, 0.0], [0.5 * two, 2.0 * two]])
+    np.testing.assert_allclose(read(scene / "out")["w"], wanted, rtol=1e-6)
+
+
+def test_atlas_in_parts(scene: Path) -> None:
+    """What is learned of parts is merged by `run` without any mask."""
+    args = ("fit", "atlas", "one", "two", "-b", "base", "--task", "near.py", "--parts", "3",
+            "--epochs", "300", "--rate", "0.02", "-o", "parts.yaml", "--json")  # fmt: skip
+    ran = assert_done(run(scene, *args))
+    assert ran.json["test"][0]["scores"]["near"] > -1e-2
+    stored = yaml.safe_load((scene / "parts.yaml").read_text())
+    assert stored["method"] == "atlas"
+    numbers = stored["models"][0]["params"]["coefficients"]["by_name"]["w"]
+    assert len(numbers.split("/")) == 3
+    assert_done(run(scene, "run", "parts.yaml", "-o", "out"))
+    np.testing.assert_allclose(read(scene / "out")["w"], TARGET, atol=0.1)
+
+
+def test_atlas_chooses(scene: Path) -> None:
+    """Epochs by scores, blocks by gradients within a budget; few steps are noted."""
+    args = ("fit", "atlas", "one", "two", "-b", "base", "--task", "near.py", "--epochs", "4")
+    more = ("--select", "dev", "--patience", "2", "--blocks", "1", "--rate", "0.3", "-o", "a.yaml")
+    ran = assert_done(run(scene, *args, *more, "--json"))
+    assert len(ran.json["scores"]) == len(ran.json["history"]) + 1
+    assert ran.json["scores"][ran.json["epoch"]] == max(ran.json["scores"])
+    stored = yaml.safe_load((scene / "a.yaml").read_text())
+    held = [each["path"] for each in stored["models"] if each["weight"] != 0.0]
+    assert [Path(each).name for each in held] == ["one"]
+    words = assert_done(run(scene, *args, "--budget", "8B", "-o", "b.yaml"))
+    assert "coefficients move by 0.004 at most" in words.out
+    assert "--rate" in words.out
+    assert "taken" not in words.out
+    spoken = assert_done(run(scene, *args, "--select", "dev", "-o", "c.yaml", "--rate", "0.3"))
+    assert "which is taken" in spoken.out
+    assert "at most" not in spoken.out
+
+
+def test_a_fit_that_was_interrupted_goes_on(scene: Path) -> None:
+    """Killed by its task, run again: the same recipe as without."""
+    whole = (scene / "near.py").read_text()
+    dying = whole.replace(
+        "        w, b = outputs\n",
+        "        w, b = outputs\n"
+        "        import pathlib\n"
+        "        calls = pathlib.Path('calls')\n"
+        "        count = int(calls.read_text()) if calls.exists() else 0\n"
+        "        calls.write_text(str(count + 1))\n"
+        "        if count == 5:\n"
+        "            raise KeyboardInterrupt\n",
+    )
+    assert dying != whole
+    args = ("fit", "atlas", "one", "two", "-b", "base", "--task", "near.py", "--epochs", "8",
+            "--rate", "0.1", "-q")  # fmt: skip
+    assert_done(run(scene, *args, "-o", "wanted.yaml"))
+    (scene / "near.py").write_text(dying)
+    ran = run(scene, *args, "-o", "got.yaml")
+    assert ran.code == 130
+    assert "run the same command again" in ran.err
+    assert (scene / "got.yaml.state").exists()
+    assert not (scene / "got.yaml").exists()
+    assert_refused(run(scene, *args, "--seed", "1", "-o", "got.yaml"), "another fit", "remove")
+    again = assert_done(run(scene, *args[:-1], "-o", "got.yaml"))
+    assert "going on with got.yaml.state" in again.err
+    assert (scene / "got.yaml").read_text() == (scene / "wanted.yaml").read_text()
+    # Six calls, of which the last was lost, and three more: none was taken twice.
+    assert (scene / "calls").read_text() == "9"
+    assert not (scene / "got.yaml.state").exists()
+
+
 def test_compare(scene: Path) -> None:
     """Base, models, methods: chosen on one split, measured on the other, in every form."""
     args = ("compare", "one", "two", "-b", "base", "--task", "near.py", "-m", "linear",
@@ -135,6 +241,7 @@ def test_refusals(scene: Path) -> None:
         "def task():\n    return T()\n"
     )
     grid = ("fit", "grid", "one", "two", "-b", "base", "-m", "ties", "-p", "lam=0.5,1")
+    atlas = ("fit", "atlas", "one", "two", "-b", "base", "--task", "near.py", "-q")
     for args, words in (
         (grid, ("tasks: one or more",)),
         ((*grid, "--task", "what"), ("is no task",)),
@@ -143,6 +250,19 @@ def test_refusals(scene: Path) -> None:
         ((*grid, "--task", "near.py", "--on-error", "go"), ("--on-error", "stop")),
         ((*grid, "--task", "near.py", "-p", "lamda=1"), ("lamda",)),
         (("fit", "soup", "one", "--task", "near.py", "--accept", "="), ("--accept",)),
+        (("fit", "soup", "one", "--task", "near.py", "--kind", "lerned"), ("--kind", "learned")),
+        (("fit", "soup", "one", "--task", "near.py", "--by", "tensor"), ("--by",)),
+        ((*atlas, "--setting", "few"), ("--setting", "few-shot")),
+        ((*atlas, "--setting", "negation"), ("no task to forget", "--forget TASK")),
+        ((*atlas, "--objective", "entropi"), ("--objective", "entropy")),
+        ((*atlas, "--precision", "int8"), ("--precision",)),
+        ((*atlas, "--compat", "offical"), ("--compat", "official")),
+        ((*atlas, "--device", "cuda:99"), ("--device", "is not there")),
+        ((*atlas, "--select", "test"), ("--select and --report-on",)),
+        ((*atlas, "--shots", "2"), ("a few examples of each class", "--shots")),
+        ((*atlas, "--budget", "1B"), ("--budget: no block",)),
+        ((*atlas, "--budget", "x"), ("--budget",)),
+        ((*atlas, "--parts", "60000"), ("the recipe would have about", "fewer --parts")),
         (("fit", "atlas", "one", "--task", "near.py"), ("add --base",)),
         (
             ("fit", "atlas", "one", "-b", "base", "--task", "near.py", "--forget", "far"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from transformers import (
 
 from mergebench.core.errors import MergebenchError
 from mergebench.merge.fit.adamerging import SETTINGS
+from mergebench.merge.fit.atlas import SETTINGS as ATLAS
 from mergebench.merge.fit.find import Setting, parse_task
 from mergebench.merge.fit.learn import Settings, learn
 from mergebench.merge.fit.mixture import load_mixture
@@ -141,8 +144,28 @@ def test_learned_from(scene: Path) -> None:
         with make(mixture.recipe(coefficients), "learned") as candidate:
             losses.append(Scores([task]).of(candidate, "val")[0].scores["loss"])
     assert losses[1] < losses[0] - 0.01
-    still = learn(mixture, [task], SETTINGS["tensor"], "val")
+    few = replace(SETTINGS["tensor"], steps=40, rate=0.02)
+    still = learn(mixture, [task], few, "val")
     assert still.history[-1] < still.history[0]
+    # By FixMatch trusted examples of several batches are cut out of them, padding and all.
+    surer = learn(mixture, [task], replace(ATLAS["test-time"], rate=0.05, epochs=3), "val")
+    assert len(surer.history) == 3
+
+
+def test_a_few_of_each_class(scene: Path) -> None:
+    """As many as asked for where there are, drawn by the seed, each once."""
+    task = parse_task(f"classify:{scene}/data.json", Setting(base=scene / "base", batch=4))
+    rows = task.scorer.rows("val")
+    counts = Counter(label for _, label in rows)
+    drawn = []
+    for seed in (0, 0, 1):
+        batches = list(task.scorer.few("val", 3, seed))
+        labels = torch.cat([each["labels"] for each in batches]).tolist()
+        assert Counter(labels) == {label: min(3, count) for label, count in counts.items()}
+        assert all(len(each["labels"]) <= 4 for each in batches)
+        tokens = [each["input_ids"].tolist() for each in batches]
+        drawn.append([row for batch in tokens for row in batch])
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def check(task: Task, settings: Settings) -> None:
     ------
     ParameterError
     """
-    classes = settings.objective != "labels" or settings.temperature
+    classes = settings.objective != "labels"
     wanted: Any = Classifies if classes else Learnable
     if not isinstance(task.scorer, wanted):
         raise ParameterError(

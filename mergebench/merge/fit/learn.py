@@ -42,6 +42,10 @@ class Learned:
         The epoch that was taken, counted from 1; 0 is the start.
     heat : tuple of float
         Learned factors of the tasks' logits.
+    steps : int
+        That were asked for.
+    reach : float
+        How far what is learned can move in them, about: AdamW moves by the rate in a step.
     """
 
     coefficients: torch.Tensor
@@ -49,6 +53,8 @@ class Learned:
     scores: tuple[float | None, ...] = field(default_factory=tuple)
     epoch: int = 0
     heat: tuple[float, ...] = ()
+    steps: int = 0
+    reach: float = 0.0
 
 
 def learn(
@@ -178,6 +184,8 @@ class _Run:
             tuple(state.scores),
             state.best_epoch if state.best is not None else last,
             heat,
+            self.total,
+            self.total * self.settings.rate * (0.5 if self.settings.cosine else 1.0),
         )
 
     def _is_over(self) -> bool:

@@ -5,8 +5,8 @@ tensor ("by layer"), from equal weights; AdamW at 0.05 without decay for 5 epoch
 along with a factor of the logits of predictions that starts at 1 and is no part of the model.
 
 Deviations: with several tasks, which the paper does not have, losses add up and each task has a
-factor of its own. The models are held as differences to the first, or to the base where there is
-one, in float16: as weights sum to one, that is the same soup.
+factor of its own, if it has logits and labels at all. The models are held as differences to the
+first, or to the base where there is one, in float16: as weights sum to one, that is the same soup.
 """
 
 from __future__ import annotations

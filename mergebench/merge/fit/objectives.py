@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mergebench.core.errors import ParameterError
 from mergebench.merge.fit.forward import Forward
 from mergebench.merge.fit.settings import Settings
+from mergebench.merge.fit.task import Classifies
 
 if TYPE_CHECKING:
     import torch
@@ -50,8 +50,8 @@ class Labels:
     ----------
     forward : Forward
     heat : torch tensor (tasks,), optional
-        A factor of each task's logits, learned with the rest (learned soups); then the loss is
-        the cross-entropy of the batch's labels.
+        A factor of each task's logits, learned with the rest (learned soups); the loss is then
+        the cross-entropy of the batch's labels, for tasks that have logits and labels.
     """
 
     once = False
@@ -66,39 +66,26 @@ class Labels:
         """See :class:`Loss`."""
         import torch
 
-        batch = self.forward.batches[place][number]
-        if self.heat is not None:
+        batch, scorer = self.forward.batches[place][number], self.forward.tasks[place].scorer
+        labels = labels_of(batch) if isinstance(scorer, Classifies) else None
+        if self.heat is not None and labels is not None:
             logits = self.forward.logits(place, batch)
-            labels = labels_of(batch, self.forward.tasks[place].name).to(logits.device)
-            heat = self.heat[place].to(logits.device)
-            return torch.nn.functional.cross_entropy(heat * logits, labels)
+            heated = self.heat[place].to(logits.device) * logits
+            return torch.nn.functional.cross_entropy(heated, labels.to(logits.device))
         with self.forward.cast():
             outputs, batch = self.forward.outputs(place, batch)
-            found: torch.Tensor = self.forward.tasks[place].scorer.loss(outputs, batch)
+            found: torch.Tensor = scorer.loss(outputs, batch)
         return found.float()
 
 
-def labels_of(batch: Any, task: str) -> torch.Tensor:
-    """The labels of a batch: ``labels`` of a mapping, or the last of a tuple.
-
-    Raises
-    ------
-    ParameterError
-        If there are none.
-    """
+def labels_of(batch: Any) -> torch.Tensor | None:
+    """The labels of a batch: ``labels`` of a mapping, or the last of a tuple; ``None`` if none."""
     found: Any = None
     if isinstance(batch, Mapping):
         found = batch.get("labels")
     elif isinstance(batch, (tuple, list)) and batch:
         found = batch[-1]
-    if found is None or not hasattr(found, "to"):
-        raise ParameterError(
-            f"task {task}: batches have no labels for a learned temperature",
-            got=type(batch).__name__,
-            expected="a mapping with `labels`, or a tuple that ends with them",
-        )
-    labels: torch.Tensor = found
-    return labels
+    return found if hasattr(found, "to") else None
 
 
 class Entropy:
