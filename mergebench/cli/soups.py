@@ -136,11 +136,14 @@ def _learned(asked: descent.Asked, by: str, given: dict[str, Any]) -> None:
     with make(recipe, "the models") as candidate, descent.advised(asked.device):
         check_room(candidate.plan, asked.device)
         mixture, key = load_mixture(candidate.plan), candidate.key
+    # Whole models are averaged without a base, which tasks may have needed.
+    adapters = any(model.checkpoint is None for model in mixture.plan.models)
+    base = asked.base if adapters else None
     if not settings.shared:
         descent.check_size(mixture)
 
     def soup_of(weights: Any) -> Any:
-        return soup_of_weights(mixture, weights, asked.base, shared=settings.shared)
+        return soup_of_weights(mixture, weights, base, shared=settings.shared)
 
     learned = descent.run(asked, mixture, scores, settings, soup_of, make, key)
     with make(soup_of(learned.coefficients), "the soup") as candidate:

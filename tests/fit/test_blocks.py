@@ -92,7 +92,7 @@ def test_only_what_is_held_is_learned(tmp_path: Path) -> None:
         assert all(pairs.values())
     with make(recipe, "result") as candidate:
         arrays = candidate.arrays()
-    for name, value in held.values(learned.coefficients):
+    for name, value in held.values(learned.coefficients).items():
         torch.testing.assert_close(torch.tensor(arrays[name]), value)
 
 

@@ -17,6 +17,8 @@ from mergebench.merge.fit.mixture import Mixture, load_mixture
 from mergebench.recipe import Recipe
 from tests.fit.lines import DIRECTIONS, lines
 from tests.fit.support import make, recipe_of, save_model
+from tests.helpers.adapters import factors, product, save_peft
+from tests.helpers.models import base_model, save_folder
 
 PLACES = {
     "good": (3 * DIRECTIONS["right"], (0.3, 0.0)),
@@ -136,6 +138,25 @@ def test_tasks_without_classes(soup: Any) -> None:
     learned = learn(mixture, [replace(task, scorer=Regression())], settings, "val")
     assert learned.heat == (1.0,)
     assert learned.history[-1] < learned.history[0]
+
+
+def test_adapters(tmp_path: Path) -> None:
+    """On a base: the base and the weighted mean of their updates."""
+    base = base_model()
+    under = save_folder(tmp_path / "base", base)
+    made = [factors(seed, rank=2) for seed in (5, 6)]
+    places = [save_peft(tmp_path / f"lora{i}", each) for i, each in enumerate(made)]
+    mixture = load_mixture(make(differences(recipe_of(*places, base=str(under))), "x").plan)
+    weights = torch.tensor([[0.25], [0.75]]).expand(-1, mixture.columns)
+    recipe = soup_of_weights(mixture, weights, str(under), shared=True)
+    with make(recipe, "soup") as candidate:
+        arrays = candidate.arrays()
+    rows = [int(Path(each.label).name[-1]) for each in mixture.plan.models]
+    for name in mixture.names:
+        wanted = base[name].astype(np.float64)
+        for row, number in enumerate(rows):
+            wanted = wanted + float(weights[row, 0]) * product(made[number], 4.0)[name]
+        np.testing.assert_allclose(arrays[name], wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_a_single_model(tmp_path: Path) -> None:

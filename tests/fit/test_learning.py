@@ -53,13 +53,13 @@ def test_ends(tmp_path: Path) -> None:
     under = save_folder(tmp_path / "base", base)
     mixture = mixture_of(*places, base=under)
     shape = (2, len(mixture.names))
-    for name, value in mixture.values(torch.zeros(shape)):
+    for name, value in mixture.values(torch.zeros(shape)).items():
         np.testing.assert_array_equal(value.numpy(), base[name])
     added = merge_models(list(map(str, places)), base=str(under), method="task_arithmetic", lam=1)
-    for name, value in mixture.values(torch.ones(shape)):
+    for name, value in mixture.values(torch.ones(shape)).items():
         np.testing.assert_allclose(value.numpy(), added[name], rtol=1e-6, atol=1e-6)
     half = mixture_of(*places, base=under, dtype=torch.float16)
-    for name, value in half.values(torch.ones(shape)):
+    for name, value in half.values(torch.ones(shape)).items():
         np.testing.assert_allclose(value.numpy(), added[name], rtol=2e-3, atol=2e-3)
 
 
@@ -76,7 +76,7 @@ def test_gradients_are_inner_products(tmp_path: Path) -> None:
                 assert isinstance(held, Whole)
                 through[name] = through[name] + learned[row, column] * held.values
     sum(torch.sin(value).sum() + (value**3).sum() for value in through.values()).backward()
-    values = dict(mixture.values(learned.detach()))
+    values = mixture.values(learned.detach())
     for name, value in through.items():
         torch.testing.assert_close(values[name], value.detach())
     at = {name: torch.cos(value) + 3 * value**2 for name, value in values.items()}
@@ -92,7 +92,7 @@ def test_adapters_stay_factored(tmp_path: Path) -> None:
     mixture = mixture_of(place, base=under)
     wanted = product(made, 2.0)
     assert set(mixture.names) == set(wanted)
-    values = dict(mixture.values(torch.full((1, len(mixture.names)), 0.5)))
+    values = mixture.values(torch.full((1, len(mixture.names)), 0.5))
     merged = merge_models([f"{place}:0.5"], base=str(under), method="task_arithmetic", lam=1)
     at = {n: torch.randn(v.shape, generator=torch.Generator().manual_seed(3))
           for n, v in values.items()}  # fmt: skip
@@ -127,7 +127,7 @@ def test_the_recipe_merges_to_the_same(tmp_path: Path) -> None:
     recipe = mixture.recipe(learned)
     with make(recipe, "result") as candidate:
         arrays = candidate.arrays()
-    for name, value in mixture.values(learned):
+    for name, value in mixture.values(learned).items():
         np.testing.assert_allclose(arrays[name], value.numpy(), rtol=1e-6)
 
 
@@ -147,10 +147,10 @@ def test_entropy_falls_from_task_arithmetic(tmp_path: Path) -> None:
     mixture = two_vectors(tmp_path)
     task = parse_task(str(task_file(tmp_path / "near.py", BASE_W.tolist())), Setting())
     seen = []
-    original = mixture.values
+    original = mixture.each_value
 
     class Watched(Mixture):
-        def values(self, coefficients: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        def each_value(self, coefficients: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
             seen.append(coefficients.clone())
             return original(coefficients)
 

@@ -77,7 +77,7 @@ def test_values_and_replay(models: Any) -> None:
     coefficients = drawn(mixture)
     kinds = {type(vector) for row in mixture.vectors for vector in row.values()}
     assert kinds == {Whole, Factored}
-    assert_mixed(mixture, coefficients, dict(mixture.values(coefficients)))
+    assert_mixed(mixture, coefficients, mixture.values(coefficients))
     recipe = mixture.recipe(coefficients)
     assert recipe.method == "atlas"
     with make(recipe, "result") as candidate:
@@ -99,7 +99,7 @@ def test_gradients_are_inner_products_of_parts(models: Any) -> None:
     """∂L/∂λ_ijk = ⟨∂L/∂θ_j, m_jk ⊙ τ_ij⟩, and finite differences of the loss say the same."""
     mixture, _, _ = models
     at = drawn(mixture, 2)
-    gradients = {name: torch.cos(value) for name, value in mixture.values(at)}
+    gradients = {name: torch.cos(value) for name, value in mixture.values(at).items()}
     found = mixture.gradient(gradients)
     assert found.shape == at.shape
     for place, (name, base) in enumerate(mixture.base.items()):
@@ -115,7 +115,9 @@ def test_gradients_are_inner_products_of_parts(models: Any) -> None:
     step = 1e-2 * drawn(mixture, 3)
 
     def loss(coefficients: torch.Tensor) -> float:
-        return sum(float(torch.sin(v.double()).sum()) for _, v in mixture.values(coefficients))
+        return sum(
+            float(torch.sin(v.double()).sum()) for v in mixture.values(coefficients).values()
+        )
 
     slope = (loss(at + step) - loss(at - step)) / 2
     assert slope == pytest.approx(float((found * step).sum()), rel=2e-2)

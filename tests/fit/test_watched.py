@@ -101,9 +101,7 @@ def test_scores_of_what_is_learned(tmp_path: Path) -> None:
     score = watch(mixture.recipe, Scores([task]), "val", make)
     coefficients = torch.tensor([[0.5] * 2, [0.25] * 2, [0.0] * 2])
     value = score(coefficients, 3)
-    assert (
-        value == task.scorer.score(_Arrays(dict(mixture.values(coefficients))), "val")["accuracy"]
-    )
+    assert value == task.scorer.score(_Arrays(mixture.values(coefficients)), "val")["accuracy"]
     np.testing.assert_allclose(task.scorer.scored[0], task.scorer.scored[1])
 
 
@@ -148,7 +146,7 @@ def test_forgetting_one_of_two(tmp_path: Path) -> None:
     settings = replace(ATLAS["negation"], rate=0.1)
     learned = learn(mixture, [keep, forget], settings, "val", signs={"forget": -1.0})
     before = {t.name: t.scorer.score(_Arrays(dict(mixture.base)), "val") for t in (keep, forget)}
-    now = _Arrays(dict(mixture.values(learned.coefficients)))
+    now = _Arrays(mixture.values(learned.coefficients))
     assert keep.scorer.score(now, "val")["loss"] < before["keep"]["loss"]
     assert forget.scorer.score(now, "val")["loss"] > before["forget"]["loss"]
 
@@ -251,7 +249,7 @@ def test_adamerging_pp_learns_on_what_ties_leaves(tmp_path: Path) -> None:
         got = candidate.arrays()["w"]
     wanted = sum(float(coefficients[rows.index(n), 0]) * np.array(left[n]) for n in rows)
     np.testing.assert_allclose(got, wanted.astype(F32), rtol=1e-6)
-    ((_, values),) = mixture.values(coefficients)
+    (values,) = mixture.values(coefficients).values()
     np.testing.assert_allclose(values, wanted, rtol=1e-6)
     assert METHOD[0] == "task_arithmetic"
 
@@ -278,9 +276,43 @@ def test_quadratics_from_a_file(tmp_path: Path) -> None:
     """In parts too an exact combination is found, by a task out of a file."""
     mixture = three_vectors(tmp_path, parts=2, seed=1)
     wanted = torch.tensor([[0.5, -1.0, 0.75, 1.5]] * 3)
-    target = dict(mixture.values(wanted))["w"]
+    target = mixture.values(wanted)["w"]
     task = parse_task(str(task_file(tmp_path / "near.py", target.tolist())), Setting())
     learned = learn(mixture, [task], Settings(epochs=500, rate=0.03, decay=0.0), "val")
-    found = dict(mixture.values(learned.coefficients))["w"]
+    found = mixture.values(learned.coefficients)["w"]
     torch.testing.assert_close(found, target, rtol=0, atol=2e-3)
     assert learned.history[-1] < 1e-5
+
+
+def test_as_autograd_through_the_chain(tmp_path: Path) -> None:
+    """A step's gradient is that of the module called with what the ops make of weighed vectors."""
+    mixture = three_vectors(tmp_path)
+    task = lines(count=8)
+    (batch,) = task.scorer.batches("val")
+    leaf = torch.tensor([[0.3, -0.2], [0.7, 0.4], [-0.5, 0.1]], requires_grad=True)
+    chain = mixture.plan.variants[0].ops
+    values = {}
+    for column, (name, base) in enumerate(mixture.base.items()):
+        item = mixture.plan.aligned.items[name]
+        rows = [
+            vectors[name].values if name in vectors else torch.zeros_like(base)
+            for vectors in mixture.vectors
+        ]
+        stack = torch.stack(rows).reshape(3, -1) * leaf[:, column : column + 1]
+        for each in chain:
+            stack = each.apply(
+                stack, replace(item.at(0, item.site.size), weights=(1.0,) * len(stack))
+            )
+        values[name] = base + stack.reshape(base.shape)
+    outputs = torch.func.functional_call(task.scorer.module(), values, kwargs=batch)
+    task.scorer.loss(outputs, batch).backward()
+    at = {
+        name: value.detach().requires_grad_()
+        for name, value in mixture.values(leaf.detach()).items()
+    }
+    outputs = torch.func.functional_call(task.scorer.module(), at, kwargs=batch)
+    task.scorer.loss(outputs, batch).backward()
+    found = mixture.gradient({name: value.grad for name, value in at.items()})
+    assert leaf.grad is not None
+    torch.testing.assert_close(found, leaf.grad)
+    assert int((found != 0).sum()) == 4

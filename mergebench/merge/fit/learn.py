@@ -288,7 +288,7 @@ class _Run:
         import torch
 
         with torch.no_grad():
-            for name, value in self.mixture.values(coefficients):
+            for name, value in self.mixture.each_value(coefficients):
                 if name in self.forward.parameters:
                     parameter = self.forward.parameters[name]
                     parameter.copy_(value.reshape(parameter.shape))

@@ -78,8 +78,12 @@ class Mixture:
         vectors = tuple({n: vector.to(device) for n, vector in row.items()} for row in self.vectors)
         return replace(self, base=base, vectors=vectors, _drawn={})
 
-    def values(self, coefficients: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """``(name, θ_j)`` in float32 for (models, columns) coefficients, one after the other."""
+    def values(self, coefficients: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Name -> θ_j in float32 for (models, columns) coefficients."""
+        return dict(self.each_value(coefficients))
+
+    def each_value(self, coefficients: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """As :meth:`values`, one tensor after the other."""
         for place, (name, start) in enumerate(self.base.items()):
             out = start.clone()
             for row, vectors in enumerate(self.vectors):
