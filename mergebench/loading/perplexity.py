@@ -79,44 +79,71 @@ def perplexity(
         If the text cannot be read or is too short.
     """
     need("transformers")
+    words = _read(text)
+    model, tokenizer = opened(path, base)
+    return measure(
+        model, tokenizer, words, str(path), str(text),
+        context=context, stride=stride, progress=progress,
+    )  # fmt: skip
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    words: str,
+    label: str,
+    source: str,
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Perplexity of a model that is open already; see :func:`perplexity`.
+
+    Raises
+    ------
+    MergebenchError
+        If the text is too short.
+    """
     import torch
     import transformers
 
-    try:
-        words = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MergebenchError(f"{text}: cannot be read as text", got=str(error)) from None
     with silent(transformers.utils.logging):
-        model, tokenizer = _open(path, base)
         ids = tokenizer(words, return_tensors="pt", truncation=False).input_ids[0]
-        if len(ids) < 2:
-            raise MergebenchError(
-                f"{text}: is too short", expected="at least 2 tokens", got=str(len(ids))
+    if len(ids) < 2:
+        raise MergebenchError(f"{source}: is too short", expected="at least 2 tokens",
+                              got=str(len(ids)))  # fmt: skip
+    sees = _context(model.config)
+    context = sees if context is None else context
+    stride = max(context // 2, 1) if stride is None else stride
+    if not 2 <= context <= sees or not 1 <= stride < context:
+        raise ParameterError(
+            f"{label}: context {context}, stride {stride}",
+            expected=f"a context of 2 to {sees} tokens and a smaller stride",
+        )
+    total, done = 0.0, 0
+    with torch.inference_mode():
+        for start, fresh, stop in windows(len(ids), context, stride):
+            logits = model(ids[None, start:stop]).logits[0, :-1].double()
+            # The first prediction of a window that starts late was made by the one before.
+            first = fresh - start - 1
+            losses = torch.nn.functional.cross_entropy(
+                logits[first:], ids[fresh:stop], reduction="sum"
             )
-        sees = _context(model.config)
-        context = sees if context is None else context
-        stride = max(context // 2, 1) if stride is None else stride
-        if not 2 <= context <= sees or not 1 <= stride < context:
-            raise ParameterError(
-                f"{path}: context {context}, stride {stride}",
-                expected=f"a context of 2 to {sees} tokens and a smaller stride",
-            )
-        total, done = 0.0, 0
-        with torch.inference_mode():
-            for start, fresh, stop in windows(len(ids), context, stride):
-                logits = model(ids[None, start:stop]).logits[0, :-1].double()
-                # The first prediction of a window that starts late was made by the one before.
-                first = fresh - start - 1
-                losses = torch.nn.functional.cross_entropy(
-                    logits[first:], ids[fresh:stop], reduction="sum"
-                )
-                total += float(losses)
-                done += stop - fresh
-                if progress is not None:
-                    progress("predicting", done, len(ids) - 1)
+            total += float(losses)
+            done += stop - fresh
+            if progress is not None:
+                progress("predicting", done, len(ids) - 1)
     mean = total / done
     value = exp(mean) if mean < 700 else float("inf")
-    return Perplexity(str(path), value, done, context, stride)
+    return Perplexity(label, value, done, context, stride)
+
+
+def _read(text: Path) -> str:
+    try:
+        return text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MergebenchError(f"{text}: cannot be read as text", got=str(error)) from None
 
 
 def windows(count: int, context: int, stride: int) -> list[tuple[int, int, int]]:
@@ -128,6 +155,20 @@ def windows(count: int, context: int, stride: int) -> list[tuple[int, int, int]]
         found.append((start, fresh, stop))
         fresh, start = stop, start + stride
     return found
+
+
+def opened(path: Path, base: Path | None = None) -> tuple[Any, Any]:
+    """A causal language model in float32, and its tokenizer.
+
+    Raises
+    ------
+    NotCheckedError
+        As :func:`perplexity`.
+    """
+    import transformers
+
+    with silent(transformers.utils.logging):
+        return _open(path, base)
 
 
 def _open(path: Path, base: Path | None) -> tuple[Any, Any]:

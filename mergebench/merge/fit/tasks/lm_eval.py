@@ -137,11 +137,13 @@ def _opened(folder: Path, batch: int) -> Any:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with silent(transformers.utils.logging), _quiet():
-        module = transformers.AutoModelForCausalLM.from_pretrained(
+        module: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", **_OFFLINE
-        ).to(device)
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_OFFLINE)
-        return HFLM(pretrained=module, tokenizer=tokenizer, batch_size=batch, device=device)
+        return HFLM(
+            pretrained=module.to(device), tokenizer=tokenizer, batch_size=batch, device=device
+        )
 
 
 @contextmanager
