@@ -246,3 +246,16 @@ def test_grafting(scene: Path) -> None:
     whole = assert_done(run(scene, *args, "--exclude", "bias", "-o", "h.safetensors")).out
     assert "of 30 entries" in whole
     assert_refused(run(scene, *args, "--report-on", "val", "-o", "x.safetensors"), "both 'val'")
+
+
+def test_ops_follow_means_by_statistics(scene: Path) -> None:
+    """On a base they are means of task vectors, so that ops on updates may follow."""
+    files = collect(scene, "gram", "g")
+    assert_done(merge(scene, "regmean", files, "-o", "whole"))
+    more = ("-b", "base", "--then", "scale:lam=0.5", "--then", "svc", "-o", "out")
+    assert_done(merge(scene, "regmean", files, "-b", "base", "-o", "same"))
+    assert_done(merge(scene, "regmean", files, *more))
+    whole, same, out = (read(scene / name) for name in ("whole", "same", "out"))
+    for name, array in whole.items():
+        np.testing.assert_allclose(same[name], array, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(out["head.weight"], same["head.weight"])

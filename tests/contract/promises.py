@@ -185,11 +185,10 @@ def assert_rounded_once(method: str, case: Case, params: Params) -> None:
     plan = planned(method, case, params)
     wide = as_planned(plan, case).astype(F32)
     chain = METHODS[method](**params)
+    how = {"keys": draw_keys(plan.models), "places": places_in(plan), "marks": wide.marks}
     if METHODS[method].space == "weight":
-        how = {"marks": wide.marks, "places": places_in(plan)}
         exact = apply(chain, wide.models, wide.weights, **how)
     else:
-        how = {"keys": draw_keys(plan.models), "places": places_in(plan)}
         exact = apply(chain, wide.task_vectors, wide.weights, base=wide.base, **how)
         base = {name: wide.base[name.partition("@")[0]] for name in exact}
         exact = {name: np.asarray(exact[name] + array) for name, array in base.items()}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from mergebench.compute.select import ALL, NONE, Cut
 from mergebench.merge.op import OPS
@@ -22,6 +23,9 @@ from mergebench.recipe import ModelRef, OpRef, Recipe
 from mergebench.sources import source_of_arrays
 from tests.faults.merges import build_inputs
 from tests.helpers.files import read, write
+from tests.helpers.statistics import options_for
+
+ABOUT = '{"version": 1, "kind": "fisher"}'
 
 
 @pytest.fixture
@@ -58,6 +62,23 @@ def test_how_a_merge_is_run_does_not_matter(inputs: Path) -> None:
     assert key(inputs, out="elsewhere/out") == same
     assert key(inputs, models=tuple(reversed(recipe(inputs).models))) == same
     assert key(inputs, params={"density": 0.2}) == same
+
+
+def test_statistics_are_inputs(inputs: Path) -> None:
+    """Other numbers in the same place, or other times of the same file, are another merge."""
+    names = ("ft1", "ft2")
+    given = options_for("fisher", names, inputs)[1::2]
+    refs = tuple(
+        ModelRef(str(inputs / name), statistics=str(inputs / file))
+        for name, file in zip(names, given, strict=True)
+    )
+    same = key(inputs, models=refs, method="fisher")
+    assert key(inputs, models=tuple(reversed(refs)), method="fisher") == same
+    arrays = {name: np.array(array) for name, array in read(inputs / given[0]).items()}
+    first = min(arrays)
+    arrays[first].reshape(-1)[0] += 1
+    save_file(arrays, inputs / given[0], {"mergebench_statistics": ABOUT})
+    assert key(inputs, models=refs, method="fisher") != same
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mergebench.merge.op import OPS
 from tests.helpers.adapters import save_peft
-from tests.helpers.files import BF16, header, listing, write
+from tests.helpers.files import BF16, header, listing, read, write
 from tests.helpers.running import assert_done, assert_refused, call
+from tests.helpers.statistics import options_for
 from tests.memory.conftest import SHAPES
 from tests.memory.measure import MIB, assert_within, measure
 
@@ -173,3 +175,37 @@ def test_adapters_are_decomposed_in_factors(tmp_path: Path) -> None:
 
     assert_within(measure([*merge, "-o", "out"], tmp_path), 64 * MIB)
     assert_within(measure([*merge, "--as", "delta", "-o", "delta"], tmp_path), 64 * MIB)
+
+
+def test_fishers_are_read_in_pieces(vectors: Path) -> None:
+    """Statistics as large as the models take no more than tiles of them, on both passes."""
+    files = options_for("fisher", FILES[:2], vectors)
+    merge = ("merge", *FILES[:2], "-m", "fisher", *files, "-o", "out.safetensors")
+
+    assert_within(measure([*merge, "--memory", "96MiB"], vectors), 96 * MIB)
+    assert 4 * 6_000_000 > 20 * MIB
+
+
+@pytest.mark.parametrize("alpha", ["0.9", "1"])
+def test_grams_are_counted(matrices: Path, alpha: str) -> None:
+    """RegMean of whole layers is refused with a number, and that number is enough.
+
+    At alpha 1 the sums are near to singular, and decomposed.
+    """
+    files = options_for("regmean", FILES[:2], matrices)
+    if alpha == "1":
+        for name in files[1::2]:
+            gram = np.array(read(matrices / name)["square.weight"])
+            # Two inputs that are always equal.
+            gram[4], gram[:, 4], gram[4, 4] = gram[3], gram[:, 3], gram[3, 3]
+            about = {"mergebench_statistics": '{"version": 1, "kind": "gram"}'}
+            save_file({"square.weight": gram}, matrices / name, about)
+    merge = ("merge", *FILES[:2], "-m", "regmean", "-p", f"alpha={alpha}", *files)
+    refused = call(*merge, "-o", "out.safetensors", "--memory", "40MiB", cwd=matrices)
+    assert_refused(refused, "needs at least", "'square.weight' takes")
+    found = re.search(r"give --memory (\d+)MiB", refused.err)
+    assert found is not None
+    chosen = ("-o", "out.safetensors", "--memory", f"{found[1]}MiB")
+    measured = measure([*merge, *chosen], matrices)
+    assert_within(measured, int(found[1]) * MIB)
+    assert measured.peak >= int(found[1]) * MIB * 0.4

@@ -82,7 +82,16 @@ def methods(space: str) -> list[str]:
 
 
 #: Methods whose last digit depends on the order of models, which is that of their contents.
-ORDERED = {"karcher", "model_stock", "multislerp", "nuslerp", "slerp"}
+ORDERED = {
+    "fisher",
+    "regmean",
+    "regmean_pp",
+    "karcher",
+    "model_stock",
+    "multislerp",
+    "nuslerp",
+    "slerp",
+}
 
 
 def assert_as_without(method: str, found: Arrays, expected: Arrays, name: str, place: Any) -> None:

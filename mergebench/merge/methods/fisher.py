@@ -13,7 +13,7 @@ from mergebench.merge.ops.fisher_mean import fisher_mean
 
 @merge_method(
     paper="arXiv:2111.09832",
-    space="weight",
+    space="either",
     compat={
         "official": {"floor_at": "raw", "favor": "first"},
         "plain": {"floor": 0.0, "normalize": False},

@@ -13,7 +13,7 @@ from mergebench.merge.ops.gram_mean import gram_mean
 
 @merge_method(
     paper="arXiv:2212.09849",
-    space="weight",
+    space="either",
     compat={"mergelm": {"alpha": 1.0}, "fusionbench": {"alpha": 0.95}},
 )
 def regmean(alpha: Annotated[float, Interval(ge=0, le=1)] = 0.9) -> Chain:

@@ -11,7 +11,7 @@ from mergebench.merge.op import Chain, chain
 from mergebench.merge.ops.gram_mean import gram_mean
 
 
-@merge_method(paper="arXiv:2508.03121", space="weight")
+@merge_method(paper="arXiv:2508.03121", space="either")
 def regmean_pp(alpha: Annotated[float, Interval(ge=0, le=1)] = 0.95) -> Chain:
     """RegMean on inputs that each block gets from the merged blocks before it.
 
