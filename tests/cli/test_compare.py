@@ -16,6 +16,11 @@ import pytest
 from tests.fit.support import save_model, task_file
 from tests.helpers.running import Ran, assert_done, assert_refused, call
 
+#: A shell that starts tests in the background leaves their children deaf to Ctrl-C.
+START = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from mergebench.cli.main import main; main()"
+)
 TARGET = [[1.5, 0.0], [0.25, 1.0]]
 COMPARE = ("compare", "one", "two", "-b", "base", "--task", "near.py")
 
@@ -150,7 +155,7 @@ def test_an_interrupted_comparison_goes_on(scene: Path) -> None:
     words = ["compare", "one", "two", "-b", "base", "--task", "slow.py", "-m", "linear",
              "-m", "task_arithmetic:lam=0.3/0.4/0.5", "-m", "ties"]  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, "-c", "from mergebench.cli.main import main; main()", *words],
+        [sys.executable, "-c", START, *words],
         cwd=scene, env=os.environ | {"XDG_CACHE_HOME": str(scene / "cache")}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip

@@ -18,6 +18,11 @@ from tests.fit.support import save_model, task_file
 from tests.helpers.files import read
 from tests.helpers.running import Ran, assert_done, assert_refused, call
 
+#: A shell that starts tests in the background leaves their children deaf to Ctrl-C.
+START = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from mergebench.cli.main import main; main()"
+)
 TARGET = [[1.5, 0.0], [0.25, 1.0]]
 SEARCH = ("fit", "search", "one", "two", "-b", "base", "-m", "task_arithmetic")
 
@@ -94,7 +99,7 @@ def test_an_interrupted_search_goes_on(scene: Path) -> None:
     words = [*SEARCH, "-p", "lam=0:2", "--task", "slow.py", "-n", "6", "-o", "best.yaml"]
     environment = os.environ | {"XDG_CACHE_HOME": str(scene / "cache")}
     process = subprocess.Popen(
-        [sys.executable, "-c", "from mergebench.cli.main import main; main()", *words],
+        [sys.executable, "-c", START, *words],
         cwd=scene, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     deadline = time.monotonic() + 120

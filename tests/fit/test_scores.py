@@ -199,11 +199,14 @@ def test_a_command_that_hangs_leaves_nothing_behind(tmp_path: Path, ends: str) -
 def interrupted_after(seconds: float) -> Iterator[None]:
     """Ctrl-C after a while."""
     timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGINT))
+    # Tests that a shell has started in the background would not hear it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer.start()
     try:
         yield
     finally:
         timer.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def assert_gone(process: int) -> None:

@@ -148,7 +148,7 @@ class Scores:
             return _outcome(task, split, *known, kept=True)
         if tell is not None:
             tell(f"{task.name} on {candidate.label}")
-        started, before = perf_counter(), candidate.merging
+        started, before = perf_counter(), _merging(candidate)
         try:
             with limited(self.timeout, task.name):
                 scores = checked(task.scorer.score(candidate, split), task.name)
@@ -160,8 +160,10 @@ class Scores:
                 f"task {task.name}: the scorer failed", got=f"{type(error).__name__}: {error}"
             )
         else:
-            merging = candidate.merging - before
-            measured = scores, perf_counter() - started - merging, merging
+            merging = _merging(candidate) - before
+            seconds = perf_counter() - started - merging
+            # As they are kept, so that a later run says the same.
+            measured = scores, round(seconds, 3), round(merging, 3)
             self._keep(key, *measured)
             return _outcome(task, split, *measured)
         if self.on_error == "stop":
@@ -178,11 +180,16 @@ class Scores:
         if self._file is None:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        spent = {"seconds": round(seconds, 3), "merging": round(merging, 3)}
+        spent = {"seconds": seconds, "merging": merging}
         line = json.dumps({"key": key, "scores": scores, **spent})
         # One write of a whole line: two runs that add to one file do not mix theirs.
         with self._file.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+
+def _merging(candidate: Any) -> float:
+    """Seconds of merging so far; what is no merge has none."""
+    return float(getattr(candidate, "merging", 0.0))
 
 
 def _outcome(
