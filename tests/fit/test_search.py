@@ -67,6 +67,7 @@ def test_it_begins_with_the_default_and_ends_near_the_best(models: tuple[Path, P
     found = run(recipe, tasks_of(near), trials=30)
 
     assert labels(found)[0] == "lam=1"
+    assert len(set(labels(found)[:STARTUP])) == STARTUP
     assert found.attempts[0].value == pytest.approx(-0.3)
     assert found.best.value is not None
     assert found.best.value > -0.03
