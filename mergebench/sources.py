@@ -34,6 +34,8 @@ from mergebench.core.task_vector import TaskVector
 from mergebench.core.tensor import FLOATING, Array, Tensor, size_of
 
 _PIECE = 1 << 20
+#: Where a file says that it holds what was collected of a model, under the names of its tensors.
+STATISTICS = "mergebench_statistics"
 #: Where a folder that was pulled from the Hub says so.
 PULLED = "mergebench_origin.json"
 #: Files that make a folder a task vector or an adapter without a config: ours, published sparse
@@ -337,6 +339,11 @@ def _open_path(path: Path, label: str, options: ReadOptions) -> Source:
 
 
 def _of_checkpoint(checkpoint: Checkpoint, label: str, path: Path) -> Source:
+    if STATISTICS in checkpoint.metadata:
+        raise FormatError(
+            f"{label}: holds statistics of a model, and is none",
+            fix="give it as --statistics, beside its model",
+        )
     once = {n: t for n, t in checkpoint.tensors.items() if n not in checkpoint.aliases}
     mark = fingerprint(once)
     return Source(label, checkpoint, None, mark, {}, tuple(checkpoint.identity), path=path)

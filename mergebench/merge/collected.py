@@ -20,10 +20,10 @@ from mergebench.core.errors import FormatError, MergebenchError, MismatchError, 
 from mergebench.core.plain import parse_json
 from mergebench.core.tensor import FLOATING, Array, ArrayTensor, Tensor, size_of
 from mergebench.merge.op import Op, collects_of
-from mergebench.sources import Source, fingerprint
+from mergebench.sources import STATISTICS, Source, fingerprint
 
 #: Where a file says what it is, and the version of what is said there.
-KEY, VERSION = "mergebench_statistics", 1
+KEY, VERSION = STATISTICS, 1
 #: What can be collected.
 KINDS: Mapping[str, str] = {
     "fisher": "squared gradients of log-likelihoods, one per entry",

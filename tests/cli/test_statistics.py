@@ -133,6 +133,7 @@ def test_statistics_that_do_not_fit(scene: Path) -> None:
     assert_refused(merge(scene, "linear", grams), "linear uses no statistics")
     assert_refused(merge(scene, "fisher", ["one/model.safetensors"] * 2), "is no statistics file")
     assert_refused(merge(scene, "fisher", ["nowhere"] * 2), "no such statistics file")
+    assert_refused(run(scene, "merge", "one", fishers[0]), "holds statistics of a model, and is")
     rewritten(scene / grams[0], lambda arrays: arrays.pop("head.weight"))
     assert_refused(merge(scene, "regmean", grams), "has nothing for 'head.weight', which g/two")
     rewritten(scene / grams[1], lambda arrays: arrays.update({"head.weight": np.ones((4, 4))}))
