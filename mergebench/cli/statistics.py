@@ -67,7 +67,7 @@ def statistics(
     Examples:
 
     \b
-      mergebench fit statistics ft1 --base base --kind fisher --task eval.py -o ft1.safetensors
+      mergebench fit statistics ft1 --base base --kind fisher --task eval.py -o one.safetensors
       mergebench fit statistics ft1 ft2 --kind fisher -t a=eval.py -t b=eval.py -o fishers
     """
     from mergebench.checkpoints.staging import check_destination

@@ -139,3 +139,31 @@ def test_squares_are_not_negative() -> None:
             merged("fisher", ZERO_FOUR, [[1.0, 2.0], [1.0, bad]])
         with pytest.raises(MergebenchError, match=r"'w' are no squares"):
             merged("regmean", UNITS, [np.eye(2), [[1.0, 0.0], [0.0, bad]]])
+
+
+def test_statistics_are_of_every_model() -> None:
+    """None, or those of some models, are refused by merges and by `apply`."""
+    models = [{"w": np.zeros(1)}, {"w": np.ones(1)}]
+    held = [{"w": np.ones(1)}]
+    with pytest.raises(MergebenchError, match="fisher needs statistics of every model"):
+        merge_models(models, method="fisher")
+    with pytest.raises(MergebenchError, match="one for every model, expected 2, got 1"):
+        merge_models(models, method="fisher", statistics=held)
+    with pytest.raises(MergebenchError, match=r"models\[1\] has none"):
+        merge_models(models, method="fisher", statistics=[*held, None])
+    for given in (None, held):
+        with pytest.raises(MergebenchError, match="the ops need statistics of every model"):
+            apply(methods["fisher"](), models, statistics=given)
+
+
+def test_what_nobody_has_statistics_of_is_averaged() -> None:
+    """In merges as in `apply`; what only some have is refused."""
+    models = [{"w": np.zeros(1), "v": np.zeros(1)}, {"w": np.ones(1), "v": np.ones(1)}]
+    held = [{"w": np.ones(1)}, {"w": np.full(1, 3.0)}]
+    for found in (
+        merge_models(models, method="fisher", statistics=held, **PLAIN),
+        apply(methods["fisher"](**PLAIN), models, statistics=held),
+    ):
+        assert {name: float(array[0]) for name, array in found.items()} == {"w": 0.75, "v": 0.5}
+    with pytest.raises(MergebenchError, match=r"statistics\[1\]: has nothing for 'v', which"):
+        merge_models(models, method="fisher", statistics=[{**held[0], "v": np.ones(1)}, held[1]])
