@@ -218,15 +218,12 @@ def _check_floating(name: str, arrays: Sequence[Any]) -> None:
 
 
 def _step(step: Op, pieces: list[_Piece], given: Mapping[str, At]) -> list[_Piece]:
-    statistic, wanted = step.statistic, step.collects
+    statistic = step.statistic
     value = None
     if statistic is not None and statistic.scope == "model":
         value = statistic.measure(_Arrays(pieces))
     done = []
     for piece in pieces:
-        if wanted is not None and piece.at.collected is None:
-            done += _step(wanted.otherwise(), [piece], given)
-            continue
         if statistic is not None and statistic.scope == "tensor":
             value = statistic.measure(_Arrays([piece]))
         models = piece.at.models if step.spec.needs_models else None

@@ -305,7 +305,12 @@ class Op:
         return "both" if self.linear else self.spec.equivariant(**dict(self.params))
 
     def apply(self, stack: Stack, at: At) -> Stack:
-        """Run the reference implementation; ``stack`` is not modified."""
+        """Run the reference implementation; ``stack`` is not modified.
+
+        Where nothing was collected of a tensor that it needs that of, what does without runs.
+        """
+        if at.collected is None and (wanted := self.collects) is not None:
+            return wanted.otherwise().apply(stack, at)
         return self.spec.function(stack, at, **dict(self.params))
 
     def __str__(self) -> str:
@@ -617,7 +622,14 @@ def collects_of(ops: Iterable[Op]) -> Collects | None:
 
 
 def without_collected(ops: Chain) -> Chain:
-    """The chain for tensors that nothing was collected of."""
+    """The chain for tensors that nothing was collected of.
+
+    It is the same where a later op looks at the whole model, for which all chains begin alike.
+    """
+    behind = [place for place, each in enumerate(ops) if each.collects is not None]
+    later = [each.statistic for each in ops[behind[0] + 1 :]] if behind else []
+    if any(each is not None and each.scope == "model" for each in later):
+        return ops
     return tuple(each if (wanted := each.collects) is None else wanted.otherwise() for each in ops)
 
 
