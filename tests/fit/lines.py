@@ -79,11 +79,11 @@ def lines(name: str = "lines", **about: Any) -> Task:
     return Task(name, Lines(**about), name)
 
 
-def three_vectors(folder: Path, **options: Any) -> Mixture:
-    """A mixture of the three directions; b is moved by the first."""
+def three_vectors(folder: Path, shift: float = 0.25, **options: Any) -> Mixture:
+    """A mixture of the three directions; b is moved by the first, apart by ``shift``."""
     base = save_model(folder / "base", BASE)
     places = [
-        save_model(folder / name, BASE + each, (0.25, -0.25) if name == "right" else (0, 0))
+        save_model(folder / name, BASE + each, (shift, -shift) if name == "right" else (0, 0))
         for name, each in DIRECTIONS.items()
     ]
     recipe = recipe_of(*places, base=str(base), method="task_arithmetic", params={"lam": 1.0})

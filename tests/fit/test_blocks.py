@@ -16,6 +16,7 @@ from mergebench.merge.fit.blocks import informative
 from mergebench.merge.fit.learn import Settings, learn
 from mergebench.merge.fit.memory import advised, check_room, needed
 from mergebench.merge.fit.mixture import Mixture, load_mixture
+from mergebench.merge.fit.task import Task
 from tests.fit.lines import DIRECTIONS, lines, three_vectors
 from tests.fit.support import make, recipe_of
 from tests.helpers.adapters import factors, save_peft
@@ -30,9 +31,15 @@ def named(mixture: Mixture, blocks: Any) -> set[tuple[str, str]]:
     return {(name, rows[row]) for name, row in blocks}
 
 
-def by_hand(mixture: Mixture) -> dict[tuple[str, str], float]:
-    """|⟨∂L/∂θ, τ⟩| at the base, mean over batches, by differentiating the loss itself."""
+def uneven() -> Task:
+    """More points of the first class, so that b has a gradient."""
     task = lines()
+    task.scorer.labels[:8] = 0
+    return task
+
+
+def by_hand(task: Task, shift: float = 0.25) -> dict[tuple[str, str], float]:
+    """|⟨∂L/∂θ, τ⟩| at the base, mean over batches, by differentiating the loss itself."""
     found: dict[tuple[str, str], float] = {}
     w, b = torch.zeros(2, 2, requires_grad=True), torch.zeros(2, requires_grad=True)
     batches = list(task.scorer.batches("val"))
@@ -43,14 +50,14 @@ def by_hand(mixture: Mixture) -> dict[tuple[str, str], float]:
     assert b.grad is not None
     for name, direction in DIRECTIONS.items():
         found["w", name] = abs(float((w.grad * torch.tensor(direction)).sum()))
-    found["b", "right"] = abs(float((b.grad * torch.tensor([0.25, -0.25])).sum()))
+    found["b", "right"] = abs(float((b.grad * torch.tensor([shift, -shift])).sum()))
     return found
 
 
 def test_the_most_of_each_tensor(tmp_path: Path) -> None:
     """The paper's b: of each tensor the vectors with the largest gradients."""
     mixture = three_vectors(tmp_path)
-    sizes = by_hand(mixture)
+    sizes = by_hand(lines())
     ranked = sorted(DIRECTIONS, key=lambda name: -sizes["w", name])
     for most in (1, 2, 3):
         found = informative(mixture.plan, [lines()], ADDITION, "val", most=most)
@@ -59,18 +66,22 @@ def test_the_most_of_each_tensor(tmp_path: Path) -> None:
 
 def test_what_fits_a_budget(tmp_path: Path) -> None:
     """The largest gradients per byte, until nothing more fits."""
-    mixture = three_vectors(tmp_path)
-    sizes = by_hand(mixture)
+    # Less than the second largest, but not by byte.
+    second = sorted(by_hand(uneven())["w", name] for name in DIRECTIONS)[1]
+    shift = 0.8 * second / by_hand(uneven(), 1.0)["b", "right"]
+    mixture = three_vectors(tmp_path, shift)
+    sizes = by_hand(uneven(), shift)
+    assert second / 2 < sizes["b", "right"] < second
     # Vectors are held in float16: four entries of w, two of b.
     cost = {block: 8 if block[0] == "w" else 4 for block in sizes}
     ranked = sorted(sizes, key=lambda block: -sizes[block] / cost[block])
-    for budget in (4, 8, 12, 20, 28):
+    for budget in (4, 8, 12, 16, 20, 28):
         wanted, left = set(), budget
         for block in ranked:
             if cost[block] <= left:
                 wanted.add(block)
                 left -= cost[block]
-        found = informative(mixture.plan, [lines()], ADDITION, "val", budget=budget)
+        found = informative(mixture.plan, [uneven()], ADDITION, "val", budget=budget)
         assert named(mixture, found) == wanted
     with pytest.raises(ParameterError, match="no block of a task vector fits"):
         informative(mixture.plan, [lines()], ADDITION, "val", budget=3)

@@ -133,3 +133,32 @@ def test_an_interrupt_says_that_it_is_kept(tmp_path: Path) -> None:
     assert error.value.__notes__ == [
         "what was learned is kept: run the same command again to go on from there"
     ]
+
+
+def test_the_scale_of_losses_is_kept(tmp_path: Path) -> None:
+    """In float16 losses are scaled so far that gradients do not overflow, found step by step."""
+    mixture = three_vectors(tmp_path)
+    task = lines()
+    given = task.scorer.loss
+    # So steep that the first steps overflow, and are not taken.
+    task.scorer.loss = lambda outputs, batch: 100 * given(outputs, batch)
+    seen: list[torch.Tensor] = []
+
+    def watch(coefficients: torch.Tensor, epoch: int) -> float:
+        seen.append(coefficients.clone())
+        return float(epoch)
+
+    def tell(what: str, done: int, total: int) -> None:
+        if done == stop:
+            raise KilledError
+
+    stop = 0
+    wanted = learn(mixture, [task], WAYS["float16"], "val", tell=tell, watch=watch)
+    steps = round(float(seen[1].abs().max()) / 0.05)
+    assert steps < 3
+    kept, stop = Kept(tmp_path / "x.state", "way", every=0.0), 6
+    with pytest.raises(KilledError):
+        learn(mixture, [task], WAYS["float16"], "val", tell=tell, watch=watch, kept=kept)
+    stop = 0
+    again = learn(mixture, [task], WAYS["float16"], "val", tell=tell, watch=watch, kept=kept)
+    assert_equal(again, wanted)
