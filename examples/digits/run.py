@@ -50,6 +50,11 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="pack full fine-tunes and LoRAs in every way: accuracy against size, no merges",
     )
+    parser.add_argument(
+        "--fitted",
+        action="store_true",
+        help="merges chosen and learned with data beside those without, by `compare` and `fit`",
+    )
     return parser.parse_args()
 
 
@@ -72,5 +77,13 @@ if __name__ == "__main__":
 
         chosen = quick(settings) if options.quick else settings
         sizes.compare(chosen, options.work, options.out, few=options.quick)
+        raise SystemExit
+    if options.fitted:
+        from dataclasses import replace
+
+        from digits_demo import fitted
+
+        chosen = replace(quick(settings) if options.quick else settings, ranks=())
+        fitted.compare(chosen, options.work, options.out, few=options.quick)
         raise SystemExit
     run(quick(settings) if options.quick else settings, options.work, options.out)

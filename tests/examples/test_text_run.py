@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from text_demo.merges import LABELS, NOTHING, TEXTS, Row, learned, methods
 from text_demo.report import cells, findings, header, markdown
@@ -64,7 +65,7 @@ def test_every_line_is_one_that_compare_takes(kind):
             recipe = entry_of(spec, models).recipe
             assert recipe.method, title
     assert {"KnOTS TIES", "Core Space TIES"} <= set(methods("lora")) - set(methods("full"))
-    needs = {title: need for title, (need, _) in learned(Settings()).items()}
+    needs = {title: each.needs for title, each in learned(Settings()).items()}
     assert needs["AdaMerging"] == TEXTS
     assert needs["aTLAS"] == LABELS
 
@@ -100,12 +101,49 @@ def test_the_run_leaves_tables_and_recipes(folders):
         rows = collected["rows"][kind]
         assert [row["title"] for row in rows] == [
             "Base", "Experts, each on its own task", "Best single expert", "Average",
-            "Task arithmetic", "TSV-M", "AdaMerging",
+            "Task arithmetic", "TSV-M", "AdaMerging", "TSV-M, AdaMerging",
         ]  # fmt: skip
         assert all(row["values"].keys() == {"topics", "questions", "mood"} for row in rows)
         assert not any(row["problem"] for row in rows)
     assert "## Full fine-tunes" in written
     assert "## LoRAs" in written
+
+
+def test_parts_add_up_to_what_they_are_parts_of(folders, tmp_path):
+    """Four times TSV-M, to what is left of the others in each of them."""
+    from safetensors.numpy import load_file
+
+    work, out, _ = folders
+    (base,) = work.glob("base-*")
+    command, experts = (
+        Path(sys.executable).with_name("mergebench"),
+        sorted((work / "full").iterdir()),
+    )
+    whole = [
+        command,
+        "merge",
+        *experts,
+        "--base",
+        base,
+        "-m",
+        "tsv_merge",
+        "-p",
+        "lam=4",
+        "-o",
+        tmp_path / "tsv",
+    ]
+    done = subprocess.run([*map(str, whole)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    start, merged = (load_file(f / "model.safetensors") for f in (base, tmp_path / "tsv"))
+    parts = [load_file(f / "model.safetensors") for f in (out / "recipes-full" / "parts").iterdir()]
+    assert len(parts) == 3
+    moved = 0
+    for name, values in start.items():
+        expected = merged[name] - values
+        found = sum(part[name] - values for part in parts)
+        np.testing.assert_allclose(found, 1.002 * expected, rtol=0, atol=2e-5, err_msg=name)
+        moved += int(np.abs(expected).max() > 1e-3)
+    assert moved > 20
 
 
 class Held:

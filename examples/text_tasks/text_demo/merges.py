@@ -14,6 +14,8 @@ from typing import Any
 
 from .settings import Settings
 
+# A weight next to none: zero would take the expert's singular vectors out as well.
+_SLIGHT = 0.001
 NOTHING, LABELS, TEXTS = "–", "labels", "texts"
 
 
@@ -71,17 +73,34 @@ def methods(kind: str, few: bool = False) -> dict[str, str]:
     return found
 
 
-def learned(settings: Settings) -> dict[str, tuple[str, list[str]]]:
-    """Title of every learned merge -> (what it needs, what ``mergebench fit`` is told)."""
+@dataclass(frozen=True)
+class Learned:
+    """Coefficients to learn: what ``mergebench fit`` is told.
+
+    ``parts`` learns them for what TSV-M makes of each expert instead of the experts themselves.
+    """
+
+    needs: str
+    options: list[str]
+    parts: bool = False
+
+
+def learned(settings: Settings) -> dict[str, Learned]:
+    """Every learned merge by its title."""
     epochs = ["--epochs", str(settings.epochs)]
-    unlabelled = {
-        "AdaMerging, task-wise": (TEXTS, ["adamerging", "--by", "task", *epochs, "--rate", "0.01"]),
-        "AdaMerging": (TEXTS, ["adamerging", *epochs, "--rate", "0.01"]),
-        "aTLAS, test-time": (TEXTS, ["atlas", "--setting", "test-time", *epochs, "--rate", "0.01"]),
-    }
+    # The published rate is for more steps than a few hundred texts give.
+    fast = [*epochs, "--rate", "0.01"]
+    adamerging = Learned(TEXTS, ["adamerging", *fast])
+    on_parts = Learned(TEXTS, ["adamerging", *epochs], parts=True)
     if settings.few:
-        return {"AdaMerging": unlabelled["AdaMerging"]}
-    return unlabelled | {"aTLAS": (LABELS, ["atlas", *epochs, "--rate", "0.01"])}
+        return {"AdaMerging": adamerging, "TSV-M, AdaMerging": on_parts}
+    return {
+        "AdaMerging, task-wise": Learned(TEXTS, ["adamerging", "--by", "task", *fast]),
+        "AdaMerging": adamerging,
+        "TSV-M, AdaMerging": on_parts,
+        "aTLAS, test-time": Learned(TEXTS, ["atlas", "--setting", "test-time", *fast]),
+        "aTLAS": Learned(LABELS, ["atlas", *fast]),
+    }
 
 
 def find_command() -> str:
@@ -134,14 +153,36 @@ def fitted(
     """What coefficients learned on the validation split reach; recipes are left in ``out``."""
     rows = []
     out.mkdir(parents=True, exist_ok=True)
-    for title, (needs, options) in learned(settings).items():
+    chosen = learned(settings)
+    pieces = parts(experts, base, settings, out / "parts")
+    for title, each in chosen.items():
         recipe = out / (title.lower().replace(", ", "-") + ".yaml")
-        line = ["fit", *options[:1], *_common(experts, base, tasks, settings), *options[1:]]
+        models = pieces if each.parts else experts
+        line = ["fit", each.options[0], *_common(models, base, tasks, settings), *each.options[1:]]
         line += ["--device", settings.device, "-o", str(recipe), "--force"]
         found = json.loads(_said(line))
-        values = {each["task"]: each["scores"]["accuracy"] for each in found["test"]}
-        rows.append(Row(title, "merge", values, needs))
+        values = {one["task"]: one["scores"]["accuracy"] for one in found["test"]}
+        rows.append(Row(title, "merge", values, each.needs))
     return rows
+
+
+def parts(
+    experts: Mapping[str, Path], base: Path, settings: Settings, out: Path
+) -> dict[str, Path]:
+    """What each expert contributes to TSV-M, as models of their own.
+
+    TSV-M makes the singular vectors of all experts orthogonal, whatever their weights, and is
+    linear in those: with all but one next to zero, the part of that one is left. Parts are four
+    times as long as in TSV-M, so that AdaMerging, which starts at 0.3 and stays in [0, 1], starts
+    at λ = 1.2 and reaches 4.
+    """
+    found = {}
+    for name in experts:
+        found[name] = out / name
+        weighed = [f"{path}:{1 if other == name else _SLIGHT}" for other, path in experts.items()]
+        line = ["merge", *weighed, "--base", str(base), "-m", "tsv_merge", "-p", "lam=4"]
+        _said([*line, "--memory", settings.memory, "--force", "--quiet", "-o", str(found[name])])
+    return found
 
 
 def _common(

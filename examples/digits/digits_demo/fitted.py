@@ -1,0 +1,132 @@
+"""Merges chosen or learned with data beside those without, all by the installed command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from rich.console import Console
+
+from .experts import Expert, expert_folders
+from .fitted_report import LABELS, NOTHING, TEXTS, Line, findings, markdown, row_of, show_table
+from .merges import find_command
+from .pipeline import PROCESSES, train_all, workers
+from .settings import Settings
+from .task import write_tasks
+
+
+def lines(settings: Settings) -> dict[str, str]:
+    """Title of every data-free merge -> what ``compare -m`` is told."""
+    sums, ties, means = (
+        "/".join(grid) for grid in (settings.sum_grid, settings.ties_grid, settings.mean_grid)
+    )
+    return {
+        "Uniform soup": "linear",
+        "Task arithmetic": f"task_arithmetic:lam={sums}",
+        "TIES": f"ties:density=0.2,lam={ties}",
+        "Breadcrumbs": f"breadcrumbs:lam={sums}",
+        "LiNeS": f"lines:lam=0.5/1,beta={sums}",
+        "TIES, LiNeS": f"ties:density=0.2,lam={means}+lines:beta=0.5",
+        "TSV-M": f"tsv_merge:lam={means}",
+        "WUDI, closed form": f"wudi:solver=exact,lam={means}",
+    }
+
+
+def learned(few: bool = False) -> dict[str, tuple[str, list[str]]]:
+    """Title of every learned merge -> (what it needs, what ``mergebench fit`` is told)."""
+    # The published rate is for 500 steps and more; these splits have twelve batches.
+    fast = ["--epochs", "2" if few else "20", "--rate", "0.01"]
+    every = {
+        "AdaMerging, task-wise": (TEXTS, ["adamerging", "--by", "task", *fast]),
+        "AdaMerging": (TEXTS, ["adamerging", *fast]),
+        "aTLAS, test-time": (TEXTS, ["atlas", "--setting", "test-time", *fast]),
+        "aTLAS": (LABELS, ["atlas", *fast]),
+    }
+    return {"AdaMerging": every["AdaMerging"]} if few else every
+
+
+def compare(settings: Settings, work: Path, out: Path, few: bool = False) -> None:
+    """Train what is missing; leave ``digits_fitted.json`` and ``.md`` in ``out``."""
+    console = Console()
+    started = perf_counter()
+    with workers() as pool:
+        trained = train_all(pool, settings, work, lambda n, of: None)
+    console.print(f"trained {trained} models, {perf_counter() - started:.0f} s", highlight=False)
+    out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(PROCESSES) as threads:
+        jobs = [threads.submit(measure, settings, work, s, few) for s in settings.seeds]
+        seen = [job.result() for job in jobs]
+    rows = [row_of(each) for each in zip(*seen, strict=True)]
+    (out / "digits_fitted.md").write_text(markdown(rows))
+    plain = {
+        "settings": asdict(settings),
+        "seeds": [[asdict(line) for line in each] for each in seen],
+        "findings": findings(rows),
+    }
+    (out / "digits_fitted.json").write_text(json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+    show_table(rows, console)
+    console.print(f"wrote {out}, {perf_counter() - started:.0f} s in all", soft_wrap=True)
+
+
+def measure(settings: Settings, work: Path, seed: int, few: bool = False) -> list[Line]:
+    """Every line of the table for one seed."""
+    base = Expert(seed).folder(settings, work)
+    experts = expert_folders(settings, work, seed, None)
+    place = work / "fitted" / f"seed{seed}"
+    tasks = write_tasks(place, seed)
+    common = [*map(str, experts.values()), "--base", str(base), "--json"]
+    for domain, file in tasks.items():
+        common += ["--task", f"{domain}={file}"]
+    grid = lines(settings)
+    compared = _said("compare", *common, *(part for spec in grid.values() for part in ("-m", spec)))
+    alone = dict(zip(experts, compared[1:], strict=False))
+    own = {domain: _values(alone[domain])[domain] for domain in experts}
+    soup_place = ["-o", str(place / "soup.yaml"), "--force"]
+    # A soup has no base; tasks that read arrays need none either.
+    without = [each for each in common if each not in ("--base", str(base))]
+    soup = _said("fit", "soup", *without, *soup_place)
+    values = {Path(step["model"]).name: step["alone"] for step in soup["steps"]}
+    best = max(experts, key=lambda domain: values[experts[domain].name])
+    found = [
+        Line("Base", "base", _values(compared[0])),
+        Line("Experts, each in its own domain", "experts", own),
+        Line("Best single expert", "single", _values(alone[best]), LABELS, best),
+    ]
+    found += [
+        Line(title, "merge", _values(each), LABELS if each["chosen"] else NOTHING, each["chosen"],
+             each["seconds"])
+        for title, each in zip(grid, compared[1 + len(experts):], strict=True)
+    ]  # fmt: skip
+    taken = sum(step["accepted"] for step in soup["steps"])
+    found.insert(4, Line("Greedy soup", "merge", _outcomes(soup["test"]), LABELS, f"{taken} of 6"))
+    for title, (needs, options) in learned(few).items():
+        recipe = place / f"{title.lower().replace(', ', '-')}.yaml"
+        started = perf_counter()
+        made = _said("fit", options[0], *common, *options[1:], "-o", str(recipe), "--force")
+        seconds = perf_counter() - started
+        found.append(Line(title, "merge", _outcomes(made["test"]), needs, "", seconds))
+    return found
+
+
+def _values(each: Mapping[str, Any]) -> dict[str, float]:
+    return _outcomes(each["tasks"])
+
+
+def _outcomes(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {each["task"]: each["scores"]["accuracy"] for each in outcomes}
+
+
+def _said(*line: str) -> Any:
+    whole = [find_command(), *line]
+    surroundings = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(whole, capture_output=True, text=True, check=False, env=surroundings)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(whole)}\nexited {done.returncode}:\n{done.stderr}")
+    return json.loads(done.stdout)
