@@ -8,7 +8,7 @@ numpy runs it without torch, and torch gives gradients.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from mergebench.core.errors import MergebenchError
 
 #: Entries that are summed at once; the least tile holds one block.
 BLOCK = 1 << 12
+#: Sums that run side by side in a block, before they are added up: entry i belongs to sum i mod 64.
+LANES = 64
 #: Shares whose sum is this near to 1 are those of an average.
 _EVEN = 1e-12
 
@@ -41,7 +43,37 @@ def gram(sweep: Any) -> Any:
     MergebenchError
         If a product exceeds float64, which takes entries beyond 1e150.
     """
-    return block_sums(sweep, inner_products)
+    return block_sums(sweep, block_products)
+
+
+def block_products(stack: Any) -> Any:
+    """Inner products of all pairs of models over blocks, in a fixed order of sums.
+
+    Arrays of other libraries than numpy are summed as these do it.
+
+    Parameters
+    ----------
+    stack : array, (n, b, m)
+
+    Returns
+    -------
+    float64 array, (b, n, n)
+    """
+    if not isinstance(stack, np.ndarray):
+        return inner_products(stack)
+    count, blocks, size = stack.shape
+    wide = np.zeros((count, blocks, -(-size // LANES), LANES))
+    wide.reshape(count, blocks, -1)[:, :, :size] = stack
+    found = np.empty((blocks, count, count))
+    for one in range(count):
+        for other in range(one, count):
+            # Over an axis that is not the last, numpy adds one entry after the other.
+            lanes = np.add.reduce(wide[one] * wide[other], axis=1)
+            while lanes.shape[1] > 1:
+                half = lanes.shape[1] // 2
+                lanes = lanes[:, :half] + lanes[:, half:]
+            found[:, one, other] = found[:, other, one] = lanes[:, 0]
+    return found
 
 
 def inner_products(stack: Any) -> Any:
@@ -128,7 +160,7 @@ def grouped_sums(sweep: Any, measure: Measure, group: Callable[[Any], str]) -> d
     def add(key: str, block: Any) -> None:
         totals[key] = totals[key] + block if key in totals else block
 
-    for at, parts in sweep(partial(_look, measure)):
+    for at, parts in sweep(_Look(measure)):
         key = group(at.site)
         for found, ends in parts:
             if ends is None:
@@ -150,9 +182,27 @@ def grouped_sums(sweep: Any, measure: Measure, group: Callable[[Any], str]) -> d
     return totals
 
 
+@dataclass(frozen=True)
+class _Look:
+    """Sums over the blocks of a tile, see :func:`_sums`."""
+
+    measure: Measure
+
+    def __call__(self, stack: Any, at: Any) -> list[tuple[Any, bool | None]]:
+        return _sums(self.measure, stack, at)
+
+    def by_kernel(self, kernel: Any, at: Any) -> list[tuple[Any, bool | None]] | None:
+        """The same from stored entries, where that can be."""
+        whole = at.start % BLOCK == 0 and (at.stop % BLOCK == 0 or at.stop == at.site.size)
+        if self.measure is not block_products or not whole:
+            return None
+        found = kernel.products()
+        return None if found is None else [(found, None)]
+
+
 # What overflows is found, and refused, when all is added up.
 @np.errstate(over="ignore", invalid="ignore")
-def _look(measure: Measure, stack: Any, at: Any) -> list[tuple[Any, bool | None]]:
+def _sums(measure: Measure, stack: Any, at: Any) -> list[tuple[Any, bool | None]]:
     """Sums over the whole blocks of a tile, marked ``None``, and copies of the others.
 
     A copy is marked by whether its block ends with it.
@@ -185,10 +235,7 @@ def combined(stack: Any, shares: Any, pivot: int = 0) -> Any:
         The model with the largest share, from which the others are reached.
     """
     xp = namespace(stack)
-    total = shares[0:1, ...]
-    for model in range(1, stack.shape[0]):
-        total = total + shares[model : model + 1, ...]
-    even = xp.abs(total - 1) < _EVEN
+    even = is_even(shares)
     if shares.ndim < stack.ndim:
         ones = (1,) * (stack.ndim - shares.ndim)
         shares, even = (xp.reshape(each, (*each.shape, *ones)) for each in (shares, even))
@@ -196,6 +243,14 @@ def combined(stack: Any, shares: Any, pivot: int = 0) -> Any:
     if isinstance(stack, np.ndarray) and even.size == 1:
         return _moved(stack, weights, pivot) if even.all() else _summed(stack, weights)
     return xp.where(even, _moved(stack, weights, pivot), _summed(stack, weights))
+
+
+def is_even(shares: Any) -> Any:
+    """Whether shares of models, (n, …), are those of an average, (1, …)."""
+    total = shares[0:1, ...]
+    for model in range(1, shares.shape[0]):
+        total = total + shares[model : model + 1, ...]
+    return namespace(shares).abs(total - 1) < _EVEN
 
 
 def _summed(stack: Any, weights: Any) -> Any:

@@ -54,10 +54,15 @@ def chosen(stream: int, start: int, stop: int, probability: float) -> NDArray[np
 
     Of two probabilities the larger one chooses all that the smaller one does, and more.
     """
-    limit = round(probability * 2.0**32)
-    if limit >= 1 << 32:
+    below = limit(probability)
+    if below >= 1 << 32:
         return np.ones(stop - start, np.bool_)
-    return draws(stream, start, stop) < np.uint32(limit)
+    return draws(stream, start, stop) < np.uint32(below)
+
+
+def limit(probability: float) -> int:
+    """What a draw must be below to happen with a probability, at most 2^32."""
+    return round(probability * 2.0**32)
 
 
 def parts(stream: int, start: int, stop: int, count: int) -> NDArray[np.int64]:

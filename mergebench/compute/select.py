@@ -1,8 +1,9 @@
 """The exact k-th magnitude of many entries, without sorting or keeping them.
 
-A sample brackets the threshold; one sweep counts what lies above the bracket and gathers what
-lies inside; the answer is checked against the counts and the bracket widened or narrowed until
-it is exact. Magnitudes are compared as integers (the bits of a non-negative float are ordered).
+A sample brackets the threshold; one sweep counts what lies above the bracket and at its ends, and
+gathers what lies inside; the answer is checked against the counts and the bracket widened or
+narrowed until it is exact. Magnitudes are compared as integers (the bits of a non-negative float
+are ordered).
 Ties are broken by (tensor name as bytes, flat index), so *exactly* k entries are kept.
 """
 
@@ -57,19 +58,34 @@ def bits(stack: Array) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class _Found:
-    """What one tile holds above and inside the bracket of a search."""
+    """What one tile holds around the bracket of a search.
+
+    Attributes
+    ----------
+    above, upper, inside, lower : int
+        How many magnitudes are above the bracket, at its upper end, between its ends, and at its
+        lower end, if that is another.
+    values, places : array or None
+        Those between the ends, and where they are in the tensor.
+    counts : array or None
+        A histogram of them instead, where they are many.
+    """
 
     above: int
+    upper: int
     inside: int
+    lower: int
     values: NDArray[Any] | None = None
     places: NDArray[Any] | None = None
     counts: NDArray[Any] | None = None
-    mask: NDArray[np.uint8] | None = None
 
 
 @dataclass
 class _Target:
-    """The search for one threshold: the ``rank``-th largest magnitude of one model."""
+    """The search for one threshold: the ``rank``-th largest magnitude of one model.
+
+    The ends of the bracket are counted only, since in stored dtypes many entries may equal them.
+    """
 
     model: int
     rank: int
@@ -79,19 +95,19 @@ class _Target:
     capacity: int
     cut: Cut | None = None
     above: int = 0
+    upper: int = 0
     inside: int = 0
+    lower: int = 0
     kept: list[tuple[bytes, NDArray[Any], NDArray[Any]]] = field(default_factory=list)
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BINS + 1, np.int64))
-    single: bool = False
-    narrowed: bool = False
     crowded: bool = False
-    known_above: int = 0
+    #: Per tile where it is, and how many of its entries are at the upper and at the lower end.
+    ends: list[tuple[str, int, int, int, int]] = field(default_factory=list)
 
     def start_round(self) -> None:
-        self.above = self.inside = 0
-        self.kept = []
+        self.above = self.upper = self.inside = self.lower = 0
+        self.kept, self.ends = [], []
         self.counts = np.zeros(_BINS + 1, np.int64)
-        self.single = self.low == self.high and self.narrowed
         self.crowded = False
 
     @property
@@ -99,69 +115,92 @@ class _Target:
         """Integers per histogram bin."""
         return (self.high - self.low) // _BINS + 1
 
-    def look(self, magnitudes: NDArray[Any]) -> _Found:
-        """Count above the bracket and gather what lies inside; small whatever the data are."""
-        top = magnitudes > self.high
-        above = int(np.count_nonzero(top))
-        inside = magnitudes >= self.low
-        np.logical_xor(inside, top, out=inside)
-        if self.single:
-            # All values are the threshold: which entries they are fits in a bit each.
-            return _Found(above, int(np.count_nonzero(inside)), mask=np.packbits(inside))
-        places = np.flatnonzero(inside)
-        values = magnitudes[places]
-        if not self.crowded and 8 * places.size <= magnitudes.size + _BINS:
-            return _Found(above, places.size, values, places)
-        counts = np.bincount((values - self.low) // self.width, minlength=_BINS + 1)
-        return _Found(above, places.size, counts=counts)
+    def room(self, size: int) -> int:
+        """How many entries of a tile of a size are gathered; more are only counted."""
+        return 0 if self.crowded else size // 8 + _BINS
 
-    def take(self, name: bytes, start: int, found: _Found) -> None:
+    def look(self, magnitudes: NDArray[Any], start: int) -> _Found:
+        """Count around the bracket and gather what lies inside; small whatever the data are."""
+        above = int(np.count_nonzero(magnitudes > self.high))
+        upper = int(np.count_nonzero(magnitudes == self.high))
+        lower = int(np.count_nonzero(magnitudes == self.low))
+        places = np.flatnonzero((magnitudes > self.low) & (magnitudes < self.high))
+        values, size = magnitudes[places], magnitudes.size
+        return self.found(above, upper, places.size, lower, values, places + start, size)
+
+    def found(
+        self,
+        above: int,
+        upper: int,
+        inside: int,
+        lower: int,
+        values: NDArray[Any],
+        places: NDArray[Any],
+        size: int,
+    ) -> _Found:
+        """What a tile of a size holds; ``values`` and ``places`` may be longer than ``inside``."""
+        lower = 0 if self.low == self.high else lower
+        if inside <= self.room(size):
+            # Copies, so that nothing larger is held on to.
+            kept, where = values[:inside].copy(), places[:inside].copy()
+            return _Found(above, upper, inside, lower, kept, where)
+        bins = (values[:inside] - self.low) // self.width
+        counts = np.bincount(bins, minlength=_BINS + 1)
+        return _Found(above, upper, inside, lower, counts=counts)
+
+    def take(self, at: Any, found: _Found) -> None:
         self.above += found.above
-        before = self.inside
+        self.upper += found.upper
         self.inside += found.inside
-        if found.mask is not None:
-            # Only the place of the last tie that stays is missing.
-            wanted = self.rank - self.known_above
-            if before < wanted <= self.inside:
-                places = np.flatnonzero(np.unpackbits(found.mask))
-                place = start + int(places[wanted - before - 1])
-                self.cut = Cut(self._value(self.low), name, place)
-            return
+        self.lower += found.lower
+        if found.upper or found.lower:
+            self.ends.append((at.site.name, at.start, at.stop, found.upper, found.lower))
         if found.values is None or found.places is None:
             assert found.counts is not None
             self.counts += found.counts
             self.crowded = True
-        else:
+        elif found.inside:
             bins = (found.values - self.low) // self.width
             self.counts += np.bincount(bins, minlength=_BINS + 1)
-            self.kept.append((name, found.values, found.places + start))
+            self.kept.append((at.site.name.encode(), found.values, found.places))
         if self.crowded or self.inside > self.capacity:
             self.crowded, self.kept = True, []
 
     def _value(self, number: int) -> float:
         return float(np.array([number], self.kind).view(f"f{self.kind.itemsize}")[0])
 
-    def conclude(self) -> None:
-        """Settle the threshold, or choose the bracket of the next round."""
-        if self.cut is not None:
-            return
+    def conclude(self) -> _Tie | None:
+        """Settle the threshold, say which of its ties is the last, or choose another bracket."""
+        to_upper = self.above + self.upper
+        to_inside = to_upper + self.inside
         if self.rank <= self.above:
             self.low, self.high = self.high + 1, int(np.iinfo(self.kind).max)
-        elif self.rank > self.above + self.inside:
-            # Zeros are never gathered (the lowest bracket starts at 1): keeping one changes
-            # nothing, so a threshold of zero needs no place.
-            if self.low <= 1:
-                self.cut = Cut(0.0, _LAST)
-                return
-            self.low, self.high = 1, self.low - 1
-        elif not self.crowded:
-            self.cut = self._settle()
+        elif self.rank <= to_upper:
+            return self._tie(self.high, self.rank - self.above, 0)
+        elif self.rank <= to_inside and self.crowded:
+            self._narrow(to_upper)
+        elif self.rank <= to_inside:
+            self.cut = self._settle(to_upper)
+        elif self.rank <= to_inside + self.lower:
+            return self._tie(self.low, self.rank - to_inside, 1)
+        # Zeros are never gathered (the lowest bracket starts at 1): keeping one changes nothing,
+        # so a threshold of zero needs no place.
+        elif self.low <= 1:
+            self.cut = Cut(0.0, _LAST)
         else:
-            self._narrow()
+            self.low, self.high = 1, self.low - 1
+        return None
 
-    def _settle(self) -> Cut:
+    def _tie(self, number: int, wanted: int, end: int) -> _Tie:
+        for name, start, stop, *ties in self.ends:
+            if wanted <= ties[end]:
+                return _Tie(self, name, start, stop, number, wanted)
+            wanted -= ties[end]
+        raise AssertionError("unreachable: the wanted rank lies at an end of the bracket")
+
+    def _settle(self, above: int) -> Cut:
         values = np.concatenate([v for _, v, _ in self.kept])
-        wanted = self.rank - self.above
+        wanted = self.rank - above
         threshold = int(np.partition(values, values.size - wanted)[values.size - wanted])
         ties = wanted - int(np.count_nonzero(values > threshold))
         for name, part, places in self.kept:
@@ -171,28 +210,91 @@ class _Target:
             ties -= equal.size
         raise AssertionError("unreachable: the wanted rank lies inside the bracket")
 
-    def _narrow(self) -> None:
-        above = self.above + np.cumsum(self.counts[::-1])[::-1]
+    def _narrow(self, to_upper: int) -> None:
+        above = to_upper + np.cumsum(self.counts[::-1])[::-1]
         # The bin of the wanted rank: the highest one with at least `rank` entries from it up.
         chosen = int(np.flatnonzero(above >= self.rank)[-1])
         width = self.width
-        self.narrowed = True
-        self.known_above = int(above[chosen] - self.counts[chosen])
         bottom = self.low + chosen * width
         self.low, self.high = bottom, min(bottom + width - 1, self.high)
 
 
+@dataclass(frozen=True)
+class _Tie:
+    """Entries that equal a threshold: the last one that stays is the ``wanted``-th of a tile."""
+
+    target: _Target
+    name: str
+    start: int
+    stop: int
+    number: int
+    wanted: int
+
+    def find(self, magnitudes: NDArray[Any], start: int) -> int:
+        """Its place in the tensor."""
+        equal = np.flatnonzero(magnitudes == self.number)
+        return int(equal[self.wanted - 1]) + start
+
+    def settle(self, place: int) -> None:
+        """Take note of the place of the last."""
+        value = self.target._value(self.number)
+        self.target.cut = Cut(value, self.name.encode(), place)
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """Looks at tiles for several searches at once."""
+
+    pending: Sequence[_Target]
+
+    def __call__(self, stack: Any, at: Any) -> list[_Found]:
+        magnitudes = _magnitudes(stack, self.pending[0].kind)
+        return [each.look(magnitudes[each.model], at.start) for each in self.pending]
+
+    def by_kernel(self, kernel: Any, at: Any) -> list[_Found] | None:
+        """The same from stored entries, where that can be."""
+        if self.pending[0].kind != np.int32:
+            return None
+        brackets = [(each.model, each.low, each.high) for each in self.pending]
+        found = kernel.survey(brackets)
+        if found is None:
+            return None
+        size = at.stop - at.start
+        return [
+            each.found(*map(int, tally), values, places, size)
+            for each, tally, values, places in zip(self.pending, *found, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class _Locate:
+    """Finds ties in the tiles that hold them; other tiles are passed over."""
+
+    ties: Sequence[_Tie]
+
+    def __call__(self, stack: Any, at: Any) -> list[tuple[_Tie, int]]:
+        here = [each for each in self.ties if each.name == at.site.name and each.start == at.start]
+        if not here:
+            return []
+        magnitudes = _magnitudes(stack, here[0].target.kind)
+        return [(each, each.find(magnitudes[each.target.model], at.start)) for each in here]
+
+
+def _magnitudes(stack: Any, kind: np.dtype[Any]) -> NDArray[Any]:
+    return bits(as_numpy(stack).astype(f"f{kind.itemsize}", copy=False))
+
+
 def sample_size(size: int, models: int) -> int:
     """How many entries to sample: the bracket then holds about one entry in a hundred or fewer."""
-    return min(max(size // 64, 1 << 16), max((1 << 22) // models, 1 << 16))
+    return min(max(size // 256, 1 << 16), max((1 << 22) // models, 1 << 16))
 
 
 def _bracket(ordered: NDArray[Any], rank: int, size: int) -> tuple[int, int]:
     """Integers that hold the threshold with near certainty, from a sample sorted ascending."""
     count = ordered.size
     share = rank / size
-    # Sampled in runs, entries are not independent: 8 standard deviations rather than 4.
-    spread = 8 * sqrt(count * share * (1 - share)) + 2
+    # Sampled in runs, entries are not independent: 6 standard deviations rather than 4.
+    spread = 6 * sqrt(count * share * (1 - share)) + 2
     highest, lowest = floor(share * count - spread), ceil(share * count + spread)
     high = int(ordered[count - highest]) if highest > 0 else int(np.iinfo(ordered.dtype).max)
     low = int(ordered[count - lowest]) if lowest <= count else 1
@@ -229,25 +331,30 @@ def kth_magnitudes(sweep: Any, ranks: Sequence[Sequence[int]]) -> list[list[Cut]
     while pending := [target for target in targets if target.cut is None]:
         for target in pending:
             target.start_round()
-
-        def visit(stack: Any, at: Any, pending: list[_Target] = pending) -> list[Any]:
-            magnitudes = bits(as_numpy(stack).astype(f"f{pending[0].kind.itemsize}", copy=False))
-            return [target.look(magnitudes[target.model]) for target in pending]
-
-        for at, parts in sweep(visit):
-            name = at.site.name.encode()
+        for at, parts in sweep(_Survey(pending)):
             for target, part in zip(pending, parts, strict=True):
-                target.take(name, at.start, part)
-        for target in pending:
-            target.conclude()
+                target.take(at, part)
+        ties = [tie for target in pending if (tie := target.conclude()) is not None]
+        if ties:
+            _settle(sweep, ties)
     for (model, place), target in zip(open_places, targets, strict=True):
         found[model][place] = target.cut
     return [[cut for cut in row if cut is not None] for row in found]
 
 
+def _settle(sweep: Any, ties: Sequence[_Tie]) -> None:
+    spans = {(each.name, each.start, each.stop) for each in ties}
+    # Sweeps that cannot look at single tiles again look at all of them.
+    again = getattr(sweep, "again", None)
+    looked = sweep(_Locate(ties)) if again is None else again(_Locate(ties), spans)
+    for _, found in looked:
+        for tie, place in found:
+            tie.settle(place)
+
+
 def _targets(sweep: Any, wanted: Sequence[tuple[int, int]]) -> list[_Target]:
     capacity = max(CAPACITY // len(wanted), 1 << 16)
-    if sweep.size <= capacity:
+    if sweep.size <= _BINS:
         # Small enough to be gathered whole.
         kind = bits(as_numpy(sweep.sample(1))).dtype
         top = int(np.iinfo(kind).max)
