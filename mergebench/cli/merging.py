@@ -54,6 +54,7 @@ def merge(
     force: o.Force = False,
     memory: o.Memory = "512MiB",
     workers: o.Workers = None,
+    kernels: o.Kernels = "auto",
     cache: o.Cache = "keep",
     dry_run: o.DryRun = False,
     check: o.Check = False,
@@ -345,9 +346,12 @@ def do(
 ) -> None:
     """Plan a recipe, and unless it is only to be shown, run it and say what came out."""
     from mergebench.merge.engine import check_outputs, execute
+    from mergebench.merge.kernels import ready
     from mergebench.merge.plan import make_plan
 
     started = perf_counter()
+    if not dry_run:
+        ready.foresee(each.path for each in recipe.models)
     made = make_plan(
         recipe, memory=o.size("--memory", memory), workers=workers, stream=o.streams(cache)
     )

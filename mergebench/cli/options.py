@@ -225,6 +225,26 @@ Workers = Annotated[
         "--workers", min=1, help="Threads; all cores by default.", envvar="MERGEBENCH_WORKERS"
     ),
 ]
+
+
+def _kernels(choice: str) -> str:
+    """Hand a choice on to where kernels are loaded."""
+    if choice not in ("auto", "on", "off"):
+        raise typer.BadParameter(f"{choice!r} is none of auto, on, off")
+    os.environ["MERGEBENCH_KERNELS"] = choice
+    return choice
+
+
+Kernels = Annotated[
+    str,
+    typer.Option(
+        "--kernels",
+        help="Compiled code for what it can do: auto, for merges of some size; on; off, to compare "
+        "or to go round it.",
+        envvar="MERGEBENCH_KERNELS",
+        callback=_kernels,
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Print the plan and stop.")]
 Inputs = Annotated[
     Path | None,

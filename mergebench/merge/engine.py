@@ -25,6 +25,7 @@ from mergebench.merge.apart import place_of
 from mergebench.merge.averaged import Mean
 from mergebench.merge.core_space import fits, merged_item
 from mergebench.merge.factors import write_factors
+from mergebench.merge.kernels import fuse, ready
 from mergebench.merge.op import Chain, Reading, Stack, needs_base
 from mergebench.merge.plan import Plan
 from mergebench.merge.resume import Ledger, resume_key
@@ -224,7 +225,7 @@ def execute(
             for sentence in ledger.notes():
                 note(sentence)
         sinks = [_Digests(output) for output in outputs]
-        found = _run(plan, sinks, progress or (lambda what, done, total: None), ledger)
+        found = _run(plan, sinks, progress or (lambda what, done, total: None), ledger, note)
         for variant, output, sink in zip(plan.variants, outputs, sinks, strict=True):
             if plan.package.single_file:
                 output.fill(sealed(output.layout, sink.digests()))
@@ -268,7 +269,13 @@ def execute_into(plan: Plan, sinks: Sequence[Sink], progress: Progress | None = 
     return _run(plan, sinks, progress or (lambda what, done, total: None), Ledger(plan))
 
 
-def _run(plan: Plan, sinks: Sequence[Sink], progress: Progress, ledger: Ledger) -> Found:
+def _run(
+    plan: Plan,
+    sinks: Sequence[Sink],
+    progress: Progress,
+    ledger: Ledger,
+    note: Callable[[str], None] | None = None,
+) -> Found:
     total = plan.entries * plan.passes
     done = ledger.swept
     found = Found([{} for _ in sinks], [{} for _ in sinks])
@@ -279,7 +286,10 @@ def _run(plan: Plan, sinks: Sequence[Sink], progress: Progress, ledger: Ledger) 
             done += entries
             progress("measuring", min(done, total), total)
 
-        evaluator = Evaluator(plan.aligned.items, plan.tiling, pool, swept, ledger.known)
+        fusing = ready.wanted(total * len(plan.models))
+        evaluator = Evaluator(
+            plan.aligned.items, plan.tiling, pool, swept, ledger.known, fusing=fusing, note=note
+        )
         for name in plan.aligned.order:
             targets = targets_of(plan, name)
             item = plan.aligned.items.get(name)
@@ -346,16 +356,33 @@ def _pieces(
     """``(first entry, one array per variant, any holes)`` of every job of a tensor, in order."""
     dtype = plan.package.dtype_of(item.site.name)
     chains = [variant.at(item.site.name) for variant in plan.variants]
-    ready = [in_core(evaluator, ops, item) for ops in chains]
-    dense = [ops for ops, core in zip(chains, ready, strict=True) if core is None]
+    cores = [in_core(evaluator, ops, item) for ops in chains]
+    dense = [ops for ops, core in zip(chains, cores, strict=True) if core is None]
     unit, jobs = evaluator.pieces(dense, item)
     item = opened(item)
+    fusible = len(dense) == len(chains) and unit == 1 and fuse.fits(dtype)
+    fused = evaluator.fused(chains, item, ends=True) if fusible else None
 
-    def work(start: int, stop: int) -> tuple[int, list[Array], bool]:
+    def by_kernel(start: int, stop: int) -> tuple[int, list[Array], bool]:
+        assert fused is not None
+        outs = [np.empty(stop - start, DTYPES[dtype]) for _ in plan.variants]
+        wide = fused.tile(evaluator.tiling.tile)
+        room, some = fused.buffers(wide), False
+        for begin in range(start, stop, wide):
+            end = min(begin + wide, stop)
+            parts = [out[begin - start : end - start] for out in outs]
+            if not fused.merge(room, (begin, end), dtype, parts):
+                _, found, holes = by_ops(begin, end)
+                some |= holes
+                for part, values in zip(parts, found, strict=True):
+                    part[:] = values
+        return start, outs, some
+
+    def by_ops(start: int, stop: int) -> tuple[int, list[Array], bool]:
         outs = [np.empty(stop - start, DTYPES[dtype]) for _ in plan.variants]
         some = False
         for begin, end in evaluator.tiling.tiles(start, stop, unit):
-            parts, holes = merged_tile(evaluator, plan.variants, item, begin, end, ready)
+            parts, holes = merged_tile(evaluator, plan.variants, item, begin, end, cores)
             some |= holes is not None
             for out, part in zip(outs, parts, strict=True):
                 out[begin - start : end - start] = round_to(part, dtype, item.site.name)
@@ -363,6 +390,7 @@ def _pieces(
                     out[begin - start : end - start][holes] = np.nan
         return start, outs, some
 
+    work = by_ops if fused is None else by_kernel
     yield from evaluator.each_job(partial(work, start, stop) for start, stop in jobs)
 
 

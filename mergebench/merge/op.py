@@ -8,7 +8,7 @@ torch gives gradients and CUDA. A chain is a tuple of ops; it can be read, hashe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast
@@ -21,6 +21,7 @@ from mergebench.core.params import Param, bind, declared
 from mergebench.core.registry import Registry
 from mergebench.core.schedule import is_schedule
 from mergebench.core.site import Site
+from mergebench.merge.kernels.stages import Stages, side_by_side
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -233,6 +234,7 @@ class OpSpec:
     masks: Callable[..., tuple[Stack, Stack, Stack | None]] | None = None
     checked: Mapping[str, str] = field(default_factory=dict)
     collects: Callable[..., Collects | None] = lambda **_: None
+    fused: Callable[..., Stages | None] = lambda at, **params: None
 
     @property
     def summary(self) -> str:
@@ -313,6 +315,13 @@ class Op:
             return wanted.otherwise().apply(stack, at)
         return self.spec.function(stack, at, **dict(self.params))
 
+    def stages(self, at: At) -> Stages | None:
+        """What the op does to the tensor of ``at``, for a kernel; ``None`` if that cannot be said.
+
+        ``at`` has what the op has measured.
+        """
+        return self.spec.fused(at, **dict(self.params))
+
     def __str__(self) -> str:
         return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.params)})"
 
@@ -334,6 +343,15 @@ class _Row:
             return visit(stack[self.row : self.row + 1, :], at.of(self.row))
 
         return self.sweep(seen)
+
+    def again(
+        self, visit: Callable[[Stack, At], R], spans: Collection[tuple[str, int, int]]
+    ) -> Iterator[tuple[At, R]]:
+        def seen(stack: Stack, at: At) -> R:
+            return visit(stack[self.row : self.row + 1, :], at.of(self.row))
+
+        again = getattr(self.sweep, "again", None)
+        return self.sweep(seen) if again is None else again(seen, spans)
 
     def sample(self, count: int) -> Stack:
         return self.sweep.sample(count)[self.row : self.row + 1, :]
@@ -396,6 +414,17 @@ class Abreast(Op):
             rows.append(each.apply(stack[row : row + 1, :], replace(at.of(row), value=value)))
         return namespace(stack).concat(rows, axis=0)
 
+    def stages(self, at: At) -> Stages | None:
+        """Those of each op for its model, if they are alike."""
+        found: list[Stages] = []
+        for row, each in enumerate(self.ops):
+            value = None if at.value is None else at.value[row]
+            own = each.stages(replace(at.of(row), value=value))
+            if own is None:
+                return None
+            found.append(own)
+        return side_by_side(found)
+
     def __str__(self) -> str:
         return " | ".join(map(str, self.ops))
 
@@ -453,6 +482,7 @@ def op(
     masks: Callable[..., tuple[Stack, Stack, Stack | None]] | None = None,
     checked: Mapping[str, str] | None = None,
     collects: Collects | Callable[..., Collects | None] | None = None,
+    fused: Callable[..., Stages | None] | None = None,
 ) -> Callable[[Callable[Concatenate[Stack, At, P], Stack]], Callable[P, Op]]:
     """Register a function ``(stack, at, **params) -> stack`` and return its factory.
 
@@ -521,6 +551,9 @@ def op(
         What else its results were compared with as a step of their own, in words.
     collects : Collects or callable of the parameters, optional
         What must have been collected of every model with data; it is ``At.collected``.
+    fused : callable ``(at, **params) -> Stages or None``, optional
+        The same in stages that a kernel can run, to the bit: see :mod:`mergebench.merge.kernels`.
+        ``at`` is the whole tensor, with what the op has measured and without any entries.
     """
 
     def register(function: Callable[Concatenate[Stack, At, P], Stack]) -> Callable[P, Op]:
@@ -553,6 +586,7 @@ def op(
             masks=masks,
             checked=checked or {},
             collects=collects if callable(collects) else lambda **_: collects,
+            fused=fused or (lambda at, **params: None),
         )
         return cast("Callable[P, Op]", OPS.add(name, spec))
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import isfinite
 from typing import Any, TypeVar
 
@@ -19,6 +20,9 @@ from mergebench.core.errors import MergebenchError, MismatchError
 from mergebench.core.site import Site
 from mergebench.core.tensor import Array, Tensor
 from mergebench.merge.collected import Slices
+from mergebench.merge.kernels.fuse import Fused, fuse
+from mergebench.merge.kernels.ready import kernels
+from mergebench.merge.kernels.running import Buffers, Kernels
 from mergebench.merge.op import (
     Abreast,
     At,
@@ -32,6 +36,7 @@ from mergebench.merge.op import (
 from mergebench.sources import Applied
 
 R = TypeVar("R")
+Tiles = Iterable[tuple[int, int]]
 _RUN = 1024
 
 
@@ -293,6 +298,9 @@ def nonfinite(item: Item) -> MergebenchError:
 class Evaluator:
     """Runs chains over items, measuring what their ops need first.
 
+    Chains that kernels can run are run by them where ``fusing``; ``note`` is told if that takes
+    long to begin.
+
     Measurements are kept by (the ops up to and including the one that asked, name of the tensor
     or of the part), so that chains with a common beginning share them; so is what ops report.
     """
@@ -303,6 +311,8 @@ class Evaluator:
     on_read: Callable[[int], None] = lambda entries: None
     known: dict[tuple[Chain, str], Any] = field(default_factory=dict)
     reports: dict[tuple[Chain, str], tuple[Reading, ...]] = field(default_factory=dict)
+    fusing: bool = False
+    note: Callable[[str], None] | None = None
 
     def prepare(self, ops: Chain, item: Item) -> None:
         """Measure everything that ``ops`` needs before it can run on ``item``."""
@@ -341,6 +351,27 @@ class Evaluator:
             measured = each.statistic
             sweep = _Sweep(self, (), own, (each,))
             found.append(None if measured is None else measured.measure(sweep))
+        return found
+
+    def fused(self, chains: Sequence[Chain], item: Item, *, ends: bool) -> Fused | None:
+        """The chains for kernels, once what they need has been measured; ``None`` if they cannot.
+
+        ``ends`` is false for what comes before a measurement.
+        """
+        if not self.fusing or item.site.size == 0:
+            return None
+
+        def known(ops: Chain) -> Any:
+            statistic = ops[-1].statistic
+            assert statistic is not None
+            return self.known[ops, item.site.name if statistic.scope == "tensor" else item.part]
+
+        return fuse(chains, item, known, self._kernels, ends=ends)
+
+    def _kernels(self) -> Kernels | None:
+        note, self.note = self.note, None
+        found = kernels(note)
+        self.fusing = found is not None
         return found
 
     # What overflows is found, and refused, where it is rounded.
@@ -462,32 +493,87 @@ class _Sweep:
             self.owner.on_read(sum(at.stop - at.start for at, _ in results))
             yield from results
 
+    def again(
+        self, visit: Callable[[Stack, At], R], spans: Collection[tuple[str, int, int]]
+    ) -> Iterator[tuple[At, R]]:
+        """Run ``visit`` on some of the tiles only, named by tensor and entries."""
+        for item in self.items:
+            own = [(start, stop) for name, start, stop in spans if name == item.site.name]
+            ready = opened(item) if own else item
+            for start, stop in own:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    for at, stack in self._by_ops(ready, [(start, stop)]):
+                        yield at, visit(stack, at)
+
     def _jobs(self, visit: Callable[[Stack, At], R]) -> Iterator[Callable[[], list[tuple[At, R]]]]:
         for item in self.items:
             self.owner.prepare(self.ops, item)
             unit, jobs = self.owner.pieces([self.asking], item)
             ready = opened(item)
+            fused = self._fused(ready, unit)
             for start, stop in jobs:
+                tiles = partial(self.owner.tiling.tiles, start, stop, unit)
+                if fused is None:
+                    yield partial(self._ops_job, visit, ready, tiles)
+                else:
+                    yield partial(self._fused_job, visit, ready, fused, (start, stop))
 
-                def job(
-                    item: Item = ready, start: int = start, stop: int = stop, unit: int = unit
-                ) -> list[tuple[At, R]]:
-                    # What overflows is found, and refused, where it is rounded.
-                    with np.errstate(over="ignore", invalid="ignore"):
-                        tiles = self._tiles(item, start, stop, unit)
-                        return [(at, visit(stack, at)) for at, stack in tiles]
+    # What overflows is found, and refused, where it is rounded.
+    @np.errstate(over="ignore", invalid="ignore")
+    def _ops_job(
+        self, visit: Callable[[Stack, At], R], item: Item, tiles: Callable[[], Tiles]
+    ) -> list[tuple[At, R]]:
+        return [(at, visit(stack, at)) for at, stack in self._by_ops(item, tiles())]
 
-                yield job
+    @np.errstate(over="ignore", invalid="ignore")
+    def _fused_job(
+        self,
+        visit: Callable[[Stack, At], R],
+        item: Item,
+        fused: Fused,
+        job: tuple[int, int],
+    ) -> list[tuple[At, R]]:
+        by_kernel = getattr(visit, "by_kernel", None)
+        narrow, found = self.owner.tiling.tile, []
+        wide = fused.tile(narrow)
+        room = fused.buffers(wide)
+        looking = fused.looking(room)
+        for begin in range(*job, wide):
+            end = min(begin + wide, job[1])
+            at = self._after(item.at(begin, end))
+            room.read(begin, end)
+            result = None if by_kernel is None else by_kernel(looking, at)
+            if result is not None:
+                found.append((at, result))
+                continue
+            stack = fused.stack(room)
+            if stack is None:
+                tiles = self.owner.tiling.tiles(begin, end, 1)
+                found += [(at, visit(stack, at)) for at, stack in self._by_ops(item, tiles)]
+            else:
+                at = at if self.ops else replace(at, models=stack)
+                found.append((at, visit(stack, at)))
+        return found
 
-    def _tiles(self, item: Item, start: int, stop: int, unit: int) -> Iterator[tuple[At, Stack]]:
-        for begin, end in self.owner.tiling.tiles(start, stop, unit):
+    def _fused(self, item: Item, unit: int) -> Fused | None:
+        """What comes before the statistic, for kernels; ``None`` where more is looked at."""
+        spec = self.asking[-1].spec
+        if unit > 1 or spec.needs_base or (spec.needs_models and self.ops):
+            return None
+        return self.owner.fused([self.ops], item, ends=False)
+
+    def _by_ops(self, item: Item, tiles: Tiles) -> Iterator[tuple[At, Stack]]:
+        for begin, end in tiles:
             raw, base = load(item, begin, end)
             at = located(item, begin, end, base, needs_base(self.asking))
             stack = self.owner.run(self.ops, item, at, raw)
-            after = at
-            for each in self.ops:
-                after = after.after(each, at)
-            yield replace(after, models=raw), stack
+            yield replace(self._after(at), models=raw), stack
+
+    def _after(self, at: At) -> At:
+        found = at
+        for each in self.ops:
+            found = found.after(each, at)
+        return found
 
     def sample(self, count: int) -> Stack:
         """Runs of entries, evenly spread over the scope."""
@@ -500,12 +586,22 @@ class _Sweep:
             if wanted < offset + size:
                 self.owner.prepare(self.ops, item)
             ready = opened(item) if wanted < offset + size else item
+            fused = self._fused(ready, unit) if wanted < offset + size else None
+            room = None if fused is None else fused.buffers(_RUN)
             while wanted < offset + size:
                 begin = int(wanted - offset) // unit * unit
                 end = min(begin + max(_RUN // unit, 1) * unit, size)
-                raw, base = load(ready, begin, end)
-                at = located(item, begin, end, base, needs_base(self.asking))
-                parts.append(self.owner.run(self.ops, item, at, raw))
+                parts.append(self._run(ready, begin, end, fused, room))
                 wanted += stride
             offset += size
         return np.concatenate(parts, axis=1)
+
+    def _run(
+        self, item: Item, begin: int, end: int, fused: Fused | None, room: Buffers | None
+    ) -> Stack:
+        if fused is not None and room is not None:
+            room.read(begin, end)
+            if (stack := fused.stack(room)) is not None:
+                return stack
+        ((_, stack),) = self._by_ops(item, [(begin, end)])
+        return stack

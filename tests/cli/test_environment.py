@@ -92,6 +92,24 @@ def test_other_options_from_the_environment(scene: Scene) -> None:
     assert workers == 1
 
 
+def test_kernels_are_chosen_by_flag_or_environment(scene: Scene) -> None:
+    """The same bytes with compiled code and without; the flag wins over the variable."""
+    ties = (*TIES[:-1], "plain")
+    assert_done(call(*ties, "--kernels", "off", cwd=scene.path))
+    assert_done(call(*TIES, cwd=scene.path, env={"MERGEBENCH_KERNELS": "on"}))
+    assert_done(
+        call(*TIES, "--force", "--kernels", "on", cwd=scene.path, env={"MERGEBENCH_KERNELS": "off"})
+    )
+    plain, compiled = (
+        (scene.path / name / "model.safetensors").read_bytes() for name in ("plain", "out")
+    )
+    assert plain[-1000:] == compiled[-1000:]
+    refused = call(*TIES, "--force", "--kernels", "fast", cwd=scene.path)
+    assert_refused(refused, "--kernels", "auto, on")
+    refused = call(*TIES, "--force", cwd=scene.path, env={"MERGEBENCH_KERNELS": "fast"})
+    assert_refused(refused, "--kernels", "auto, on")
+
+
 def test_wrong_value_in_the_environment(scene: Scene) -> None:
     """A variable with a value that makes no sense is refused like the flag."""
     for name, value, words in (

@@ -10,6 +10,7 @@ from annotated_types import Interval
 from mergebench.compute.keep import keep_mask, row_ranks_mask
 from mergebench.compute.masking import silence
 from mergebench.compute.select import Cut, kth_magnitudes
+from mergebench.merge.kernels.stages import Stages, Window
 from mergebench.merge.op import At, Granularity, Stack, Statistic, Sweep, op
 
 Scope = Literal["row", "tensor", "model"]
@@ -53,7 +54,14 @@ def _granularity(scope: Scope, **_: object) -> Granularity:
     return "row" if scope == "row" else "entry"
 
 
-@op(granularity=_granularity, statistic=_statistic, alone=True)
+def _stages(at: At, scope: Scope, **_: object) -> Stages | None:
+    if scope == "row":
+        return None
+    outliers, kept = at.value
+    return (Window(tuple(kept), tuple(outliers)),)
+
+
+@op(granularity=_granularity, statistic=_statistic, alone=True, fused=_stages)
 def band(
     stack: Stack,
     at: At,

@@ -6,13 +6,18 @@ from typing import Literal
 
 from mergebench.compute.masking import silence
 from mergebench.compute.namespace import namespace
+from mergebench.merge.kernels.stages import Disjoint, Stages
 from mergebench.merge.op import At, Stack, op
 
 Divisor = Literal["count", "weights", "none", "max"]
 Cancelled = Literal["zero", "sum"]
 
 
-@op(reduces=True)
+def _stages(at: At, divisor: Divisor, cancelled: Cancelled) -> Stages | None:
+    return None if divisor == "max" else (Disjoint(at.weights, divisor, cancelled),)
+
+
+@op(reduces=True, fused=_stages)
 def disjoint_mean(
     stack: Stack, at: At, divisor: Divisor = "count", cancelled: Cancelled = "zero"
 ) -> Stack:

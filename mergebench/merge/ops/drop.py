@@ -10,9 +10,10 @@ from annotated_types import Interval
 
 from mergebench.compute.masking import silence
 from mergebench.compute.namespace import namespace
-from mergebench.compute.random import chosen, stream_of
+from mergebench.compute.random import chosen, limit, stream_of
 from mergebench.compute.rescaling import norm_ratios, rescaled
 from mergebench.core.params import Seed
+from mergebench.merge.kernels.stages import Divide, Draw, Multiply, Stages
 from mergebench.merge.op import At, Stack, Statistic, Sweep, op
 
 Rescale = Literal["density", "l1", "none"]
@@ -40,7 +41,17 @@ def _statistic(density: float, seed: int, rescale: Rescale) -> Statistic | None:
     return Statistic("tensor", partial(_measure, density=density, seed=seed))
 
 
-@op(statistic=_statistic, alone=True)
+def _stages(at: At, density: float, seed: int, rescale: Rescale) -> Stages | None:
+    if density >= 1:
+        return ()
+    streams = tuple(stream_of(seed, at.site.key, key) for key in at.keys)
+    drawn = Draw(streams, (limit(density),) * len(streams))
+    if rescale == "l1":
+        return drawn, Multiply(tuple(map(float, at.value)))
+    return (drawn, Divide((density,))) if rescale == "density" else (drawn,)
+
+
+@op(statistic=_statistic, alone=True, fused=_stages)
 def drop(
     stack: Stack,
     at: At,

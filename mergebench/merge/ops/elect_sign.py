@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from mergebench.compute.masking import silence
 from mergebench.compute.namespace import namespace
 from mergebench.compute.select import as_numpy
+from mergebench.merge.kernels.stages import Elect, Stages
 from mergebench.merge.op import At, Stack, Statistic, Sweep, op
 
 Rule = Literal["mass", "count"]
@@ -30,12 +32,27 @@ def _votes(stack: Stack, at: At, rule: Rule, election: Election) -> tuple[Stack,
     return votes, total
 
 
-def _measure(sweep: Sweep, rule: Rule, election: Election) -> int:
-    def visit(stack: Stack, at: At) -> int:
-        total = as_numpy(_votes(stack, at, rule, election)[1])
+@dataclass(frozen=True)
+class _Ballot:
+    """How many more entries of a tile elect a positive sign than a negative one."""
+
+    rule: Rule
+    election: Election
+
+    def __call__(self, stack: Stack, at: At) -> int:
+        total = as_numpy(_votes(stack, at, self.rule, self.election)[1])
         return int(np.count_nonzero(total > 0)) - int(np.count_nonzero(total < 0))
 
-    return sum(result for _, result in sweep(visit))
+    def by_kernel(self, kernel: Any, at: At) -> int | None:
+        """The same from stored entries, where that can be."""
+        found: int | None = kernel.ballot(
+            self.rule, at.weights if self.election == "weighted" else ()
+        )
+        return found
+
+
+def _measure(sweep: Sweep, rule: Rule, election: Election) -> int:
+    return sum(result for _, result in sweep(_Ballot(rule, election)))
 
 
 def _statistic(rule: Rule, election: Election, tie: Tie) -> Statistic | None:
@@ -44,7 +61,13 @@ def _statistic(rule: Rule, election: Election, tie: Tie) -> Statistic | None:
     return Statistic("model", partial(_measure, rule=rule, election=election))
 
 
-@op(statistic=_statistic)
+def _stages(at: At, rule: Rule, election: Election, tie: Tie) -> Stages:
+    signs = {"plus": 1, "minus": -1, "zero": 0}
+    sign = (1 if at.value > 0 else -1) if tie == "majority" else signs[tie]
+    return (Elect(rule, at.weights if election == "weighted" else (), sign),)
+
+
+@op(statistic=_statistic, fused=_stages)
 def elect_sign(
     stack: Stack,
     at: At,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Ge, Interval
 
@@ -11,6 +11,7 @@ from mergebench.compute.gram import combined, gram
 from mergebench.compute.namespace import namespace
 from mergebench.compute.sphere import Directions
 from mergebench.core.errors import ParameterError
+from mergebench.merge.kernels.stages import Stages, combination
 from mergebench.merge.op import At, Stack, Statistic, op
 
 
@@ -23,7 +24,32 @@ def _check(weights: Sequence[float], max_iter: int, tol: float) -> None:
         )
 
 
-@op(statistic=lambda **_: Statistic("tensor", gram), reduces=True, check_weights=_check)
+def _shares(at: At, max_iter: int, tol: float) -> tuple[Any, int]:
+    """Coefficients of the models, (n,), and the heaviest."""
+    xp = namespace(at.value)
+    weights = xp.asarray(at.weights, dtype=xp.float64, device=at.value.device) / sum(at.weights)
+    found = Directions.of(at.value, weights, normalize=True)
+    mean, directed = found.start()
+    active = directed
+    for _ in range(max_iter):
+        there, length = found.moved(mean, found.step(mean, "log"))
+        active = active & (length >= tol)
+        mean = xp.where(active, there, mean)
+    pivot = max(range(len(at.weights)), key=lambda model: at.weights[model])
+    return found.shares(mean, directed, weights), pivot
+
+
+def _stages(at: At, max_iter: int, tol: float) -> Stages:
+    _check(at.weights, max_iter, tol)
+    return () if len(at.weights) == 1 else combination(*_shares(at, max_iter, tol))
+
+
+@op(
+    statistic=lambda **_: Statistic("tensor", gram),
+    reduces=True,
+    check_weights=_check,
+    fused=_stages,
+)
 def frechet_mean(
     stack: Stack,
     at: At,
@@ -53,14 +79,4 @@ def frechet_mean(
     _check(at.weights, max_iter, tol)
     if stack.shape[0] == 1:
         return stack
-    xp = namespace(at.value)
-    weights = xp.asarray(at.weights, dtype=xp.float64, device=at.value.device) / sum(at.weights)
-    found = Directions.of(at.value, weights, normalize=True)
-    mean, directed = found.start()
-    active = directed
-    for _ in range(max_iter):
-        there, length = found.moved(mean, found.step(mean, "log"))
-        active = active & (length >= tol)
-        mean = xp.where(active, there, mean)
-    pivot = max(range(len(at.weights)), key=lambda model: at.weights[model])
-    return combined(stack, found.shares(mean, directed, weights), pivot)
+    return combined(stack, *_shares(at, max_iter, tol))

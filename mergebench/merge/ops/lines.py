@@ -10,6 +10,7 @@ from mergebench.compute.sums import totals
 from mergebench.core.errors import ParameterError
 from mergebench.core.params import Examples
 from mergebench.core.site import Site
+from mergebench.merge.kernels.stages import Multiply, Stages
 from mergebench.merge.op import At, Stack, Statistic, Sweep, op
 
 #: Words for `alpha` beside numbers.
@@ -79,7 +80,22 @@ def _is_linear(alpha: str = NORMS, **_: object) -> bool:
     return alpha != NORMS
 
 
-@op(statistic=_statistic, linear=_is_linear, needs_models=True, check=_check, of_updates=True)
+def _stages(at: At, beta: float, alpha: str) -> Stages | None:
+    first = parse_alpha(alpha, beta)
+    slope = beta * (at.site.depth or 0.0)
+    if first is not None:
+        return (Multiply((first + slope,)),)
+    return (Multiply(tuple(float(each) for each in at.value + slope)),)
+
+
+@op(
+    statistic=_statistic,
+    linear=_is_linear,
+    needs_models=True,
+    check=_check,
+    of_updates=True,
+    fused=_stages,
+)
 def lines(
     stack: Stack,
     at: At,

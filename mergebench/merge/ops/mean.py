@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mergebench.compute.masking import moved
 from mergebench.core.errors import ParameterError
+from mergebench.merge.kernels.stages import Stages, Step
 from mergebench.merge.op import At, Stack, op
 
 
@@ -18,7 +19,21 @@ def _check(weights: Sequence[float]) -> None:
         )
 
 
-@op(linear=True, reduces=True, check_weights=_check)
+def _shares(weights: Sequence[float]) -> tuple[int, dict[int, float]]:
+    """The heaviest model, and the shares of the others that have one."""
+    pivot = max(range(len(weights)), key=lambda model: abs(weights[model]))
+    total = sum(weights)
+    others = ((model, weight) for model, weight in enumerate(weights) if model != pivot)
+    return pivot, {model: weight / total for model, weight in others if weight}
+
+
+def _stages(at: At) -> Stages:
+    _check(at.weights)
+    pivot, shares = _shares(at.weights)
+    return (Step(pivot, tuple(shares), tuple(shares.values()), exact=True),)
+
+
+@op(linear=True, reduces=True, check_weights=_check, fused=_stages)
 def mean(stack: Stack, at: At) -> Stack:
     """Weighted mean: ``Σ_i w_i x_i / Σ_i w_i``.
 
@@ -28,14 +43,12 @@ def mean(stack: Stack, at: At) -> Stack:
         If the weights sum to zero.
     """
     _check(at.weights)
-    total = sum(at.weights)
     # Moving from the heaviest model towards the others leaves entries that are equal in all models
     # as they are, to the last bit, and a model of weight 1 among weights 0 too.
-    pivot = max(range(len(at.weights)), key=lambda model: abs(at.weights[model]))
+    pivot, shares = _shares(at.weights)
     start = stack[pivot : pivot + 1, :]
     step = None
-    for model, weight in enumerate(at.weights):
-        if model != pivot and weight:
-            part = (stack[model : model + 1, :] - start) * (weight / total)
-            step = part if step is None else step + part
+    for model, share in shares.items():
+        part = (stack[model : model + 1, :] - start) * share
+        step = part if step is None else step + part
     return start if step is None else moved(start, step)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from mergebench.merge.kernels.stages import Multiply
 from mergebench.merge.op import At, Stack, op
 
 
-@op(linear=True)
+@op(linear=True, fused=lambda at, lam: (Multiply((lam,)),))
 def scale(stack: Stack, at: At, lam: float) -> Stack:
     """Multiply by ``lam``; negative values negate a task."""
     return stack * lam

@@ -10,6 +10,7 @@ from annotated_types import Interval
 from mergebench.compute.gram import combined, gram, row_inner_products
 from mergebench.compute.namespace import namespace
 from mergebench.core.errors import ParameterError
+from mergebench.merge.kernels.stages import Stages, combination
 from mergebench.merge.op import At, Granularity, Stack, Statistic, op
 
 Scope = Literal["row", "tensor"]
@@ -35,7 +36,26 @@ def _check(weights: Sequence[float], threshold: float, scope: Scope) -> None:
     check_total("slerp", weights)
 
 
-@op(granularity=_granularity, statistic=_statistic, reduces=True, most=2, check_weights=_check)
+def _stages(at: At, threshold: float, scope: Scope) -> Stages | None:
+    if len(at.weights) == 1:
+        return ()
+    if scope == "row":
+        return None
+    return combination(_shares(at.value, at.weights, threshold), _pivot(at.weights))
+
+
+def _pivot(weights: Sequence[float]) -> int:
+    return max(range(len(weights)), key=lambda model: abs(weights[model]))
+
+
+@op(
+    granularity=_granularity,
+    statistic=_statistic,
+    reduces=True,
+    most=2,
+    check_weights=_check,
+    fused=_stages,
+)
 def slerp(
     stack: Stack,
     at: At,
@@ -57,7 +77,7 @@ def slerp(
         For more than two models, or weights that sum to zero.
     """
     _check(at.weights, threshold, scope)
-    pivot = max(range(len(at.weights)), key=lambda model: abs(at.weights[model]))
+    pivot = _pivot(at.weights)
     if stack.shape[0] == 1:
         return stack
     xp = namespace(stack)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from mergebench.compute.gram import gram, row_inner_products
 from mergebench.compute.namespace import namespace
+from mergebench.merge.kernels.stages import Multiply, Stages
 from mergebench.merge.op import At, Granularity, Stack, Statistic, op
 
 Scope = Literal["row", "tensor"]
@@ -21,7 +22,14 @@ def _granularity(scope: Scope, clamp: bool) -> Granularity:
     return "row" if scope == "row" else "entry"
 
 
-@op(granularity=_granularity, statistic=_statistic)
+def _stages(at: At, scope: Scope, clamp: bool) -> Stages | None:
+    count = len(at.weights)
+    if count == 1:
+        return ()
+    return None if scope == "row" else (Multiply((float(_ratio(at.value, count, clamp)),)),)
+
+
+@op(granularity=_granularity, statistic=_statistic, fused=_stages)
 def stock_ratio(stack: Stack, at: At, scope: Scope = "tensor", clamp: bool = False) -> Stack:
     """Multiply by ``t = N cos θ / (1 + (N - 1) cos θ)``, cos θ the mean over pairs of models.
 

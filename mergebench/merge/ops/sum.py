@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from mergebench.merge.kernels.stages import Add
 from mergebench.merge.op import At, Stack, op
 
 
-@op(linear=True, reduces=True)
+@op(linear=True, reduces=True, fused=lambda at: (Add(),))
 def sum_(stack: Stack, at: At) -> Stack:
     """Add the models up, in their order: ``Σ_i x_i``."""
     total = stack[0:1, :]

@@ -10,6 +10,7 @@ from annotated_types import Interval
 from mergebench.compute.keep import keep_mask, row_ranks_mask
 from mergebench.compute.masking import silence
 from mergebench.compute.select import ALL, Cut, kth_magnitudes
+from mergebench.merge.kernels.stages import Stages, Window
 from mergebench.merge.op import At, Granularity, Stack, Statistic, Sweep, op
 
 Scope = Literal["row", "tensor", "model"]
@@ -47,7 +48,13 @@ def _granularity(density: float, scope: Scope, count: Count) -> Granularity:
     return "row" if scope == "row" and density < 1 else "entry"
 
 
-@op(granularity=_granularity, statistic=_statistic, alone=True)
+def _stages(at: At, density: float, scope: Scope, count: Count) -> Stages | None:
+    if density >= 1:
+        return ()
+    return None if scope == "row" else (Window(tuple(at.value)),)
+
+
+@op(granularity=_granularity, statistic=_statistic, alone=True, fused=_stages)
 def trim(
     stack: Stack,
     at: At,

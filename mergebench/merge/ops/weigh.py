@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from mergebench.compute.namespace import namespace
+from mergebench.merge.kernels.stages import Multiply
 from mergebench.merge.op import At, Stack, op
 
 
-@op(linear=True)
+@op(linear=True, fused=lambda at: (Multiply(at.weights),))
 def weigh(stack: Stack, at: At) -> Stack:
     """Multiply each model by its weight: ``x_i ← w_i · x_i``."""
     xp = namespace(stack)

@@ -1,0 +1,1 @@
+"""Chains of ops fused into one pass over stored entries; the ops remain the definition."""

@@ -1,0 +1,124 @@
+"""Recognising chains that the compiled pass can run on a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mergebench.core.tensor import Array
+from mergebench.merge.kernels import codes as c
+from mergebench.merge.kernels.program import Program, program
+from mergebench.merge.kernels.running import Buffers, Kernels, Looking, Stored, stored
+from mergebench.merge.kernels.stages import Stage
+from mergebench.merge.op import At, Chain
+
+#: ``(ops up to and including one that measures) -> what it has measured``.
+Known = Callable[[Chain], Any]
+
+
+def staged(ops: Chain, at: At, known: Known) -> tuple[Stage, ...] | None:
+    """A chain in stages for one tensor; ``None`` if an op has none.
+
+    Parameters
+    ----------
+    ops : Chain
+    at : At
+        All entries of the tensor.
+    known : callable
+    """
+    stages: list[Stage] = []
+    beginning = at
+    for end, each in enumerate(ops, start=1):
+        value = known(ops[:end]) if each.statistic is not None else None
+        own = each.stages(replace(at, value=value))
+        if own is None:
+            return None
+        stages += own
+        at = at.after(each, beginning)
+    return tuple(stages)
+
+
+@dataclass(frozen=True, eq=False)
+class Fused:
+    """Chains on one tensor, ready to run on its stored entries.
+
+    Attributes
+    ----------
+    source : Stored
+    programs : sequence of Program
+        One for each chain.
+    kernels : Kernels
+    """
+
+    source: Stored
+    programs: Sequence[Program]
+    kernels: Kernels
+
+    def tile(self, narrow: int) -> int:
+        """Entries of a tile that takes no more room than a narrow one takes in float32."""
+        return narrow * 4 // max(self.source.width, 2)
+
+    def buffers(self, tile: int) -> Buffers:
+        """Room for one worker."""
+        return self.source.buffers(tile)
+
+    def merge(
+        self, room: Buffers, span: tuple[int, int], dtype: str, outs: Sequence[Array]
+    ) -> bool:
+        """Write merged entries of every chain; false where the ops have to."""
+        room.read(*span)
+        return all(
+            room.merge(self.kernels, each, dtype, out)
+            for each, out in zip(self.programs, outs, strict=True)
+        )
+
+    def looking(self, room: Buffers) -> Looking:
+        """What visitors can ask of entries that have been read, after the only chain."""
+        return Looking(room, self.kernels, self.programs[0])
+
+    def stack(self, room: Buffers) -> Array | None:
+        """The same entries as float32; ``None`` where the ops have to."""
+        return room.stack(self.kernels, self.programs[0])
+
+
+def fuse(
+    chains: Sequence[Chain],
+    item: Any,
+    known: Known,
+    kernels: Callable[[], Kernels | None],
+    *,
+    ends: bool,
+) -> Fused | None:
+    """The chains on an item of :mod:`mergebench.merge.stream`; ``None`` if one cannot be fused.
+
+    Chains that are not at their ends give rows, and nothing is added to a base.
+    """
+    if item.dtype != np.float32:
+        return None
+    source = stored(item.site, item.deltas, item.base)
+    if source is None:
+        return None
+    found: list[Program] = []
+    for ops in chains:
+        stages = staged(ops, item.at(0, item.site.size), known)
+        if stages is None:
+            return None
+        found.append(
+            program(
+                stages,
+                source.models,
+                item.site,
+                rows=source.alike,
+                onto=None if not ends else c.NOWHERE if item.base is None else c.EXACTLY,
+            )
+        )
+    compiled = kernels()
+    return None if compiled is None else Fused(source, found, compiled)
+
+
+def fits(dtype: str) -> bool:
+    """Whether results can be stored so by the compiled pass."""
+    return bool(dtype) and dtype in c.KINDS

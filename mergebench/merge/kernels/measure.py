@@ -1,0 +1,199 @@
+"""The fused pass that measures: magnitudes around thresholds, inner products, votes.
+
+As :mod:`mergebench.merge.kernels.combine`, whose stages come first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mergebench.compute.jit import as_bits, float_kernel
+from mergebench.merge.kernels.codes import (
+    BAD_INPUT,
+    BALLOT,
+    BLOCK,
+    DONE,
+    LANES,
+    PRODUCTS,
+    STRETCH,
+    SURVEY,
+)
+from mergebench.merge.kernels.entries import HIGHEST, SIZE, loaded
+from mergebench.merge.kernels.steps import staged, total_votes
+
+_0 = np.float32(0)
+#: Entries that are counted at once.
+_SOME = 256
+
+
+@float_kernel
+def _survey(
+    x: Any,
+    low: Any,
+    high: Any,
+    tally: Any,
+    values: Any,
+    places: Any,
+    first: Any,
+    count: Any,
+    flags: Any,
+    eights: Any,
+) -> None:
+    """Count magnitudes above, at the ends of, and inside a bracket; gather those inside.
+
+    ``flags`` is workspace for as many entries as are counted at once, and ``eights`` the same seen
+    as integers of eight flags.
+    """
+    for begin in range(0, count, _SOME):
+        part = x[begin : min(begin + _SOME, count)]
+        over, upper, to_low, lower = 0, 0, 0, 0
+        for j in range(len(part)):
+            size = np.int32(as_bits(part[j]) & SIZE)
+            over += size > high
+            upper += size >= high
+            to_low += size > low
+            lower += size >= low
+        tally[0] += over
+        tally[1] += upper - over
+        tally[3] += lower - to_low
+        if to_low == upper:
+            continue
+        flags[:] = 0
+        for j in range(len(part)):
+            size = np.int32(as_bits(part[j]) & SIZE)
+            flags[j] = np.uint8((size > low) & (size < high))
+        at, here = tally[2], first + begin
+        for group in range(len(eights)):
+            if eights[group]:
+                # There is room for everything, so that nothing decides on what is written.
+                for j in range(8 * group, min(8 * group + 8, len(part))):
+                    values[at] = np.int32(as_bits(part[j]) & SIZE)
+                    places[at] = here + j
+                    at += np.int64(flags[j])
+        tally[2] = at
+
+
+@float_kernel
+def _products(X: Any, rows: Any, wide: Any, lanes: Any, count: Any) -> None:
+    """Add products of all pairs of rows to their lanes, in float64."""
+    step = wide.shape[1]
+    for begin in range(0, count, step):
+        m = min(step, count - begin)
+        for i in range(rows):
+            x, w = X[i, begin : begin + m], wide[i]
+            for j in range(m):
+                w[j] = np.float64(x[j])
+        # Zeros change no sum.
+        for i in range(rows):
+            for j in range(m, step):
+                wide[i, j] = 0.0
+        pair = 0
+        for i in range(rows):
+            for k in range(i, rows):
+                a, b, lane = wide[i], wide[k], lanes[pair]
+                # One entry of a lane after the other, several at a time in a register.
+                for j in range(LANES):
+                    part = lane[j] + a[j] * b[j]
+                    part += a[j + LANES] * b[j + LANES]
+                    part += a[j + 2 * LANES] * b[j + 2 * LANES]
+                    lane[j] = part + a[j + 3 * LANES] * b[j + 3 * LANES]
+                pair += 1
+
+
+@float_kernel
+def _folded(lane: Any) -> Any:
+    """The sum of the lanes: the upper half onto the lower, until one is left."""
+    half = LANES // 2
+    while half > 0:
+        for j in range(half):
+            lane[j] += lane[j + half]
+        half //= 2
+    return lane[0]
+
+
+@float_kernel
+def measure(
+    halves: Any,
+    words: Any,
+    kinds: Any,
+    minus: Any,
+    base: Any,
+    first: Any,
+    count: Any,
+    codes: Any,
+    ints: Any,
+    floats: Any,
+    bounds: Any,
+    X: Any,
+    numbers: Any,
+    draws: Any,
+    what: Any,
+    how: Any,
+    weights: Any,
+    brackets: Any,
+    tallies: Any,
+    values: Any,
+    places: Any,
+    wide: Any,
+    lanes: Any,
+    sums: Any,
+) -> Any:
+    """Run stages over some entries, and look at what they leave.
+
+    Parameters
+    ----------
+    halves … draws
+        As for :func:`~mergebench.merge.kernels.combine.combine`.
+    what : int
+        SURVEY, PRODUCTS or BALLOT.
+    how, weights : int, float32 array
+        Of a BALLOT, as ELECT has them.
+    brackets : int64 array, (searches, 3)
+        Of a SURVEY: the row, and the least and the largest magnitude as integers.
+    tallies : int64 array of zeros, (searches, 4)
+        How many entries are above, at the upper end, inside, and at the lower end; of a BALLOT
+        how many more are elected positive than negative.
+    values, places : int32 and int64 array, (searches, room)
+        What lies inside, as far as there is room, and where in the tensor.
+    wide, lanes, sums : float64 array, (rows, 4 · LANES), (pairs, LANES) and (blocks, pairs)
+        Workspace and result of PRODUCTS, for entries that begin with a block.
+
+    Returns
+    -------
+    int
+        DONE or BAD_INPUT.
+    """
+    flags = np.zeros(_SOME, np.uint8)
+    eights = flags.view(np.uint64)
+    for begin in range(0, count, STRETCH):
+        m = min(STRETCH, count - begin)
+        if loaded(halves, words, kinds, minus, base, X, begin, m) & HIGHEST:
+            return BAD_INPUT
+        here = first + begin
+        rows = staged(
+            codes, ints, floats, bounds, X, minus.shape[0], here, m, numbers, draws, 0, len(codes)
+        )
+        if what == SURVEY:
+            for search in range(len(brackets)):
+                own = brackets[search]
+                low, high = np.int32(own[1]), np.int32(own[2])
+                tally, value, place = tallies[search], values[search], places[search]
+                _survey(X[own[0]], low, high, tally, value, place, here, m, flags, eights)
+        elif what == PRODUCTS:
+            if begin % BLOCK == 0:
+                lanes[:] = 0.0
+            _products(X, rows, wide, lanes, m)
+            if (begin + m) % BLOCK == 0 or begin + m == count:
+                for pair in range(len(lanes)):
+                    sums[begin // BLOCK, pair] = _folded(lanes[pair])
+        elif what == BALLOT:
+            total = X[minus.shape[0] + 1]
+            total_votes(X, rows, total, weights, how, m)
+            plus, minus_ = 0, 0
+            for j in range(m):
+                plus += total[j] > _0
+                minus_ += total[j] < _0
+            tallies[0, 0] += plus - minus_
+    return DONE

@@ -1,0 +1,245 @@
+"""Reading stored entries, and running the compiled pass on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mergebench.core.delta import Delta, Dense, Difference, tile
+from mergebench.core.site import Site
+from mergebench.core.tensor import DTYPES, Array, Tensor
+from mergebench.merge.kernels import codes as c
+from mergebench.merge.kernels.program import Program, Rows
+
+_F32 = np.dtype(np.float32)
+_NO_STACK = np.empty((1, 0), np.float32)
+_NO_HALVES = np.empty(0, np.uint16)
+#: What a measurement takes, where it is another that needs it.
+_NOTHING: Mapping[str, Array] = {
+    "weights": np.empty(0, np.float32),
+    "brackets": np.empty((0, 3), np.int64),
+    "tallies": np.empty((0, 4), np.int64),
+    "values": np.empty((0, 0), np.int32),
+    "places": np.empty((0, 0), np.int64),
+    "wide": np.empty((0, 0)),
+    "lanes": np.empty((0, 0)),
+    "sums": np.empty((0, 0)),
+}
+
+
+class Kernels(NamedTuple):
+    """The compiled passes."""
+
+    combine: Callable[..., int]
+    measure: Callable[..., int]
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """The stored entries of one tensor in all models, and in the base.
+
+    Attributes
+    ----------
+    site : Site
+    rows : tuple of Tensor or None
+        Per model, then the base: what is read.
+    computed : tuple of Delta or None
+        Per model, then nothing: what has to be computed instead.
+    kinds : int64 array, (rows,)
+        The dtype of each.
+    minus : int64 array, (models,)
+        1 where the base is to be subtracted.
+    based : bool
+        Whether there is a base.
+    width : int
+        Bytes of the widest entry.
+    """
+
+    site: Site
+    rows: tuple[Tensor | None, ...]
+    computed: tuple[Delta | None, ...]
+    kinds: NDArray[np.int64]
+    minus: NDArray[np.int64]
+    based: bool
+    width: int
+
+    @property
+    def models(self) -> int:
+        """How many models there are."""
+        return len(self.minus)
+
+    @property
+    def alike(self) -> Rows:
+        """How the models are stored."""
+        if self.minus.all():
+            return "differences"
+        values = not self.minus.any() and bool((self.kinds[:-1] != c.ZEROS).all())
+        return "values" if values else "mixed"
+
+    def buffers(self, tile_: int) -> Buffers:
+        """Room for tiles of so many entries."""
+        return Buffers(self, tile_)
+
+
+def stored(site: Site, deltas: Sequence[Delta | None], base: Tensor | None) -> Stored | None:
+    """What a kernel reads for a tensor; ``None`` where it cannot."""
+    origin = base
+    rows: list[Tensor | None] = []
+    computed: list[Delta | None] = []
+    for delta in deltas:
+        computed.append(None)
+        match delta:
+            case None:
+                rows.append(None)
+            case Difference(finetuned, below):
+                if origin is not None and below is not origin:
+                    return None
+                origin = below
+                rows.append(finetuned)
+            case Dense(values):
+                rows.append(values)
+            case _:
+                rows.append(None)
+                computed[-1] = delta
+    minus = np.array([isinstance(each, Difference) for each in deltas], np.int64)
+    rows.append(origin)
+    computed.append(None)
+    names = [
+        "" if row is None and own is None else "F32" if row is None else row.dtype
+        for row, own in zip(rows, computed, strict=True)
+    ]
+    if not all(name in c.KINDS for name in names):
+        return None
+    return Stored(
+        site,
+        tuple(rows),
+        tuple(computed),
+        np.array([c.KINDS[name] for name in names]),
+        minus,
+        origin is not None,
+        max(DTYPES[name].itemsize if name else 1 for name in names),
+    )
+
+
+class Buffers:
+    """Room for one worker: stored entries of a tile, and the workspace of the compiled pass."""
+
+    def __init__(self, source: Stored, tile_: int) -> None:
+        self.source = source
+        size = -(-tile_ * source.width // 8) * 8
+        self.raw = np.empty((len(source.rows), size), np.uint8)
+        self.halves, self.words = self.raw.view(np.uint16), self.raw.view(np.uint32)
+        self.work = np.empty((source.models + c.SPARE, c.STRETCH), np.float32)
+        self.numbers = np.empty(c.STRETCH // 2 + 2, np.uint64)
+        self.span = (0, 0)
+
+    def read(self, start: int, stop: int) -> None:
+        """Read entries ``start:stop`` of every row."""
+        for place, row in enumerate(self.source.rows):
+            target, own = self.raw[place], self.source.computed[place]
+            if row is not None:
+                got = row.read(start, stop, target)
+                if got.size and got.ctypes.data != target.ctypes.data:
+                    target[: got.nbytes] = np.ascontiguousarray(got).view(np.uint8)
+            elif own is not None:
+                found = tile(own, start, stop, _F32)
+                target[: found.nbytes] = found.view(np.uint8)
+        self.span = start, stop
+
+    def arguments(self, steps: Program) -> tuple[Any, ...]:
+        """What both passes begin with."""
+        start, stop = self.span
+        source = self.source
+        return (
+            self.halves, self.words, source.kinds, source.minus, source.based, start, stop - start,
+            steps.codes, steps.ints, steps.floats, steps.bounds,
+            self.work, self.numbers, self.numbers.view(np.uint32),
+        )  # fmt: skip
+
+    def _run(self, kernels: Kernels, steps: Program, kind: int, halves: Any, words: Any) -> bool:
+        result: int = kernels.combine(*self.arguments(steps), kind, steps.onto, halves, words)
+        return result == c.DONE
+
+    def merge(self, kernels: Kernels, steps: Program, dtype: str, out: Array) -> bool:
+        """Write merged entries in a stored dtype; false if an entry is not finite.
+
+        Parameters
+        ----------
+        out : array of that dtype
+        """
+        kind = c.KINDS[dtype]
+        if kind == c.F32:
+            return self._run(kernels, steps, kind, _NO_HALVES, out.reshape(1, -1))
+        return self._run(kernels, steps, kind, out.view(np.uint16), _NO_STACK)
+
+    def stack(self, kernels: Kernels, steps: Program) -> Array | None:
+        """Entries of every model that is left, float32; ``None`` if one that came is not finite."""
+        start, stop = self.span
+        found = np.empty((steps.rows, stop - start), np.float32)
+        done = self._run(kernels, steps, c.ZEROS, _NO_HALVES, found)
+        return found if done else None
+
+
+@dataclass(frozen=True, eq=False)
+class Looking:
+    """What visitors of a sweep can ask of stored entries that have been read.
+
+    Every answer is ``None`` if an entry is not finite.
+    """
+
+    room: Buffers
+    kernels: Kernels
+    steps: Program
+
+    def survey(
+        self, brackets: Sequence[tuple[int, int, int]]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]] | None:
+        """How entries lie to brackets of magnitudes, each a row, its lower and its upper end.
+
+        Returns
+        -------
+        int64 array, (brackets, 4)
+            How many are above, at the upper end, inside, and at the lower end.
+        int32 and int64 array, (brackets, m)
+            Those inside, as integers, and their places in the tensor, before what is arbitrary.
+        """
+        start, stop = self.room.span
+        count = len(brackets)
+        tallies = np.zeros((count, 4), np.int64)
+        values = np.empty((count, stop - start), np.int32)
+        places = np.empty((count, stop - start), np.int64)
+        wanted = np.array(brackets, np.int64)
+        found = self._measure(
+            c.SURVEY, brackets=wanted, tallies=tallies, values=values, places=places
+        )
+        return (tallies, values, places) if found else None
+
+    def products(self) -> NDArray[np.float64] | None:
+        """Inner products of all pairs of rows over blocks, (blocks, rows, rows)."""
+        start, stop = self.room.span
+        rows = self.steps.rows
+        one, other = np.triu_indices(rows)
+        sums = np.empty((-(-(stop - start) // c.BLOCK), len(one)))
+        wide, lanes = np.empty((rows, 4 * c.LANES)), np.empty((len(one), c.LANES))
+        if not self._measure(c.PRODUCTS, wide=wide, lanes=lanes, sums=sums):
+            return None
+        found = np.empty((len(sums), rows, rows))
+        found[:, one, other] = found[:, other, one] = sums
+        return found
+
+    def ballot(self, rule: str, weights: Sequence[float]) -> int | None:
+        """How many more entries elect a positive sign than a negative one."""
+        tallies = np.zeros((1, 4), np.int64)
+        how = (1 if weights else 0) + (2 if rule == "count" else 0)
+        shares = np.array(weights or (1.0,), np.float32)
+        found = self._measure(c.BALLOT, how=how, weights=shares, tallies=tallies)
+        return int(tallies[0, 0]) if found else None
+
+    def _measure(self, what: int, how: int = 0, **given: Array) -> bool:
+        arrays = (given.get(name, nothing) for name, nothing in _NOTHING.items())
+        begin = self.room.arguments(self.steps)
+        return self.kernels.measure(*begin, what, how, *arrays) == c.DONE
