@@ -21,10 +21,13 @@ import mergebench.compute.decompose
 import mergebench.merge.engine
 from mergebench.adapters_zoo.adapter import KINDS
 from mergebench.cli.main import main
+from mergebench.merge.kernels import ready
 from mergebench.merge.method import METHODS
 from mergebench.merge.op import OPS
 
 loaded = len(list(METHODS)) + len(list(OPS)) + len(list(KINDS))
+# A compiler is a library too.
+assert ready.kernels() is not None
 status = Path("/proc/self/status")
 
 def anonymous():
