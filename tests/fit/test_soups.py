@@ -69,6 +69,7 @@ def test_the_score_never_falls(values: list[float], target: float) -> None:
             picked = [values[int(ref.path)] for ref in recipe.models]
             soups.append(picked)
             self.label, self.key = label, repr([ref.path for ref in recipe.models])
+            self.merging = 0.0
             self.models = [{"w": np.array([v], np.float32)} for v in picked]
 
         def arrays(self) -> Any:
