@@ -37,6 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="of training (default: 4)")
     parser.add_argument("--limit", type=int, help="most texts of a split, 0: all (default: 1500)")
     parser.add_argument("--max-length", type=int, help="tokens of a text (default: 64)")
+    parser.add_argument("--threads", type=int, default=2, help="of the processor (default: 2)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (default: cpu)")
     parser.add_argument(
         "--work",
@@ -68,7 +69,7 @@ if __name__ == "__main__":
     settings = chosen(
         quick=options.quick, seed=options.seed, device=options.device, rank=options.rank,
         limit=options.limit, max_length=options.max_length, epochs=options.epochs,
-        template=options.template or TEMPLATE,
+        template=options.template or TEMPLATE, threads=options.threads,
     )  # fmt: skip
     files = options.files or write_sample(options.work / "sample")
     base = options.base or DEFAULT_BASE

@@ -14,6 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
+from mergebench.merge.method import METHODS
+
 from .experts import Expert, expert_folders
 from .fitted_report import LABELS, NOTHING, TEXTS, Line, findings, markdown, row_of, show_table
 from .merges import find_command
@@ -37,6 +39,15 @@ def lines(settings: Settings) -> dict[str, str]:
         "TSV-M": f"tsv_merge:lam={means}",
         "WUDI, closed form": f"wudi:solver=exact,lam={means}",
     }
+
+
+#: Title of merges by statistics -> the method, and the kind of statistics that it needs.
+BY_STATISTICS = {"Fisher": ("fisher", "fisher"), "RegMean": ("regmean", "gram")}
+
+
+def by_statistics() -> dict[str, tuple[str, str]]:
+    """Those whose methods are installed."""
+    return {title: each for title, each in BY_STATISTICS.items() if each[0] in METHODS}
 
 
 def learned(few: bool = False) -> dict[str, tuple[str, list[str]]]:
@@ -84,8 +95,11 @@ def measure(settings: Settings, work: Path, seed: int, few: bool = False) -> lis
     common = [*map(str, experts.values()), "--base", str(base), "--json"]
     for domain, file in tasks.items():
         common += ["--task", f"{domain}={file}"]
-    grid = lines(settings)
-    compared = _said("compare", *common, *(part for spec in grid.values() for part in ("-m", spec)))
+    grid = lines(settings) | {title: method for title, (method, _) in by_statistics().items()}
+    asked = [part for spec in grid.values() for part in ("-m", spec)]
+    for file in collected(experts, base, tasks, place):
+        asked += ["--statistics", file]
+    compared = _said("compare", *common, *asked)
     alone = dict(zip(experts, compared[1:], strict=False))
     own = {domain: _values(alone[domain])[domain] for domain in experts}
     soup_place = ["-o", str(place / "soup.yaml"), "--force"]
@@ -100,7 +114,7 @@ def measure(settings: Settings, work: Path, seed: int, few: bool = False) -> lis
         Line("Best single expert", "single", _values(alone[best]), LABELS, best),
     ]
     found += [
-        Line(title, "merge", _values(each), LABELS if each["chosen"] else NOTHING, each["chosen"],
+        Line(title, "merge", _values(each), _needs(title, each["chosen"]), each["chosen"],
              each["seconds"])
         for title, each in zip(grid, compared[1 + len(experts):], strict=True)
     ]  # fmt: skip
@@ -113,6 +127,26 @@ def measure(settings: Settings, work: Path, seed: int, few: bool = False) -> lis
         seconds = perf_counter() - started
         found.append(Line(title, "merge", _outcomes(made["test"]), needs, "", seconds))
     return found
+
+
+def collected(
+    experts: Mapping[str, Path], base: Path, tasks: Mapping[str, Path], place: Path
+) -> list[str]:
+    """Collect what merges by statistics need, on the validation images of each expert's domain."""
+    files = []
+    for _, kind in by_statistics().values():
+        line = [*map(str, experts.values()), "--base", str(base), "--json", "--kind", kind]
+        for domain in experts:
+            line += ["--task", f"{domain}={tasks[domain]}"]
+        made = _said("fit", "statistics", *line, "-o", str(place / kind), "--force")
+        files += [each["path"] for each in made]
+    return files
+
+
+def _needs(title: str, chosen: str) -> str:
+    if title in BY_STATISTICS:
+        return TEXTS
+    return LABELS if chosen else NOTHING
 
 
 def _values(each: Mapping[str, Any]) -> dict[str, float]:

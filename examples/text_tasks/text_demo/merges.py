@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def compared(
     line = ["compare", *_common(experts, base, tasks, settings)]
     for spec in chosen.values():
         line += ["-m", spec]
-    found: list[dict[str, Any]] = json.loads(_said(line))
+    found: list[dict[str, Any]] = json.loads(_said(line, settings))
     rows = [_row(each) for each in found]
     singles = dict(zip(experts, rows[1:], strict=False))
     own = {name: row.values[name] for name, row in singles.items()}
@@ -160,7 +161,7 @@ def fitted(
         models = pieces if each.parts else experts
         line = ["fit", each.options[0], *_common(models, base, tasks, settings), *each.options[1:]]
         line += ["--device", settings.device, "-o", str(recipe), "--force"]
-        found = json.loads(_said(line))
+        found = json.loads(_said(line, settings))
         values = {one["task"]: one["scores"]["accuracy"] for one in found["test"]}
         rows.append(Row(title, "merge", values, each.needs))
     return rows
@@ -181,7 +182,10 @@ def parts(
         found[name] = out / name
         weighed = [f"{path}:{1 if other == name else _SLIGHT}" for other, path in experts.items()]
         line = ["merge", *weighed, "--base", str(base), "-m", "tsv_merge", "-p", "lam=4"]
-        _said([*line, "--memory", settings.memory, "--force", "--quiet", "-o", str(found[name])])
+        _said(
+            [*line, "--memory", settings.memory, "--force", "--quiet", "-o", str(found[name])],
+            settings,
+        )
     return found
 
 
@@ -203,9 +207,10 @@ def _row(each: Mapping[str, Any]) -> Row:
     )  # fmt: skip
 
 
-def _said(line: Sequence[str]) -> str:
+def _said(line: Sequence[str], settings: Settings) -> str:
     whole = [find_command(), *line]
-    done = subprocess.run(whole, capture_output=True, text=True, check=False)
+    surroundings = os.environ | {"OMP_NUM_THREADS": str(settings.threads)}
+    done = subprocess.run(whole, capture_output=True, text=True, check=False, env=surroundings)
     if done.returncode:
         raise RuntimeError(f"{' '.join(whole)}\nexited {done.returncode}:\n{done.stderr}")
     return done.stdout

@@ -58,6 +58,7 @@ def _quick(settings: Settings) -> Settings:
         full=replace(settings.full, epochs=1),
         lora=replace(settings.lora, epochs=1),
         epochs=1,
+        threads=1,
         few=True,
     )
 
