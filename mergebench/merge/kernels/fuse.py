@@ -58,8 +58,11 @@ class Fused:
     kernels: Kernels
 
     def tile(self, narrow: int) -> int:
-        """Entries of a tile that takes no more room than a narrow one takes in float32."""
-        return narrow * 4 // max(self.source.width, 2)
+        """Entries of a tile that takes no more room than the ops take for a narrow one.
+
+        These hold several copies of it in float32.
+        """
+        return narrow * 8 // max(self.source.width, 2)
 
     def buffers(self, tile: int) -> Buffers:
         """Room for one worker."""
