@@ -218,6 +218,8 @@ def test_interrupt_while_numpy_is_loading(scene: Scene) -> None:
     """Or the C code of numpy would take it for a broken installation."""
     code = """
 import os, signal, sys
+# A shell that starts tests in the background leaves their children deaf to Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 class Interrupted:
     def find_spec(self, name, path=None, target=None):
         if name == "numpy.lib":
