@@ -52,13 +52,15 @@ def by_statistics() -> dict[str, tuple[str, str]]:
 
 def learned(few: bool = False) -> dict[str, tuple[str, list[str]]]:
     """Title of every learned merge -> (what it needs, what ``mergebench fit`` is told)."""
-    # The published rate is for 500 steps and more; these splits have twelve batches.
-    fast = ["--epochs", "2" if few else "20", "--rate", "0.01"]
+    # Ten times the published rate: these splits have twelve batches, and steps take time.
+    rate, steps = ["--rate", "0.01"], ["--steps", "10" if few else "240"]
+    epochs = ["--epochs", "20"]
     every = {
-        "AdaMerging, task-wise": (TEXTS, ["adamerging", "--by", "task", *fast]),
-        "AdaMerging": (TEXTS, ["adamerging", *fast]),
-        "aTLAS, test-time": (TEXTS, ["atlas", "--setting", "test-time", *fast]),
-        "aTLAS": (LABELS, ["atlas", *fast]),
+        "AdaMerging, task-wise": (TEXTS, ["adamerging", "--by", "task", *steps, *rate]),
+        "AdaMerging": (TEXTS, ["adamerging", *steps, *rate]),
+        "AdaMerging++": (TEXTS, ["adamerging", "--plus", *steps, *rate]),
+        "aTLAS, test-time": (TEXTS, ["atlas", "--setting", "test-time", *epochs, *rate]),
+        "aTLAS": (LABELS, ["atlas", *epochs, *rate]),
     }
     return {"AdaMerging": every["AdaMerging"]} if few else every
 

@@ -34,6 +34,7 @@ CLAIMS = (
     Claim("2310.02575", "AdaMerging, task-wise", "Task arithmetic"),
     Claim("2310.02575", "AdaMerging", "AdaMerging, task-wise"),
     Claim("2310.02575", "AdaMerging", "TIES"),
+    Claim("2310.02575", "AdaMerging++", "AdaMerging"),
     Claim("2407.02880", "aTLAS", "Task arithmetic"),
     Claim("2111.09832", "Fisher", "Uniform soup"),
     Claim("2212.09849", "RegMean", "Uniform soup"),

@@ -88,19 +88,20 @@ class Learned:
 
 def learned(settings: Settings) -> dict[str, Learned]:
     """Every learned merge by its title."""
+    # Ten times the published rate, for fewer steps than are published.
+    rate, steps = ["--rate", "0.01"], ["--steps", str(settings.steps)]
     epochs = ["--epochs", str(settings.epochs)]
-    # The published rate is for more steps than a few hundred texts give.
-    fast = [*epochs, "--rate", "0.01"]
-    adamerging = Learned(TEXTS, ["adamerging", *fast])
-    on_parts = Learned(TEXTS, ["adamerging", *epochs], parts=True)
+    adamerging = Learned(TEXTS, ["adamerging", *steps, *rate])
+    on_parts = Learned(TEXTS, ["adamerging", *steps], parts=True)
     if settings.few:
         return {"AdaMerging": adamerging, "TSV-M, AdaMerging": on_parts}
     return {
-        "AdaMerging, task-wise": Learned(TEXTS, ["adamerging", "--by", "task", *fast]),
+        "AdaMerging, task-wise": Learned(TEXTS, ["adamerging", "--by", "task", *steps, *rate]),
         "AdaMerging": adamerging,
+        "AdaMerging++": Learned(TEXTS, ["adamerging", "--plus", *steps, *rate]),
         "TSV-M, AdaMerging": on_parts,
-        "aTLAS, test-time": Learned(TEXTS, ["atlas", "--setting", "test-time", *fast]),
-        "aTLAS": Learned(LABELS, ["atlas", *fast]),
+        "aTLAS, test-time": Learned(TEXTS, ["atlas", "--setting", "test-time", *epochs, *rate]),
+        "aTLAS": Learned(LABELS, ["atlas", *epochs, *rate]),
     }
 
 

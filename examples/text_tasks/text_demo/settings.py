@@ -30,8 +30,8 @@ class Settings:
     """The whole experiment.
 
     ``max_length`` tokens of a text are read; logits are ``scale`` times a cosine. ``template``
-    describes a label. ``limit`` is the most texts of a split, 0 for all of them. Coefficients are
-    learned for ``epochs`` passes over the validation split. ``threads`` is torch's.
+    describes a label. ``limit`` is the most texts of a split, 0 for all of them. AdaMerging
+    takes ``steps``, and aTLAS ``epochs`` passes over the validation split. ``threads`` is torch's.
     """
 
     seed: int = 0
@@ -42,6 +42,7 @@ class Settings:
     rank: int = 16
     full: TrainSettings = TrainSettings(lr=2e-4)
     lora: TrainSettings = TrainSettings(lr=1e-3)
+    steps: int = 200
     epochs: int = 10
     memory: str = "6GiB"
     threads: int = 2
@@ -57,7 +58,7 @@ def _quick(settings: Settings) -> Settings:
         rank=4,
         full=replace(settings.full, epochs=1),
         lora=replace(settings.lora, epochs=1),
-        epochs=1,
+        steps=5,
         threads=1,
         few=True,
     )
