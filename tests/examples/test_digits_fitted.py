@@ -27,9 +27,10 @@ from digits_demo.fitted_report import (
 from digits_demo.settings import Settings, quick
 from digits_demo.task import DomainTask, write_tasks
 
-from mergebench.merge.fit.compare import entry_of
 from mergebench.merge.fit.find import Setting, parse_task
-from mergebench.recipe import ModelRef, Recipe
+from mergebench.merge.method import METHODS
+from mergebench.merge.op import OPS
+from mergebench.recipe import parse_op
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "digits" / "run.py"
 
@@ -82,10 +83,19 @@ def test_findings_and_claims_are_of_rows_that_are_there():
     ]  # fmt: skip
 
 
+def assert_known(spec):
+    """Method and ops of a line are there, and take the values that it lists."""
+    first, *ops = spec.split("+")
+    for text, known in ((first, METHODS), *((each, OPS) for each in ops)):
+        named = parse_op(text)
+        for key, value in named.params.items():
+            for one in value.split("/") if isinstance(value, str) else [value]:
+                assert known[named.name](**{key: one if key == "solver" else float(one)})
+
+
 def test_every_line_is_one_that_compare_takes():
-    models = Recipe(models=(ModelRef("a"),), base="b")
     for spec in lines(Settings()).values():
-        assert entry_of(spec, models).recipe.method
+        assert_known(spec)
     assert list(learned(few=True)) == ["AdaMerging"]
     assert {need for need, _ in learned().values()} == {TEXTS, LABELS}
 
