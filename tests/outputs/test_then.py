@@ -10,6 +10,7 @@ import pytest
 from mergebench import merge_models, methods
 from mergebench.core.errors import ParameterError
 from mergebench.merge.op import OPS
+from tests.contract.collecting import statistics_of, wanted
 from tests.helpers.running import assert_refused, call
 from tests.helpers.scene import Scene
 
@@ -60,8 +61,10 @@ def test_methods_on_either_take_them_with_a_base(scene: Scene, method: str) -> N
     """With a base these combine task vectors: β = 0, α = 1/2 halves the update."""
     models = [scene.path / "ft1", scene.path / "ft2"]
     base = scene.path / "base"
-    plain = merge_models(models, base=base, method=method)
-    got = merge_models(models, base=base, method=method, then=["lines:beta=0,alpha=0.5"])
+    collected = statistics_of(wanted(method), models, None)
+    common: Any = {"base": base, "method": method, "statistics": collected}
+    plain: Any = merge_models(models, **common)
+    got: Any = merge_models(models, **common, then=["lines:beta=0,alpha=0.5"])
     for name, array in scene.base.items():
         if array.dtype.kind == "f":
             half = (plain[name].astype(float) + array) / 2
