@@ -6,6 +6,7 @@ from math import sqrt
 
 import numpy as np
 
+from mergebench.compute.threads import one_thread
 from mergebench.core.tensor import Array
 
 _BLOCK = 256
@@ -31,14 +32,13 @@ def truncate(matrix: Array, rank: int) -> tuple[Array, Array, float]:
         ``‖matrix - left @ right‖ / ‖matrix‖``; 0 for a zero matrix.
     """
     from scipy.linalg import eigh
-    from threadpoolctl import threadpool_limits
 
     wide = matrix.shape[0] <= matrix.shape[1]
     work = (matrix if wide else matrix.T).astype(np.float64)
     size = work.shape[0]
     rank = min(rank, size)
     # scipy brings a BLAS of its own, loaded just now: its threads would fight those of the caller.
-    with threadpool_limits(1):
+    with one_thread():
         # The Gram matrix in float64 settles the leading subspace to 1e-8, well below float32.
         _, vectors = eigh(work @ work.T, subset_by_index=(size - rank, size - 1))
     vectors = np.ascontiguousarray(vectors[:, ::-1])
@@ -92,10 +92,9 @@ def spectrum_of_product(
         each column of U is positive.
     """
     from scipy.linalg import svd
-    from threadpoolctl import threadpool_limits
 
     # scipy brings a BLAS of its own, loaded just now: its threads would fight those of the caller.
-    with threadpool_limits(1):
+    with one_thread():
         one, two = _Thin(left), _Thin(right.T)
         core = one.triangle @ two.triangle.T
         try:

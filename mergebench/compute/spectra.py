@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mergebench.compute.namespace import namespace
+from mergebench.compute.threads import one_thread
 
 #: Singular values below this share of the largest one are zero: float32 rounds ΔW above it.
 RANK = 2.0**-20
@@ -67,9 +68,8 @@ def _lapack(matrix: Any) -> tuple[Any, Any, Any]:
     except np.linalg.LinAlgError:
         # Divide and conquer gives up on some matrices; the QR iteration does not.
         from scipy.linalg import svd
-        from threadpoolctl import threadpool_limits
 
-        with threadpool_limits(1):
+        with one_thread():
             found: tuple[Any, Any, Any] = svd(
                 matrix, full_matrices=False, lapack_driver="gesvd", check_finite=False
             )

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 
 from mergebench.core.errors import ParameterError
@@ -125,6 +126,7 @@ def stands_before(name: str) -> bool:
     return bool(_BEFORE.search(name)) and not _CLASSES[1][1].search(name)
 
 
+@lru_cache(1 << 16)
 def kind_of(name: str, shape: tuple[int, ...], floating: bool = True) -> str:
     """The class of a tensor, from its name and its number of dimensions."""
     if not floating or is_statistic(name) or is_counter(name) or is_constant(name, shape):

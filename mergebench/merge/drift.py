@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from mergebench.checkpoints.layout import Checkpoint
+from mergebench.compute.threads import one_thread
 from mergebench.core.delta import Delta, Dense, Difference, Replacement, resident, tile
 from mergebench.core.errors import MismatchError
 from mergebench.core.site import make_sites
@@ -187,7 +187,7 @@ def drift(
         origin = None if under is None else under.tensors.get(name)
         return _products(rows[name], origin, size_of(shapes[name]))
 
-    with threadpool_limits(1):
+    with one_thread():
         for name, products in in_order(measured, list(rows), workers or cores()):
             site = sites[name]
             where = site.kind if site.block is None else f"{site.stack}.{site.block}"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
+from mergebench.compute.threads import one_thread
 from mergebench.compute.tiles import Tiling
 from mergebench.core.tensor import Array
 from mergebench.merge.align import Aligned
@@ -37,7 +37,7 @@ def ranks_by_energy(
     dict of tensor name to int, at least 1
     """
     found: dict[str, int] = {}
-    with threadpool_limits(1), ThreadPoolExecutor(tiling.workers) as pool:
+    with one_thread(), ThreadPoolExecutor(tiling.workers) as pool:
         evaluator = Evaluator(aligned.items, tiling, pool)
         for name, item in aligned.items.items():
             ranks = []

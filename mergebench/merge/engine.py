@@ -12,13 +12,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import xxhash
-from threadpoolctl import threadpool_limits
 
 from mergebench.checkpoints.placement import TensorSpec
 from mergebench.checkpoints.staging import check_destination
 from mergebench.checkpoints.writer import Output, together
 from mergebench.compute.masking import moved
 from mergebench.compute.rounding import round_to
+from mergebench.compute.threads import one_thread
 from mergebench.core.tensor import DTYPES, Array, Tensor, size_of
 from mergebench.manifest import MANIFEST, sealed, with_outputs
 from mergebench.merge.apart import place_of
@@ -160,7 +160,7 @@ class _Here(Executor):
 @contextmanager
 def _workers(count: int) -> Iterator[Executor]:
     # Every worker computes on one core; a BLAS with threads of its own would fight them.
-    with threadpool_limits(1):
+    with one_thread():
         if count == 1:
             yield _Here()
             return

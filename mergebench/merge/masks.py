@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from mergebench.adapters_zoo.kinds.tasks import MASKS, UNIFIED, tasks_metadata
 from mergebench.adapters_zoo.masked import mask_bytes
 from mergebench.checkpoints.placement import TensorSpec, plan_layout
 from mergebench.checkpoints.writer import Output, check_destination
 from mergebench.compute.select import as_numpy
+from mergebench.compute.threads import one_thread
 from mergebench.core.errors import MergebenchError, ParameterError
 from mergebench.core.tensor import dtype_name
 from mergebench.merge.apart import names_of
@@ -93,7 +93,7 @@ def pack_tasks(
     sizes = {name: item.site.size for name, item in plan.aligned.items.items()}
     names = [name for name in plan.aligned.order if name in sizes]
     tasks = names_of([each.label for each in plan.models])
-    with threadpool_limits(1), ThreadPoolExecutor(plan.tiling.workers) as pool:
+    with one_thread(), ThreadPoolExecutor(plan.tiling.workers) as pool:
         done, total = 0, sum(sizes.values()) * plan.passes
 
         def step(entries: int) -> None:

@@ -13,6 +13,7 @@ from mergebench.adapters_zoo.adapter import ReadOptions
 from mergebench.adapters_zoo.packed_file import SUFFIX, packed_metadata
 from mergebench.checkpoints.placement import Layout, TensorSpec, plan_layout
 from mergebench.checkpoints.writer import Output
+from mergebench.compute.threads import one_thread
 from mergebench.core.errors import MismatchError, ParameterError
 from mergebench.merge.limits import DEFAULT_MEMORY
 from mergebench.merge.sparse import check_place
@@ -111,11 +112,9 @@ def compress(
     else:
         made = canonical(contents)
     loses = [piece for piece in made.pieces.values() if not piece.exact]
-    from threadpoolctl import threadpool_limits
-
     with (
         # Products of vectors are too short to be shared between threads.
-        threadpool_limits(1),
+        one_thread(),
         ThreadPoolExecutor(workers or _cores()) as pool,
         Spool(out.parent) as spool,
     ):

@@ -8,9 +8,9 @@ from math import isfinite
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from mergebench.compute.backend import lapack
+from mergebench.compute.threads import one_thread
 from mergebench.core.errors import MismatchError, ParameterError, ResourceError
 from mergebench.core.params import bind
 from mergebench.core.site import Site
@@ -126,7 +126,7 @@ def analyse(
             )
             return looked, list(_rows_of(spectrum, subject, chosen, bound))
 
-    with threadpool_limits(1):
+    with one_thread():
         for subject, (looked, found) in within(at_one, jobs, workers or cores(), memory):
             record = _record(subject, looked)
             tensors.append(record)
