@@ -119,9 +119,9 @@ def test_the_task_has_the_loss_and_the_digits_of_its_domain(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A quick run of the script."""
-    work, out = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("out")
+def folders(quick_run, tmp_path_factory):
+    """A quick run of the script, on models that are trained already."""
+    work, out = quick_run[0], tmp_path_factory.mktemp("out")
     whole = [sys.executable, "-W", "error", SCRIPT, "--fitted", "--quick"]
     whole += ["--seeds", "0", "--work", work, "--out", out]
     done = subprocess.run([*map(str, whole)], capture_output=True, text=True, check=False)

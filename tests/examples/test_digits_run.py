@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +15,9 @@ SETTINGS = quick(Settings(seeds=(0,)))
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(quick_run):
     """One quick run through the installed command: its work folder, output and printed text."""
-    work, out = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("out")
-    line = [sys.executable, "-W", "error", SCRIPT, "--quick", "--work", work, "--out", out]
-    done = subprocess.run([*map(str, line)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return work, out, done.stdout
+    return quick_run
 
 
 def weights(folder):

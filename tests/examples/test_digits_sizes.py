@@ -76,9 +76,9 @@ def test_every_scheme_is_compared():
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A quick run of the script."""
-    work, out = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("out")
+def folders(quick_run, tmp_path_factory):
+    """A quick run of the script, on models that are trained already."""
+    work, out = quick_run[0], tmp_path_factory.mktemp("out")
     line = [sys.executable, "-W", "error", SCRIPT, "--sizes", "--quick"]
     line += ["--seeds", "0", "--work", work, "--out", out]
     done = subprocess.run([*map(str, line)], capture_output=True, text=True, check=False)
