@@ -14,13 +14,8 @@ import numpy as np
 import pytest
 
 from tests.fit.support import save_model, task_file
-from tests.helpers.running import Ran, assert_done, assert_refused, call
+from tests.helpers.running import START, Ran, assert_done, assert_refused, call
 
-#: A shell that starts tests in the background leaves their children deaf to Ctrl-C.
-START = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from mergebench.cli.main import main; main()"
-)
 TARGET = [[1.5, 0.0], [0.25, 1.0]]
 COMPARE = ("compare", "one", "two", "-b", "base", "--task", "near.py")
 

@@ -16,13 +16,8 @@ import yaml
 
 from tests.fit.support import save_model, task_file
 from tests.helpers.files import read
-from tests.helpers.running import Ran, assert_done, assert_refused, call
+from tests.helpers.running import START, Ran, assert_done, assert_refused, call
 
-#: A shell that starts tests in the background leaves their children deaf to Ctrl-C.
-START = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from mergebench.cli.main import main; main()"
-)
 TARGET = [[1.5, 0.0], [0.25, 1.0]]
 SEARCH = ("fit", "search", "one", "two", "-b", "base", "-m", "task_arithmetic")
 

@@ -37,6 +37,14 @@ class Ran:
         return json.loads(self.out)
 
 
+#: Code that runs the command line in a process of its own, which hears Ctrl-C: a shell that starts
+#: tests in the background leaves their children deaf to it.
+START = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from mergebench.cli.main import main; main()"
+)
+
+
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment without what would change the command's behaviour."""
     ours = ("MERGEBENCH_", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "PYTHONWARNINGS")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergebench.core.errors import ParameterError
 from mergebench.core.tensor import Tensor, size_of
 from mergebench.merge.api import to_torch
+from mergebench.merge.fit.batches import on
 from mergebench.merge.fit.live import names_in
 from mergebench.merge.fit.settings import Settings
 from mergebench.merge.fit.task import Classifies, FewShot, Learnable, Task
@@ -177,19 +178,6 @@ def _batches(task: Task, settings: Settings, split: str) -> list[Any]:
             f"task {task.name}: split {split!r} is empty", fix="name another split"
         )
     return batches
-
-
-def on(batch: Any, device: str) -> Any:
-    """A batch of tensors on a device."""
-    if hasattr(batch, "to"):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: on(value, device) for key, value in batch.items()}
-    return (
-        type(batch)(on(each, device) for each in batch)
-        if isinstance(batch, (tuple, list))
-        else batch
-    )
 
 
 def rows_of(batch: Any, count: int, rows: torch.Tensor) -> Any:
