@@ -3,6 +3,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
+# Tests and benchmarks start many processes, which would each compile every module again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo demo-text test lint parity bench bench-packing fuzz clean
 
 help:
