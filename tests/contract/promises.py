@@ -83,7 +83,7 @@ def assert_order_free(method: str, case: Case, params: Params, order: Sequence[i
 
 
 def planned(method: str, case: Case, params: Params, **options: Any) -> Plan:
-    """The plan of a merge of arrays in memory, for one worker."""
+    """The plan of a merge of arrays in memory, for one worker unless ``workers`` says otherwise."""
     labels = [f"models[{i}]" for i in range(len(case.models))]
     opened = [
         source_of_arrays(label, {name: ArrayTensor(array) for name, array in each.items()})
@@ -94,7 +94,11 @@ def planned(method: str, case: Case, params: Params, **options: Any) -> Plan:
     )
     files = files_of(wanted(method), case.models, case.base, case.marks or None)
     return make_plan(
-        recipe, sources=opened[:-1], base=opened[-1], statistics=files, workers=1, **options
+        recipe,
+        sources=opened[:-1],
+        base=opened[-1],
+        statistics=files,
+        **{"workers": 1, **options},
     )
 
 
@@ -169,13 +173,16 @@ def assert_layout_free(method: str, case: Case, params: Params) -> None:
     assert_same_bits(merged(method, case.mapped(strided), params), expected)
 
 
-def assert_buffers_kept(method: str, case: Case, params: Params, other: np.ndarray) -> None:
-    """A tensor that is not floating-point is copied, and refused where a model differs in it."""
-    base, *models = ({**each, "steps": other} for each in (case.base, *case.models))
+def assert_buffers_kept(
+    method: str, case: Case, params: Params, others: Mapping[str, np.ndarray], odd: str
+) -> None:
+    """Tensors that are not floating-point are copied, and refused where a model differs in one."""
+    base, *models = ({**each, **others} for each in (case.base, *case.models))
     whole = replace(case, base=base, models=tuple(models))
-    assert_same_bits({"steps": merged(method, whole, params)["steps"]}, {"steps": other})
-    models[-1] = {**models[-1], "steps": other ^ other.dtype.type(1)}
-    with pytest.raises(MismatchError, match=r"^steps: .* must agree"):
+    got = merged(method, whole, params)
+    assert_same_bits({name: got[name] for name in others}, others)
+    models[-1] = {**models[-1], odd: others[odd] ^ others[odd].dtype.type(1)}
+    with pytest.raises(MismatchError, match=rf"^{odd}: .* must agree"):
         merged(method, replace(whole, models=tuple(models)), params)
 
 

@@ -92,10 +92,14 @@ def test_workers_and_memory_are_immaterial(method: str, data: st.DataObject) -> 
     # Where a whole tensor is the smallest piece, a single worker has no choice.
     choices = 1 if granularity_of(METHODS[method](**params)) == "tensor" else 3
     assert len(tilings) >= choices, "the budgets must lead to different tilings"
+    seen = set()
     for workers in (1, 2, 3):
         for budget in budgets:
-            got = merged(method, case, params, workers=workers, memory=budget)
-            assert_same_bits(got, expected)
+            tiling = planned(method, case, params, workers=workers, memory=budget).tiling
+            if tiling not in seen:
+                got = merged(method, case, params, workers=workers, memory=budget)
+                assert_same_bits(got, expected)
+            seen.add(tiling)
 
 
 @every_method("files")
