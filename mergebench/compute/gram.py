@@ -1,13 +1,13 @@
 """Sums over a whole tensor that are streamed, and inner products of models made of them.
 
 Sums are taken over blocks of entries whose places are fixed by the tensor alone, and added up in
-order, so that no bit depends on tiles or threads. All of it is float64 and follows the array API:
-numpy runs it without torch, and torch gives gradients.
+order, and then those of tensors by name, so that no bit depends on tiles, threads or machines. All
+of it is float64 and follows the array API: numpy runs it without torch, and torch gives gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,31 +155,55 @@ def grouped_sums(sweep: Any, measure: Measure, group: Callable[[Any], str]) -> d
         Without groups that have no entries.
     """
     totals: dict[str, Any] = {}
-    held: list[Any] = []
+    own = _Added(measure)
+    site: Any = None
 
-    def add(key: str, block: Any) -> None:
-        totals[key] = totals[key] + block if key in totals else block
+    def close() -> None:
+        if site is None or own.total is None:
+            return
+        key = group(site)
+        totals[key] = totals[key] + own.total if key in totals else own.total
+        if isinstance(totals[key], np.ndarray) and not np.isfinite(totals[key]).all():
+            raise MergebenchError(
+                f"{site.name}: inner products exceed float64", fix="scale the inputs down"
+            )
 
     for at, parts in sweep(_Look(measure)):
-        key = group(at.site)
+        if site is None or at.site.name != site.name:
+            close()
+            own, site = _Added(measure), at.site
+        own.add(parts)
+    close()
+    return totals
+
+
+#: Sums over whole blocks of a tensor (b, …), marked ``None``, and copies of the entries of others,
+#: marked by whether their block ends with them.
+Parts = list[tuple[Any, bool | None]]
+
+
+class _Added:
+    """The sum over a tensor as far as it has been seen, and what has been cut from its end."""
+
+    def __init__(self, measure: Measure) -> None:
+        self.measure = measure
+        self.total: Any = None
+        self.held: list[Any] = []
+
+    # What overflows is found, and refused, when all is added up.
+    @np.errstate(over="ignore", invalid="ignore")
+    def add(self, parts: Iterable[tuple[Any, bool | None]]) -> None:
         for found, ends in parts:
             if ends is None:
                 for block in found:
-                    add(key, block)
+                    self.total = block if self.total is None else self.total + block
                 continue
             # What tiles have cut is put together again before it is summed.
-            held.append(found)
+            self.held.append(found)
             if ends:
-                with np.errstate(over="ignore", invalid="ignore"):
-                    (block,) = measure(np.concatenate(held, axis=1)[:, None, :])
-                add(key, block)
-                held = []
-        total = totals.get(key)
-        if isinstance(total, np.ndarray) and not np.isfinite(total).all():
-            raise MergebenchError(
-                f"{at.site.name}: inner products exceed float64", fix="scale the inputs down"
-            )
-    return totals
+                whole = np.concatenate(self.held, axis=1)
+                self.held = []
+                self.add([(self.measure(whole[:, None, :]), None)])
 
 
 @dataclass(frozen=True)
@@ -188,10 +212,18 @@ class _Look:
 
     measure: Measure
 
-    def __call__(self, stack: Any, at: Any) -> list[tuple[Any, bool | None]]:
+    def __call__(self, stack: Any, at: Any) -> Parts:
         return _sums(self.measure, stack, at)
 
-    def by_kernel(self, kernel: Any, at: Any) -> list[tuple[Any, bool | None]] | None:
+    def fold(self, parts: Sequence[tuple[int, int, Parts]]) -> Parts:
+        """The sum of the beginning of a tensor, and what has been cut from its end."""
+        own = _Added(self.measure)
+        for _, _, each in parts:
+            own.add(each)
+        held: Parts = [(part, False) for part in own.held]
+        return held if own.total is None else [(own.total[None, ...], None), *held]
+
+    def by_kernel(self, kernel: Any, at: Any) -> Parts | None:
         """The same from stored entries, where that can be."""
         whole = at.start % BLOCK == 0 and (at.stop % BLOCK == 0 or at.stop == at.site.size)
         if self.measure is not block_products or not whole:
@@ -202,17 +234,13 @@ class _Look:
 
 # What overflows is found, and refused, when all is added up.
 @np.errstate(over="ignore", invalid="ignore")
-def _sums(measure: Measure, stack: Any, at: Any) -> list[tuple[Any, bool | None]]:
-    """Sums over the whole blocks of a tile, marked ``None``, and copies of the others.
-
-    A copy is marked by whether its block ends with it.
-    """
+def _sums(measure: Measure, stack: Any, at: Any) -> Parts:
     if not isinstance(stack, np.ndarray):
         return [(measure(stack[:, None, :]), None)]
     count, size = stack.shape[0], at.site.size
     head = min(-(-at.start // BLOCK) * BLOCK, at.stop)
     tail = max(at.stop // BLOCK * BLOCK, head)
-    found: list[tuple[Any, bool | None]] = []
+    found: Parts = []
     for begin, end in ((at.start, head), (head, tail), (tail, at.stop)):
         part = stack[:, begin - at.start : end - at.start]
         if begin == head and end == tail and begin < end:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mergebench.compute.seen import Seen
 from mergebench.compute.select import as_numpy, kth_magnitudes
 
 Change = Callable[[Any], NDArray[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Changed:
+    """Changes a stack, wherever it is."""
+
+    change: Change
+
+    def __call__(self, stack: Any, at: Any) -> tuple[Any, Any]:
+        return self.change(stack), at
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +40,16 @@ class Mapped:
 
     def __call__(self, visit: Callable[[Any, Any], Any]) -> Iterator[tuple[Any, Any]]:
         """As the sweep itself."""
-        found: Iterator[tuple[Any, Any]] = self.sweep(
-            lambda stack, at: visit(self.change(stack), at)
-        )
+        found: Iterator[tuple[Any, Any]] = self.sweep(Seen(visit, _Changed(self.change)))
+        return found
+
+    def again(
+        self, visit: Callable[[Any, Any], Any], spans: Collection[tuple[str, int, int]]
+    ) -> Iterator[tuple[Any, Any]]:
+        """As the sweep itself; of one that cannot look at some tiles only, all of them."""
+        again = getattr(self.sweep, "again", None)
+        seen = Seen(visit, _Changed(self.change))
+        found: Iterator[tuple[Any, Any]] = self.sweep(seen) if again is None else again(seen, spans)
         return found
 
     def sample(self, count: int) -> NDArray[Any]:

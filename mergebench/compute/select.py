@@ -56,9 +56,13 @@ def bits(stack: Array) -> NDArray[Any]:
     return stack.view(kind) & np.iinfo(kind).max
 
 
+#: Per tile where it is, and how many of its entries are at the upper and at the lower end.
+End = tuple[int, int, int, int]
+
+
 @dataclass(frozen=True)
-class _Found:
-    """What one tile holds around the bracket of a search.
+class Found:
+    """What one tile, or a run of them, holds around the bracket of a search.
 
     Attributes
     ----------
@@ -69,6 +73,8 @@ class _Found:
         Those between the ends, and where they are in the tensor.
     counts : array or None
         A histogram of them instead, where they are many.
+    ends : tuple of End
+        The tiles with entries at an end of the bracket, where there are several tiles.
     """
 
     above: int
@@ -78,6 +84,13 @@ class _Found:
     values: NDArray[Any] | None = None
     places: NDArray[Any] | None = None
     counts: NDArray[Any] | None = None
+    ends: tuple[End, ...] = ()
+
+    def ends_at(self, start: int, stop: int) -> tuple[End, ...]:
+        """The tiles with entries at an end of the bracket, of the entries ``start:stop``."""
+        if self.ends or not (self.upper or self.lower):
+            return self.ends
+        return ((start, stop, self.upper, self.lower),)
 
 
 @dataclass
@@ -119,7 +132,7 @@ class _Target:
         """How many entries of a tile of a size are gathered; more are only counted."""
         return 0 if self.crowded else size // 8 + _BINS
 
-    def look(self, magnitudes: NDArray[Any], start: int) -> _Found:
+    def look(self, magnitudes: NDArray[Any], start: int) -> Found:
         """Count around the bracket and gather what lies inside; small whatever the data are."""
         above = int(np.count_nonzero(magnitudes > self.high))
         upper = int(np.count_nonzero(magnitudes == self.high))
@@ -137,31 +150,56 @@ class _Target:
         values: NDArray[Any],
         places: NDArray[Any],
         size: int,
-    ) -> _Found:
+    ) -> Found:
         """What a tile of a size holds; ``values`` and ``places`` may be longer than ``inside``."""
         lower = 0 if self.low == self.high else lower
         if inside <= self.room(size):
             # Copies, so that nothing larger is held on to.
             kept, where = values[:inside].copy(), places[:inside].copy()
-            return _Found(above, upper, inside, lower, kept, where)
-        bins = (values[:inside] - self.low) // self.width
-        counts = np.bincount(bins, minlength=_BINS + 1)
-        return _Found(above, upper, inside, lower, counts=counts)
+            return Found(above, upper, inside, lower, kept, where)
+        return Found(above, upper, inside, lower, counts=self._histogram(values[:inside]))
 
-    def take(self, at: Any, found: _Found) -> None:
+    def _histogram(self, values: NDArray[Any]) -> NDArray[np.int64]:
+        return np.bincount((values - self.low) // self.width, minlength=_BINS + 1)
+
+    def binned(self, found: Found) -> NDArray[np.int64]:
+        """A histogram of what lies inside."""
+        if found.values is None:
+            assert found.counts is not None
+            counts: NDArray[np.int64] = found.counts
+            return counts
+        return self._histogram(found.values)
+
+    def joined(self, parts: Sequence[tuple[int, int, Found]], room: int) -> Found:
+        """What runs of tiles of one tensor hold together, given as ``(start, stop, found)``.
+
+        More than ``room`` entries inside of the bracket are only counted.
+        """
+        found = [each for _, _, each in parts]
+        sums = (sum(column) for column in zip(*(
+            (each.above, each.upper, each.inside, each.lower) for each in found
+        ), strict=True))  # fmt: skip
+        above, upper, inside, lower = sums
+        ends = tuple(end for start, stop, each in parts for end in each.ends_at(start, stop))
+        if inside <= room and all(each.values is not None for each in found):
+            values = np.concatenate([each.values for each in found if each.values is not None])
+            places = np.concatenate([each.places for each in found if each.places is not None])
+            return Found(above, upper, inside, lower, values, places, ends=ends)
+        counts = sum((self.binned(each) for each in found), np.zeros(_BINS + 1, np.int64))
+        return Found(above, upper, inside, lower, counts=counts, ends=ends)
+
+    def take(self, at: Any, found: Found) -> None:
         self.above += found.above
         self.upper += found.upper
         self.inside += found.inside
         self.lower += found.lower
-        if found.upper or found.lower:
-            self.ends.append((at.site.name, at.start, at.stop, found.upper, found.lower))
+        for end in found.ends_at(at.start, at.stop):
+            self.ends.append((at.site.name, *end))
         if found.values is None or found.places is None:
-            assert found.counts is not None
-            self.counts += found.counts
+            self.counts += self.binned(found)
             self.crowded = True
         elif found.inside:
-            bins = (found.values - self.low) // self.width
-            self.counts += np.bincount(bins, minlength=_BINS + 1)
+            self.counts += self.binned(found)
             self.kept.append((at.site.name.encode(), found.values, found.places))
         if self.crowded or self.inside > self.capacity:
             self.crowded, self.kept = True, []
@@ -243,15 +281,27 @@ class _Tie:
 
 @dataclass(frozen=True)
 class _Survey:
-    """Looks at tiles for several searches at once."""
+    """Looks at tiles for several searches at once, in a sweep over ``size`` entries."""
 
     pending: Sequence[_Target]
+    size: int
 
-    def __call__(self, stack: Any, at: Any) -> list[_Found]:
+    def __call__(self, stack: Any, at: Any) -> list[Found]:
         magnitudes = _magnitudes(stack, self.pending[0].kind)
         return [each.look(magnitudes[each.model], at.start) for each in self.pending]
 
-    def by_kernel(self, kernel: Any, at: Any) -> list[_Found] | None:
+    def fold(self, parts: Sequence[tuple[int, int, list[Found]]]) -> list[Found]:
+        """What runs of tiles of one tensor hold together."""
+        length = parts[-1][1] - parts[0][0]
+        rooms = [4 * each.capacity * length // self.size + _BINS for each in self.pending]
+        columns = zip(*(found for _, _, found in parts), strict=True)
+        spans = [(start, stop) for start, stop, _ in parts]
+        return [
+            each.joined([(*span, part) for span, part in zip(spans, column, strict=True)], room)
+            for each, room, column in zip(self.pending, rooms, columns, strict=True)
+        ]
+
+    def by_kernel(self, kernel: Any, at: Any) -> list[Found] | None:
         """The same from stored entries, where that can be."""
         if self.pending[0].kind != np.int32:
             return None
@@ -272,12 +322,18 @@ class _Locate:
 
     ties: Sequence[_Tie]
 
-    def __call__(self, stack: Any, at: Any) -> list[tuple[_Tie, int]]:
-        here = [each for each in self.ties if each.name == at.site.name and each.start == at.start]
+    def __call__(self, stack: Any, at: Any) -> list[tuple[int, int]]:
+        here = [
+            (number, each)
+            for number, each in enumerate(self.ties)
+            if each.name == at.site.name and each.start == at.start
+        ]
         if not here:
             return []
-        magnitudes = _magnitudes(stack, here[0].target.kind)
-        return [(each, each.find(magnitudes[each.target.model], at.start)) for each in here]
+        magnitudes = _magnitudes(stack, self.ties[0].target.kind)
+        return [
+            (number, each.find(magnitudes[each.target.model], at.start)) for number, each in here
+        ]
 
 
 def _magnitudes(stack: Any, kind: np.dtype[Any]) -> NDArray[Any]:
@@ -331,7 +387,7 @@ def kth_magnitudes(sweep: Any, ranks: Sequence[Sequence[int]]) -> list[list[Cut]
     while pending := [target for target in targets if target.cut is None]:
         for target in pending:
             target.start_round()
-        for at, parts in sweep(_Survey(pending)):
+        for at, parts in sweep(_Survey(pending, size)):
             for target, part in zip(pending, parts, strict=True):
                 target.take(at, part)
         ties = [tie for target in pending if (tie := target.conclude()) is not None]
@@ -348,8 +404,8 @@ def _settle(sweep: Any, ties: Sequence[_Tie]) -> None:
     again = getattr(sweep, "again", None)
     looked = sweep(_Locate(ties)) if again is None else again(_Locate(ties), spans)
     for _, found in looked:
-        for tie, place in found:
-            tie.settle(place)
+        for number, place in found:
+            ties[number].settle(place)
 
 
 def _targets(sweep: Any, wanted: Sequence[tuple[int, int]]) -> list[_Target]:

@@ -243,6 +243,11 @@ class _Arrays:
         return int(self.pieces[0].stack.shape[0])
 
     @property
+    def inputs(self) -> int:
+        models = self.pieces[0].at.models
+        return self.models if models is None else int(models.shape[0])
+
+    @property
     def size(self) -> int:
         return sum(piece.at.site.size for piece in self.pieces)
 

@@ -16,6 +16,7 @@ from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, Protocol, T
 import numpy as np
 
 from mergebench.compute.namespace import namespace
+from mergebench.compute.seen import Seen
 from mergebench.core.errors import ParameterError
 from mergebench.core.params import Param, bind, declared
 from mergebench.core.registry import Registry
@@ -119,8 +120,19 @@ class Sweep(Protocol):
         """Entries per model."""
         ...
 
+    @property
+    def inputs(self) -> int:
+        """Task vectors as they came, before any op."""
+        ...
+
     def __call__(self, visit: Callable[[Stack, At], R]) -> Iterator[tuple[At, R]]:
-        """Run ``visit`` on every tile, possibly on several threads; results come in order."""
+        """Run ``visit`` on every tile; results come in order.
+
+        That may be on several threads, and over a whole model also in other processes: all that
+        comes of ``visit`` is its result, and it holds no sweep. The places that come with results
+        have no entries. A visitor whose results can be folded says so: see
+        :func:`mergebench.compute.seen.fold_of`.
+        """
         ...
 
     def sample(self, count: int) -> Stack:
@@ -327,29 +339,35 @@ class Op:
 
 
 @dataclass(frozen=True)
+class _Only:
+    """The row of one model."""
+
+    row: int
+
+    def __call__(self, stack: Stack, at: At) -> tuple[Stack, At]:
+        return stack[self.row : self.row + 1, :], at.of(self.row)
+
+
+@dataclass(frozen=True)
 class _Row:
     """A sweep that shows one model only."""
 
     sweep: Sweep
     row: int
     models: int = 1
+    inputs: int = 1
 
     @property
     def size(self) -> int:
         return self.sweep.size
 
     def __call__(self, visit: Callable[[Stack, At], R]) -> Iterator[tuple[At, R]]:
-        def seen(stack: Stack, at: At) -> R:
-            return visit(stack[self.row : self.row + 1, :], at.of(self.row))
-
-        return self.sweep(seen)
+        return self.sweep(Seen(visit, _Only(self.row)))
 
     def again(
         self, visit: Callable[[Stack, At], R], spans: Collection[tuple[str, int, int]]
     ) -> Iterator[tuple[At, R]]:
-        def seen(stack: Stack, at: At) -> R:
-            return visit(stack[self.row : self.row + 1, :], at.of(self.row))
-
+        seen = Seen(visit, _Only(self.row))
         again = getattr(self.sweep, "again", None)
         return self.sweep(seen) if again is None else again(seen, spans)
 

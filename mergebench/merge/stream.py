@@ -8,7 +8,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import isfinite
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +90,18 @@ class Item:
     def at(self, start: int, stop: int) -> At:
         """Entries ``start:stop`` of all models, before any op."""
         return At(self.site, start, stop, self.weights, keys=self.keys, places=self.places)
+
+    def of(self, row: int) -> Item:
+        """The tensor of one model alone."""
+        own = slice(row, row + 1)
+        return replace(
+            self,
+            deltas=self.deltas[own],
+            weights=self.weights[own],
+            labels=self.labels[own],
+            keys=self.keys[own],
+            places=(),
+        )
 
 
 def opened(item: Item) -> Item:
@@ -294,12 +306,44 @@ def nonfinite(item: Item) -> MergebenchError:
     return _too_large(item)
 
 
+@dataclass(frozen=True)
+class Scope:
+    """What a statistic of a whole model looks at, in words that another process understands.
+
+    Attributes
+    ----------
+    ops : Chain
+        Run before visitors look.
+    asking : Chain
+        The same and the op that asks.
+    part : str
+        Of the items.
+    row : int or None
+        The only model that is looked at, where each has an op of its own.
+    """
+
+    ops: Chain
+    asking: Chain
+    part: str
+    row: int | None = None
+
+
+class Spread(Protocol):
+    """Looks at all tiles of a model, with the help of others."""
+
+    def __call__(
+        self, sweep: ItemSweep, scope: Scope, visit: Callable[[Stack, At], R]
+    ) -> Iterator[tuple[At, R]]:
+        """As :meth:`ItemSweep.here`."""
+        ...
+
+
 @dataclass(eq=False)
 class Evaluator:
     """Runs chains over items, measuring what their ops need first.
 
     Chains that kernels can run are run by them where ``fusing``; ``note`` is told if that takes
-    long to begin.
+    long to begin. Where there is a ``spread``, statistics of whole models are left to it.
 
     Measurements are kept by (the ops up to and including the one that asked, name of the tensor
     or of the part), so that chains with a common beginning share them; so is what ops report.
@@ -313,45 +357,49 @@ class Evaluator:
     reports: dict[tuple[Chain, str], tuple[Reading, ...]] = field(default_factory=dict)
     fusing: bool = False
     note: Callable[[str], None] | None = None
+    spread: Spread | None = None
 
-    def prepare(self, ops: Chain, item: Item) -> None:
-        """Measure everything that ``ops`` needs before it can run on ``item``."""
+    def prepare(self, ops: Chain, item: Item, *, whole: bool = False) -> None:
+        """Measure everything that ``ops`` needs before it can run on ``item``.
+
+        With ``whole`` only what is measured over the whole model.
+        """
         for end, each in enumerate(ops, start=1):
             statistic = each.statistic
-            if statistic is None:
+            if statistic is None or (whole and statistic.scope != "model"):
                 continue
             name = item.site.name if statistic.scope == "tensor" else item.part
             if (ops[:end], name) in self.known:
                 continue
-            scope = [item]
-            if statistic.scope == "model":
-                names = sorted(self.items, key=str.encode)
-                scope = [self.items[n] for n in names if self.items[n].part == item.part]
+            alone = None if statistic.scope == "model" else item
+            scope = Scope(ops[: end - 1], ops[:end], item.part)
             if isinstance(each, Abreast) and end == 1:
-                self.known[ops[:end], name] = self._apart(each, scope)
+                self.known[ops[:end], name] = self._apart(each, scope, alone)
                 continue
-            sweep = _Sweep(self, ops[: end - 1], scope, ops[:end])
-            self.known[ops[:end], name] = statistic.measure(sweep)
+            self.known[ops[:end], name] = statistic.measure(self._sweep(scope, alone))
 
-    def _apart(self, ops: Abreast, scope: Sequence[Item]) -> list[Any]:
+    def _apart(self, ops: Abreast, scope: Scope, alone: Item | None) -> list[Any]:
         """What each op must know of its model; no other model is read for it."""
         found: list[Any] = []
         for row, each in enumerate(ops.ops):
-            own = [
-                replace(
-                    item,
-                    deltas=item.deltas[row : row + 1],
-                    weights=item.weights[row : row + 1],
-                    labels=item.labels[row : row + 1],
-                    keys=item.keys[row : row + 1],
-                    places=(),
-                )
-                for item in scope
-            ]
             measured = each.statistic
-            sweep = _Sweep(self, (), own, (each,))
+            own = Scope((), (each,), scope.part, row)
+            sweep = self._sweep(own, None if alone is None else alone.of(row))
             found.append(None if measured is None else measured.measure(sweep))
         return found
+
+    def _sweep(self, scope: Scope, alone: Item | None) -> ItemSweep:
+        if alone is not None:
+            return ItemSweep(self, scope.ops, [alone], scope.asking)
+        return self.sweep(scope, self.items)
+
+    def sweep(self, scope: Scope, names: Iterable[str]) -> ItemSweep:
+        """What a statistic looks at, in these tensors of the model."""
+        items = [self.items[name] for name in sorted(names, key=str.encode)]
+        own = [item for item in items if item.part == scope.part]
+        if scope.row is not None:
+            own = [item.of(scope.row) for item in own]
+        return ItemSweep(self, scope.ops, own, scope.asking, scope)
 
     def fused(self, chains: Sequence[Chain], item: Item, *, ends: bool) -> Fused | None:
         """The chains for kernels, once what they need has been measured; ``None`` if they cannot.
@@ -459,7 +507,7 @@ class Evaluator:
 
 
 @dataclass(eq=False)
-class _Sweep:
+class ItemSweep:
     """All tiles of some items, after the ops that come before a statistic.
 
     Attributes
@@ -468,12 +516,15 @@ class _Sweep:
         Run before visitors look.
     asking : Chain
         The same and the op that asks, which decides what visitors can look at.
+    scope : Scope or None
+        Where the items are those of a whole model.
     """
 
     owner: Evaluator
     ops: Chain
     items: Sequence[Item]
     asking: Chain
+    scope: Scope | None = None
 
     @property
     def models(self) -> int:
@@ -487,8 +538,19 @@ class _Sweep:
         """Entries per model."""
         return sum(item.site.size for item in self.items)
 
+    @property
+    def inputs(self) -> int:
+        """Task vectors per item, before any op."""
+        return len(self.items[0].deltas) if self.items else 0
+
     def __call__(self, visit: Callable[[Stack, At], R]) -> Iterator[tuple[At, R]]:
         """Run ``visit`` on every tile; results in (tensor name, flat index) order."""
+        if self.scope is None or self.owner.spread is None:
+            return self.here(visit)
+        return self.owner.spread(self, self.scope, visit)
+
+    def here(self, visit: Callable[[Stack, At], R]) -> Iterator[tuple[At, R]]:
+        """The same in this process."""
         for results in self.owner.each_job(self._jobs(visit)):
             self.owner.on_read(sum(at.stop - at.start for at, _ in results))
             yield from results
@@ -540,7 +602,7 @@ class _Sweep:
         looking = fused.looking(room)
         for begin in range(*job, wide):
             end = min(begin + wide, job[1])
-            at = self._after(item.at(begin, end))
+            at = self.after(item.at(begin, end))
             room.read(begin, end)
             result = None if by_kernel is None else by_kernel(looking, at)
             if result is not None:
@@ -567,9 +629,10 @@ class _Sweep:
             raw, base = load(item, begin, end)
             at = located(item, begin, end, base, needs_base(self.asking))
             stack = self.owner.run(self.ops, item, at, raw)
-            yield replace(self._after(at), models=raw), stack
+            yield replace(self.after(at), models=raw), stack
 
-    def _after(self, at: At) -> At:
+    def after(self, at: At) -> At:
+        """A place as it is once the ops have run."""
         found = at
         for each in self.ops:
             found = found.after(each, at)

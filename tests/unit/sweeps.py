@@ -27,6 +27,11 @@ class Tables:
         return int(next(iter(self.stacks.values())).shape[0])
 
     @property
+    def inputs(self) -> int:
+        """Rows of a stack: nothing comes before."""
+        return self.models
+
+    @property
     def size(self) -> int:
         """Entries per model."""
         return sum(int(stack.shape[1]) for stack in self.stacks.values())

@@ -12,6 +12,7 @@ from annotated_types import Ge
 from mergebench.compute.gram import grouped_sums
 from mergebench.compute.masking import moved
 from mergebench.compute.namespace import namespace
+from mergebench.compute.seen import Seen
 from mergebench.core.errors import ParameterError
 from mergebench.core.site import Site
 from mergebench.merge.op import At, Collects, Stack, Statistic, Sweep, op
@@ -40,6 +41,14 @@ def _shapes(site: Site) -> tuple[tuple[int, ...], ...]:
     return (site.shape,)
 
 
+def _in_place(stack: Stack, at: At) -> tuple[Any, At]:
+    """What was collected in place of the entries; zeros where nothing was."""
+    if at.collected is not None:
+        return at.collected, at
+    xp = namespace(stack)
+    return xp.zeros(stack.shape, dtype=xp.float64, device=stack.device), at
+
+
 @dataclass(frozen=True)
 class _Collected:
     """A sweep over what was collected in place of the entries."""
@@ -51,17 +60,15 @@ class _Collected:
         return self.sweep.models
 
     @property
+    def inputs(self) -> int:
+        return self.sweep.inputs
+
+    @property
     def size(self) -> int:
         return self.sweep.size
 
     def __call__(self, visit: Callable[[Stack, At], R]) -> Iterator[tuple[At, R]]:
-        def seen(stack: Stack, at: At) -> R:
-            if at.collected is not None:
-                return visit(at.collected, at)
-            xp = namespace(stack)
-            return visit(xp.zeros(stack.shape, dtype=xp.float64, device=stack.device), at)
-
-        return self.sweep(seen)
+        return self.sweep(Seen(visit, _in_place))
 
     def sample(self, count: int) -> Stack:
         return self.sweep.sample(count)

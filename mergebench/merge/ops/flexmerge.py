@@ -14,6 +14,7 @@ from mergebench.compute.linkage import Linkage, cosines, grouped
 from mergebench.compute.masking import silence
 from mergebench.compute.matrices import mean_rows, sum_rows
 from mergebench.compute.namespace import namespace
+from mergebench.compute.seen import Seen
 from mergebench.compute.select import as_numpy
 from mergebench.core.site import Site
 from mergebench.merge.op import At, Stack, Statistic, Sweep, op
@@ -47,6 +48,11 @@ def _raw(at: At) -> Stack:
     return at.models * shares[:, None]
 
 
+def _as_they_came(stack: Stack, at: At) -> tuple[Stack, At]:
+    del stack
+    return _raw(at), at
+
+
 def _groups(
     sweep: Sweep, size: float, linkage: Linkage, blocks: Blocks
 ) -> dict[str, tuple[int, ...]]:
@@ -56,7 +62,7 @@ def _groups(
 
     def raw(visit: Callable[[Stack, At], Any]) -> Iterator[tuple[At, Any]]:
         nonlocal keys
-        for at, found in sweep(lambda stack, at: visit(_raw(at), at)):
+        for at, found in sweep(Seen(visit, _as_they_came)):
             sizes[block_of(at.site, blocks)] += at.stop - at.start
             keys = at.keys
             yield at, found

@@ -57,19 +57,11 @@ def _terms(stack: Stack, at: At) -> Stack:
 
 def _measure(sweep: Sweep) -> Any:
     """``‖Σ τ_i‖₁ / ‖merged‖₁ / N``."""
-    count = 0
-
-    def terms(stack: Stack, at: At) -> Stack:
-        nonlocal count
-        assert at.models is not None
-        count = at.models.shape[0]
-        return _terms(stack, at)
-
-    sums = totals(sweep, terms, 1 + sweep.models)
+    sums = totals(sweep, _terms, 1 + sweep.models)
     xp = namespace(sums)
     merged = sums[1:]
     empty = xp.astype(merged == 0, sums.dtype)
-    return sums[0] * (1 - empty) / ((merged + empty) * max(count, 1))
+    return sums[0] * (1 - empty) / ((merged + empty) * max(sweep.inputs, 1))
 
 
 def _statistic(beta: float, alpha: str) -> Statistic | None:
