@@ -23,6 +23,7 @@ from mergebench.core.errors import FormatError, MergebenchError
 CAPACITY = 64
 READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 WRITE = os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+PUT = os.O_WRONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 # One system call moves at most this many bytes: Linux stops below 2 GiB, macOS refuses above.
 _CALL = 1 << 30
 _PREADV: Any = getattr(os, "preadv", None)
@@ -153,7 +154,8 @@ class Handle:
     path : Path
         Kept absolute, so that a later change of the working directory does not matter.
     flags : int, default READ
-        ``READ`` or ``WRITE``. A file opened for reading must keep its size and modification time.
+        ``READ``, ``WRITE`` or, of a file that others write at the same time, ``PUT``. A file
+        opened for reading must keep its size and modification time.
     """
 
     def __init__(self, path: Path, flags: int = READ) -> None:

@@ -23,6 +23,10 @@ _FLAGS = WRITE | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 _BYTE = 1 << 30
 
 
+class TakenError(MergebenchError):
+    """Another process holds the lock."""
+
+
 class Lock:
     """The lock of one output, held until :meth:`release` or the end of the process.
 
@@ -30,8 +34,8 @@ class Lock:
     name leads to another file, or to none, and asks again.
     """
 
-    def __init__(self, path: Path, fd: int) -> None:
-        self._path, self._fd = path, fd
+    def __init__(self, path: Path, fd: int, *, shared: bool = False) -> None:
+        self._path, self._fd, self._shared = path, fd, shared
 
     def release(self) -> None:
         """Take the file away and let the next one in; nothing happens the second time."""
@@ -40,7 +44,7 @@ class Lock:
             return
         try:
             # A name that leads elsewhere is the lock of another run, which has been quick.
-            if sys.platform != "win32" and _leads_to(self._path, fd):
+            if sys.platform != "win32" and not self._shared and _leads_to(self._path, fd):
                 with suppress(OSError):
                     self._path.unlink()
         finally:
@@ -51,7 +55,7 @@ class Lock:
                 self._path.unlink()
 
 
-def acquire(path: Path, destination: Path) -> Lock | None:
+def acquire(path: Path, destination: Path, *, shared: bool = False) -> Lock | None:
     """Lock an output for this process.
 
     Parameters
@@ -60,6 +64,9 @@ def acquire(path: Path, destination: Path) -> Lock | None:
         The hidden file, made if missing; what a dead process has left of it does not matter.
     destination : Path
         The output, named in messages.
+    shared : bool, default False
+        Hold it together with others who do so; the file then stays when it is released. Nobody
+        can on Windows.
 
     Returns
     -------
@@ -68,9 +75,13 @@ def acquire(path: Path, destination: Path) -> Lock | None:
 
     Raises
     ------
+    TakenError
+        If another run holds the lock, naming its process.
     MergebenchError
-        If another run holds the lock, naming its process; or if the system refuses the file.
+        If the system refuses the file.
     """
+    if shared and sys.platform == "win32":
+        return None
     while True:
         try:
             fd = os.open(path, _FLAGS, 0o666)
@@ -78,7 +89,7 @@ def acquire(path: Path, destination: Path) -> Lock | None:
             raise cannot("made", path, error) from error
         kept = locked = False
         try:
-            if not (locked := _lock(fd)):
+            if not (locked := _lock(fd, shared)):
                 raise _taken(destination, fd)
             if _leads_to(path, fd):
                 # Only for the message above, so a full disk does not matter.
@@ -87,10 +98,12 @@ def acquire(path: Path, destination: Path) -> Lock | None:
                     os.lseek(fd, 0, os.SEEK_SET)
                     os.write(fd, str(os.getpid()).encode())
                 kept = True
-                return Lock(path, fd)
+                return Lock(path, fd, shared=shared)
         except OSError as error:
             if error.errno not in _UNKNOWN:
                 raise cannot("locked", path, error) from error
+            if shared:
+                return None
             with suppress(OSError):
                 path.unlink()
             return None
@@ -98,20 +111,20 @@ def acquire(path: Path, destination: Path) -> Lock | None:
             if not kept:
                 try:
                     # After an interrupt a name that is ours must not stay.
-                    if locked and _leads_to(path, fd):
+                    if locked and not shared and _leads_to(path, fd):
                         with suppress(OSError):
                             path.unlink()
                 finally:
                     os.close(fd)
 
 
-def _lock(fd: int) -> bool:
+def _lock(fd: int, shared: bool = False) -> bool:
     try:
         if sys.platform == "win32":
             os.lseek(fd, _BYTE, os.SEEK_SET)
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
         else:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _HELD:
             return False
@@ -126,11 +139,11 @@ def _leads_to(path: Path, fd: int) -> bool:
         return False
 
 
-def _taken(destination: Path, fd: int) -> MergebenchError:
+def _taken(destination: Path, fd: int) -> TakenError:
     os.lseek(fd, 0, os.SEEK_SET)
     text = os.read(fd, 20)
     who = f"process {text.decode()}" if text.isdigit() else "a process that has just started"
-    return MergebenchError(
+    return TakenError(
         f"{destination}: is being written by another run",
         got=who,
         fix="wait for its end, or choose another name",

@@ -99,6 +99,8 @@ class Hidden:
         comes back if the run is killed before its successor stands.
     trash : Path
         What nobody needs any more.
+    room : Path
+        What processes that make the output together leave for each other: a folder.
     """
 
     part: Path
@@ -106,6 +108,7 @@ class Hidden:
     lock: Path
     old: Path
     trash: Path
+    room: Path
 
     @classmethod
     def beside(cls, place: Path, mark: str = "") -> Self:
@@ -115,7 +118,7 @@ class Hidden:
         if len(name) > _LONGEST:
             name = f"{name[: _LONGEST - 9]}~{zlib.crc32(name.encode(errors='surrogateescape')):08x}"
         stem = f".{name}.mergebench-{mark}"
-        ends = ("part", "journal", "lock", "old", "trash")
+        ends = ("part", "journal", "lock", "old", "trash", "room")
         return cls(*(place.with_name(stem + end) for end in ends))
 
 
@@ -276,6 +279,35 @@ class Stage:
             self.restarted = part >= 0 and os.path.lexists(journal)
         remove(journal)
         remove(self.part)
+        remove(self._hidden.room)
+
+    def standing(self) -> Path | None:
+        """Where the work of a run with this key is, finished or not; ``None`` if there is none."""
+        past = read_journal(self._hidden.journal)
+        if past is None or self._key is None or past.head.key != self._key:
+            return None
+        here = (path for path in (self.part, self.place) if _inode(path) == past.head.place)
+        return next(here, None)
+
+    @property
+    def room(self) -> Path:
+        """For what processes that make the output together leave for each other."""
+        return self._hidden.room
+
+    def join(self) -> Lock | None:
+        """Hold the lock of the destination together with others that make the output.
+
+        Returns
+        -------
+        Lock or None
+            ``None`` where the disk knows no locks.
+
+        Raises
+        ------
+        TakenError
+            If a run has it alone.
+        """
+        return acquire(self._hidden.lock, self.destination, shared=True)
 
     def begin(self) -> None:
         """Start the journal of the files that are staged now.
@@ -380,6 +412,7 @@ class Stage:
                 self.journal.close()
             if journal:
                 remove(self._hidden.journal)
+                remove(self._hidden.room)
         finally:
             if self._lock is not None:
                 self._lock.release()

@@ -13,6 +13,7 @@ import xxhash
 
 from mergebench.checkpoints.descriptors import WRITE, Handle, cannot
 from mergebench.checkpoints.disk import create, disk_errors, flush, holds, remove
+from mergebench.checkpoints.placed import Staged
 from mergebench.checkpoints.placement import (
     PT,
     Layout,
@@ -113,7 +114,7 @@ class Output:
         self._stage = Stage(self.destination, single_file=single_file, force=force, key=key)
         self._recorder: Recorder | None = None
         self._handles: dict[str, Handle] = {}
-        self._open = False
+        self._open = self._foreign = False
         self._spans = Spans()
 
     def __enter__(self) -> Self:
@@ -138,7 +139,8 @@ class Output:
     ) -> None:
         self._alone.__exit__(kind, error, trace)
 
-    def _enter(self) -> None:
+    def enter(self) -> None:
+        """Open the output; for :func:`together` and those who do the like."""
         stage = self._stage
         stage.open(self.layout.total_bytes, self._intact)
         self.restarted = stage.restarted
@@ -245,6 +247,42 @@ class Output:
             with self._disk_errors():
                 self._recorder.finish(name, digest, place.file, place.nbytes)
 
+    def take(self, name: str, digest: str) -> None:
+        """Note a tensor that another process has written, and brought to the disk.
+
+        Raises
+        ------
+        ResourceError, MergebenchError, ValueError
+            As :meth:`finish`.
+        """
+        place = self.layout.places.get(name)
+        if place is not None:
+            self._spans.add(name, 0, place.nbytes)
+            self._foreign = True
+        self.finish(name, digest)
+
+    @property
+    def stage(self) -> Stage:
+        """Where it is being made."""
+        return self._stage
+
+    def staged_at(self, root: Path) -> Staged:
+        """Its files as they are in a place, for other processes that write to them.
+
+        Raises
+        ------
+        OSError
+            If one is missing.
+        """
+        files = [file.name for file in self.layout.files]
+        return Staged.of(root, None if self._single else files)
+
+    @property
+    def staged(self) -> Staged:
+        """The files of the open output."""
+        stage = self._stage
+        return self.staged_at(stage.place if stage.finished else stage.part)
+
     def settle(self, name: str, value: Any) -> None:
         """Note something measured, so that no later run need measure it again.
 
@@ -278,7 +316,7 @@ class Output:
         self._check_side(name)
         if self._stage.finished:
             return
-        self._record()
+        self.record()
         self._add(name, content)
 
     def fill(self, text: str) -> None:
@@ -299,6 +337,10 @@ class Output:
         if not self._open or not self._single or len(data) != stop - start:
             raise ValueError(f"{len(data)} bytes for {stop - start} of the header of one open file")
         if not self._stage.finished:
+            if self._foreign:
+                self.record()
+                # Opened again, a network disk sees what others have written beside the header.
+                self._handles[file.name].close()
             with self._disk_errors():
                 self._handles[file.name].write_at(memoryview(data), start)
 
@@ -331,12 +373,13 @@ class Output:
             with self._handles[name].borrow() as fd:
                 flush(fd, data_only=True)
 
-    def _record(self) -> None:
+    def record(self) -> None:
+        """Bring what has been noted to the disk."""
         if self._recorder is not None:
             with self._disk_errors():
                 self._recorder.flush()
 
-    def _seal(self) -> None:
+    def seal(self) -> None:
         """Check that nothing is missing and wait until all of it is on the disk."""
         for name, place in self.layout.places.items():
             if missing := self._missing(name, place):
@@ -345,11 +388,11 @@ class Output:
             for handle in self._handles.values():
                 with handle.borrow() as fd:
                     flush(fd)
-        self._record()
+        self.record()
         self._close()
         self._stage.seal()
 
-    def _leave(self, *, resumable: bool) -> None:
+    def leave(self, *, resumable: bool) -> None:
         """Give up, keeping what a later run can use."""
         past, recorder = self._stage.past, self._recorder
         try:
@@ -386,32 +429,32 @@ def together(outputs: Sequence[Output]) -> Iterator[None]:
     entered = False
     try:
         for output in outputs:
-            output._enter()
+            output.enter()
         entered = True
         yield
         for output in outputs:
-            output._seal()
+            output.seal()
         for output in outputs:
-            output._stage.swap()
+            output.stage.swap()
     except BaseException as error:
         # An error before any work says nothing about what earlier runs have left.
-        resumable = not entered or _is_resumable(error)
+        resumable = not entered or is_resumable(error)
         with ExitStack() as stack:
             for output in outputs:
-                stack.callback(output._leave, resumable=resumable)
+                stack.callback(output.leave, resumable=resumable)
         if any(output.kept for output in outputs):
             error.add_note("what is done is kept: run the same command again to go on from there")
         raise
     try:
         with ExitStack() as stack:
             for output in outputs:
-                stack.callback(output._stage.forget)
+                stack.callback(output.stage.forget)
     except KeyboardInterrupt as error:
         error.add_note("the output is complete")
         raise
 
 
-def _is_resumable(error: BaseException) -> bool:
+def is_resumable(error: BaseException) -> bool:
     """Whether the same command may succeed next time: not so if an input or the plan is wrong."""
     outside = (OSError, ResourceError, MemoryError)
     return (

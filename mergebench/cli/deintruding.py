@@ -12,7 +12,7 @@ from mergebench.cli import options as o
 
 if TYPE_CHECKING:
     from mergebench.merge.deintruded import Matrix
-    from mergebench.merge.engine import Written
+    from mergebench.merge.outcome import Written
 
 _FORMS = {"model": "model", "lora": "LoRA adapter", "delta": "task vector"}
 

@@ -11,7 +11,7 @@ from mergebench.core.delta import LowRank, Replacement
 from mergebench.core.errors import ParameterError
 from mergebench.core.schedule import Cases
 from mergebench.core.selector import Selector
-from mergebench.merge.engine import Written
+from mergebench.merge.outcome import Written
 from mergebench.recipe import ModelRef, Recipe
 from mergebench.sources import open_source
 

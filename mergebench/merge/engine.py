@@ -7,7 +7,6 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,7 +25,8 @@ from mergebench.merge.averaged import Mean
 from mergebench.merge.core_space import fits, merged_item
 from mergebench.merge.factors import write_factors
 from mergebench.merge.kernels import fuse, ready
-from mergebench.merge.op import Chain, Reading, Stack, needs_base
+from mergebench.merge.op import Chain, Stack, needs_base
+from mergebench.merge.outcome import Found, Outcome, Written, earlier, record, written
 from mergebench.merge.plan import Plan
 from mergebench.merge.resume import Ledger, resume_key
 from mergebench.merge.stream import (
@@ -55,50 +55,25 @@ class Sink(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Written:
-    """One finished output.
+class Run(Protocol):
+    """A way to fill the outputs of a plan: on this machine, or on many."""
 
-    Attributes
-    ----------
-    label : str
-        Which of several, such as ``lam=0.4``.
-    path : Path or None
-        ``None`` for an output in memory.
-    bytes : int
-    residuals : mapping of tensor name to float
-        ``‖ΔW - B A‖ / ‖ΔW‖`` where a merged update had to be truncated to a rank.
-    digests : mapping of tensor name to str
-        xxh3-128 of the stored bytes.
-    nonfinite : mapping of tensor name to {model: count}
-        Entries of inputs that are NaN or infinite, and that were passed through.
-    readings : mapping of tensor name to tuple of Reading
-        What ops have reported; models by their place in ``plan.models``.
-    """
+    def __call__(
+        self,
+        plan: Plan,
+        outputs: Sequence[Output],
+        ledger: Ledger,
+        progress: Progress,
+        note: Callable[[str], None] | None,
+    ) -> tuple[Found, list[dict[str, str]]]:
+        """Write and finish every tensor of every output.
 
-    label: str
-    path: Path | None
-    bytes: int
-    residuals: Mapping[str, float]
-    digests: Mapping[str, str]
-    nonfinite: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    readings: Mapping[str, tuple[Reading, ...]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What a run has found, beside the bytes.
-
-    Attributes
-    ----------
-    residuals, readings : list of mappings of tensor name to what :class:`Written` has
-        In the order of ``plan.variants``.
-    nonfinite : mapping of tensor name to {model: count}
-    """
-
-    residuals: list[dict[str, float]]
-    readings: list[dict[str, tuple[Reading, ...]]]
-    nonfinite: dict[str, dict[str, int]] = field(default_factory=dict)
+        Returns
+        -------
+        (Found, digests)
+            The latter per output: tensor name -> xxh3-128 of the stored bytes.
+        """
+        ...
 
 
 class Memory:
@@ -158,7 +133,8 @@ class _Here(Executor):
 
 
 @contextmanager
-def _workers(count: int) -> Iterator[Executor]:
+def workers(count: int) -> Iterator[Executor]:
+    """Threads for an evaluator."""
     # Every worker computes on one core; a BLAS with threads of its own would fight them.
     with one_thread():
         if count == 1:
@@ -192,6 +168,7 @@ def execute(
     force: bool = False,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
+    run: Run | None = None,
 ) -> list[Written]:
     """Run a plan and write its outputs, all of them in one reading of the inputs.
 
@@ -207,6 +184,8 @@ def execute(
         Called from this thread.
     note : callable, optional
         Called with sentences about work of an earlier run that is continued or thrown away.
+    run : callable, optional
+        How the outputs are filled; by the threads of this process if it is not given.
 
     Returns
     -------
@@ -218,39 +197,52 @@ def execute(
         For what only the data can show: NaN, overflow of the output dtype, a full disk; and if
         another run is writing one of the outputs.
     """
-    outputs = [_output(plan, variant, force) for variant in plan.variants]
+    outputs = outputs_of(plan, force=force)
     with together(outputs):
         ledger = Ledger(plan, outputs)
         if note is not None:
             for sentence in ledger.notes():
                 note(sentence)
-        sinks = [_Digests(output) for output in outputs]
-        found = _run(plan, sinks, progress or (lambda what, done, total: None), ledger, note)
-        for variant, output, sink in zip(plan.variants, outputs, sinks, strict=True):
+        show = progress or (lambda what, done, total: None)
+        found, unsorted = (run or _run_here)(plan, outputs, ledger, show, note)
+        digests = [dict(sorted(each.items())) for each in unsorted]
+        for variant, output, own in zip(plan.variants, outputs, digests, strict=True):
             if plan.package.single_file:
-                output.fill(sealed(output.layout, sink.digests()))
+                output.fill(sealed(output.layout, own))
                 continue
             about = plan.package.manifest_of(variant)
-            text = with_outputs(about, sink.digests(), output.layout, output.beside)
-            output.add_side(MANIFEST, text)
-    return [
-        Written(variant.label, variant.out, plan.layout.total_bytes, found.residuals[index],
-                sinks[index].digests(), found.nonfinite, found.readings[index])
-        for index, variant in enumerate(plan.variants)
-    ]  # fmt: skip
+            output.add_side(MANIFEST, with_outputs(about, own, output.layout, output.beside))
+    return written(plan, found, digests)
 
 
-def _output(plan: Plan, variant: Variant, force: bool) -> Output:
-    if variant.out is None:
-        raise ValueError("a variant has no place to be written to")
-    return Output(
-        variant.out,
-        plan.package.layout_of(variant),
-        single_file=plan.package.single_file,
-        side=plan.package.sides(variant),
-        force=force,
-        key=resume_key(plan, variant),
-    )
+def outputs_of(plan: Plan, *, force: bool) -> list[Output]:
+    """The outputs of a plan, not yet open; every variant must have a place."""
+    found = []
+    for variant in plan.variants:
+        if variant.out is None:
+            raise ValueError("a variant has no place to be written to")
+        output = Output(
+            variant.out,
+            plan.package.layout_of(variant),
+            single_file=plan.package.single_file,
+            side=plan.package.sides(variant),
+            force=force,
+            key=resume_key(plan, variant),
+        )
+        found.append(output)
+    return found
+
+
+def _run_here(
+    plan: Plan,
+    outputs: Sequence[Output],
+    ledger: Ledger,
+    progress: Progress,
+    note: Callable[[str], None] | None,
+) -> tuple[Found, list[dict[str, str]]]:
+    sinks = [_Digests(output) for output in outputs]
+    found = _run(plan, sinks, progress, ledger, note)
+    return found, [sink.digests() for sink in sinks]
 
 
 def execute_in_memory(plan: Plan, progress: Progress | None = None) -> list[dict[str, Array]]:
@@ -278,69 +270,84 @@ def _run(
 ) -> Found:
     total = plan.entries * plan.passes
     done = ledger.swept
-    found = Found([{} for _ in sinks], [{} for _ in sinks])
-    with _workers(plan.tiling.workers) as pool:
+    found = Found.nothing(plan)
+    with workers(plan.tiling.workers) as pool:
 
         def swept(entries: int) -> None:
             nonlocal done
             done += entries
             progress("measuring", min(done, total), total)
 
-        fusing = ready.wanted(total * len(plan.models))
+        def merged(entries: int) -> None:
+            nonlocal done
+            done += entries
+            progress("merging", min(done, total), total)
+
         evaluator = Evaluator(
-            plan.aligned.items, plan.tiling, pool, swept, ledger.known, fusing=fusing, note=note
-        )
+            plan.aligned.items, plan.tiling, pool, swept, ledger.known, fusing=fuses(plan),
+            note=note,
+        )  # fmt: skip
         for name in plan.aligned.order:
             targets = targets_of(plan, name)
-            item = plan.aligned.items.get(name)
             if ledger.is_finished(targets):
-                for index in range(len(sinks)):
-                    if (lost := ledger.lost(index, name)) is not None:
-                        found.residuals[index][name] = lost
-                    if readings := ledger.reported(index, name):
-                        found.readings[index][name] = readings
-                found.nonfinite.update(ledger.passed(name))
+                found.add(name, earlier(ledger, len(sinks), name))
+                item = plan.aligned.items.get(name)
                 done += 0 if item is None else item.site.size
                 continue
-            if item is None:
-                for target in targets:
-                    _copy(plan, name, target, sinks)
-                tensor = plan.aligned.copies[name]
-                if isinstance(tensor, Mean) and (counts := tensor.nonfinite()):
-                    found.nonfinite[name] = counts
-                    ledger.pass_through(name, counts)
-            else:
-                for variant in plan.variants:
-                    evaluator.prepare(variant.at(name), item)
-            if item is not None and name in plan.package.modules:
-                for index, (variant, sink) in enumerate(zip(plan.variants, sinks, strict=True)):
-                    lost = write_factors(plan, evaluator, variant, item, sink)
-                    if lost is not None:
-                        found.residuals[index][name] = lost
-                        ledger.lose(index, name, lost)
-                done += item.site.size
-            elif item is not None:
-                holes = False
-                for start, parts, some in _pieces(plan, evaluator, item):
-                    holes |= some
-                    for sink, part in zip(sinks, parts, strict=True):
-                        for target in targets:
-                            sink.write(target, start * part.itemsize, part)
-                    done += parts[0].size
-                    progress("merging", min(done, total), total)
-                if holes:
-                    found.nonfinite[name] = passed_through(item)
-                    ledger.pass_through(name, found.nonfinite[name])
-            for index, variant in enumerate(plan.variants):
-                if readings := evaluator.readings(variant.at(name), name):
-                    found.readings[index][name] = readings
-                    ledger.report(index, name, readings)
+            outcome = merge_tensor(plan, evaluator, name, sinks, merged)
+            found.add(name, outcome)
+            record(ledger, name, outcome)
             for sink in sinks:
                 for target in targets:
                     sink.finish(target)
             evaluator.forget(name)
-            progress("merging", min(done, total), total)
+            merged(0)
     return found
+
+
+def fuses(plan: Plan) -> bool:
+    """Whether a merge is to use kernels where it can."""
+    return ready.wanted(plan.entries * plan.passes * len(plan.models))
+
+
+def merge_tensor(
+    plan: Plan,
+    evaluator: Evaluator,
+    name: str,
+    sinks: Sequence[Sink],
+    merged: Callable[[int], None] = lambda entries: None,
+) -> Outcome:
+    """Merge or copy one tensor into every output, with its twins; nothing is finished.
+
+    ``merged`` is told how many entries have been merged since it was called last.
+    """
+    targets = targets_of(plan, name)
+    item = plan.aligned.items.get(name)
+    residuals: list[float | None] = [None] * len(sinks)
+    nonfinite: Mapping[str, int] = {}
+    if item is None:
+        for target in targets:
+            _copy(plan, name, target, sinks)
+        tensor = plan.aligned.copies[name]
+        nonfinite = tensor.nonfinite() if isinstance(tensor, Mean) else {}
+    else:
+        for variant in plan.variants:
+            evaluator.prepare(variant.at(name), item)
+    if item is not None and name in plan.package.modules:
+        for index, (variant, sink) in enumerate(zip(plan.variants, sinks, strict=True)):
+            residuals[index] = write_factors(plan, evaluator, variant, item, sink)
+        merged(item.site.size)
+    elif item is not None:
+        holes = False
+        for start, parts, some in _pieces(plan, evaluator, item):
+            holes |= some
+            for sink, part in zip(sinks, parts, strict=True):
+                for target in targets:
+                    sink.write(target, start * part.itemsize, part)
+            merged(parts[0].size)
+        nonfinite = passed_through(item) if holes else {}
+    readings = tuple(evaluator.readings(variant.at(name), name) for variant in plan.variants)
+    return Outcome(tuple(residuals), readings, nonfinite)
 
 
 def targets_of(plan: Plan, name: str) -> list[str]:

@@ -32,6 +32,12 @@ def resume_key(plan: Plan, variant: Variant) -> str:
     of mergebench; not threads, memory, or the place of the output. Inputs are known by names,
     sizes, modification times and headers of their files; those in memory by their content.
     """
+    text = json.dumps(decides(plan, variant), sort_keys=True, default=repr)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def decides(plan: Plan, variant: Variant) -> dict[str, Any]:
+    """What :func:`resume_key` names, by kind, as plain data."""
     sources = [*plan.models, *([plan.base] if plan.base is not None else [])]
     if variant.recipe.vocab == "error":
         sources = []
@@ -52,8 +58,7 @@ def resume_key(plan: Plan, variant: Variant) -> str:
             | ({} if each.source.identity else {"all": _content(each.tensors)})
             for each in plan.collected
         ]
-    text = json.dumps(about, sort_keys=True, default=repr)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return about
 
 
 def _tokenizers(source: Source) -> dict[str, str]:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from mergebench.core.errors import MergebenchError
-from mergebench.merge.engine import Written, execute
+from mergebench.merge.engine import execute
+from mergebench.merge.outcome import Written
 from mergebench.merge.plan import make_plan
 from mergebench.recipe import ModelRef, Recipe
 from tests.faults.conftest import Expected
