@@ -15,7 +15,8 @@ from mergebench.cli import options as o
 from mergebench.core.errors import EXIT_FINDINGS
 
 if TYPE_CHECKING:
-    from mergebench.merge.engine import Written
+    from mergebench.merge.many.where import Where
+    from mergebench.merge.outcome import Written
     from mergebench.merge.plan import Plan
     from mergebench.merge.readings import Row
     from mergebench.merge.variants import Variant
@@ -56,6 +57,10 @@ def merge(
     workers: o.Workers = None,
     kernels: o.Kernels = "auto",
     cache: o.Cache = "keep",
+    executor: o.Executor = "threads",
+    scheduler: o.Scheduler = None,
+    worker: o.Worker = None,
+    wait: o.Wait = 600,
     dry_run: o.DryRun = False,
     check: o.Check = False,
     report: o.Report = False,
@@ -78,7 +83,10 @@ def merge(
         out, ignore_saved_base, part, target, rank, energy, whole, where, include, exclude,
         on_mismatch, vocab, allow_base_mismatch, allow_nonfinite, block_pattern, task, statistics,
     )  # fmt: skip
-    do(recipe, force, memory, workers, dry_run, as_json, quiet, check, report, cache=cache)
+    do(
+        recipe, force, memory, workers, dry_run, as_json, quiet, check, report, cache=cache,
+        where=_where(executor, scheduler, worker, wait),
+    )  # fmt: skip
 
 
 def plan(
@@ -146,6 +154,10 @@ def run(
     memory: o.Memory = "512MiB",
     workers: o.Workers = None,
     cache: o.Cache = "keep",
+    executor: o.Executor = "threads",
+    scheduler: o.Scheduler = None,
+    worker: o.Worker = None,
+    wait: o.Wait = 600,
     dry_run: o.DryRun = False,
     check: o.Check = False,
     report: o.Report = False,
@@ -181,6 +193,7 @@ def run(
     do(
         _with_out(read),
         force, memory, workers, dry_run, as_json, quiet, check, report, found.notes, cache,
+        _where(executor, scheduler, worker, wait),
     )  # fmt: skip
 
 
@@ -343,18 +356,18 @@ def do(
     report: bool = False,
     notes: tuple[str, ...] = (),
     cache: str = "keep",
+    where: Where | None = None,
 ) -> None:
     """Plan a recipe, and unless it is only to be shown, run it and say what came out."""
-    from mergebench.merge.engine import check_outputs, execute
     from mergebench.merge.kernels import ready
+    from mergebench.merge.many.where import Where
     from mergebench.merge.plan import make_plan
 
     started = perf_counter()
     if not dry_run:
         ready.foresee(each.path for each in recipe.models)
-    made = make_plan(
-        recipe, memory=o.size("--memory", memory), workers=workers, stream=o.streams(cache)
-    )
+    budget, stream = o.size("--memory", memory), o.streams(cache)
+    made = make_plan(recipe, memory=budget, workers=workers, stream=stream)
     made = replace(made, notes=(*notes, *made.notes)) if notes else made
     if dry_run:
         if as_json:
@@ -362,7 +375,8 @@ def do(
         else:
             show_plan(made)
         return
-    check_outputs(made, force=force)
+    place = where or Where()
+    place.check(made, force=force)
     if check:
         trying.need_library(made)
     if not quiet:
@@ -370,7 +384,9 @@ def do(
             console.note(text)
     with console.bar(quiet or as_json) as progress:
         note = None if quiet else console.note
-        written = execute(made, force=force, progress=progress, note=note)
+        written = place.execute(
+            made, memory=budget, stream=stream, force=force, progress=progress, note=note
+        )
     seconds = perf_counter() - started
     if not as_json and not quiet:
         _summary(made, written, seconds)
@@ -383,6 +399,12 @@ def do(
         console.say_json(data | ({"checks": checked} if check else {}))
     if any(each["findings"] for each in checked):
         raise typer.Exit(EXIT_FINDINGS)
+
+
+def _where(executor: str, scheduler: str | None, worker: str | None, wait: float) -> Where:
+    from mergebench.merge.many.where import Where
+
+    return Where(executor, scheduler, worker, wait)
 
 
 def _rows(made: Plan, written: Written) -> list[Row]:

@@ -245,6 +245,38 @@ Kernels = Annotated[
         callback=_kernels,
     ),
 ]
+Executor = Annotated[
+    str,
+    typer.Option(
+        "--executor",
+        help="threads, of this machine; dask, the workers of the cluster of --scheduler.",
+        envvar="MERGEBENCH_EXECUTOR",
+    ),
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler",
+        help="Of a Dask cluster: an address such as tcp://10.0.0.1:8786, or its scheduler file.",
+        envvar="MERGEBENCH_SCHEDULER",
+        show_default=False,
+    ),
+]
+Worker = Annotated[
+    str | None,
+    typer.Option(
+        "--worker",
+        help="i/N: be one of N that make one output on a shared disk; start 0/N to (N-1)/N.",
+        show_default=False,
+    ),
+]
+Wait = Annotated[
+    float,
+    typer.Option(
+        "--wait", min=0, help="Seconds to wait for a worker that has not started.",
+        envvar="MERGEBENCH_WAIT",
+    ),
+]  # fmt: skip
 DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Print the plan and stop.")]
 Inputs = Annotated[
     Path | None,

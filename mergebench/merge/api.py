@@ -15,8 +15,10 @@ from mergebench.core.rules import parse_weight
 from mergebench.core.task_vector import TaskVector
 from mergebench.core.tensor import ArrayTensor
 from mergebench.merge.collected import collected_of_arrays
-from mergebench.merge.engine import Progress, Written, execute, execute_in_memory
+from mergebench.merge.engine import Progress, execute_in_memory
 from mergebench.merge.limits import DEFAULT_MEMORY
+from mergebench.merge.many.numbered import WAIT
+from mergebench.merge.many.where import Where
 from mergebench.merge.plan import Plan, make_plan
 from mergebench.recipe import ModelRef, OpRef, Part, Recipe, parse_op, part_in, with_rules
 from mergebench.sources import (
@@ -64,6 +66,10 @@ def merge_models(
     workers: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    executor: str = "threads",
+    scheduler: Any = None,
+    worker: str | None = None,
+    wait: float = WAIT,
     **params: Any,
 ) -> Any:
     """Merge models, adapters or state dicts.
@@ -107,6 +113,15 @@ def merge_models(
     force : bool, default False
         Replace an existing output.
     progress : callable, optional
+    executor : threads (default) or dask
+        Threads of this process, or the workers of a Dask cluster, which read the inputs and write
+        ``out`` on a disk that all share.
+    scheduler : str or distributed.Client, optional
+        Of that cluster: an address, a scheduler file, or a client.
+    worker : str, optional
+        ``"i/N"``: take part as one of N processes that all make this call, with the same ``out``.
+    wait : float, seconds, default 600
+        For workers that have not started.
 
     Returns
     -------
@@ -123,6 +138,9 @@ def merge_models(
     """
     if isinstance(models, (str, Mapping)) or not models:
         raise MergebenchError("models: a list of at least one", got=type(models).__name__)
+    chosen = Where(executor, scheduler, worker, wait)
+    if out is None and chosen != Where(wait=wait):
+        raise MergebenchError("out: many processes write to a disk", fix="give out=")
     pairs = [_pair(each) for each in models]
     files = [None] * len(pairs) if statistics is None else list(statistics)
     if len(files) != len(pairs):
@@ -183,7 +201,7 @@ def merge_models(
         recipe, sources=opened, base=under, statistics=held, memory=budget, workers=workers
     )
     if out is not None:
-        written: list[Written] = execute(plan, force=force, progress=progress)
+        written = chosen.execute(plan, memory=budget, force=force, progress=progress)
         return written if _several(plan) else written[0]
     results = execute_in_memory(plan, progress)
     if any(_is_torch(model) for model, _ in pairs):

@@ -1,0 +1,1 @@
+"""One merge on many machines: the same bytes, whoever computes what."""
