@@ -367,13 +367,14 @@ def _pieces(
     dense = [ops for ops, core in zip(chains, cores, strict=True) if core is None]
     unit, jobs = evaluator.pieces(dense, item)
     item = opened(item)
-    fusible = len(dense) == len(chains) and unit == 1 and fuse.fits(dtype)
+    whole_rows = unit <= max(item.site.row, 1)
+    fusible = len(dense) == len(chains) and whole_rows and fuse.fits(dtype)
     fused = evaluator.fused(chains, item, ends=True) if fusible else None
 
     def by_kernel(start: int, stop: int) -> tuple[int, list[Array], bool]:
         assert fused is not None
         outs = [np.empty(stop - start, DTYPES[dtype]) for _ in plan.variants]
-        wide = fused.tile(evaluator.tiling.tile)
+        wide = fused.tile(evaluator.tiling.tile, unit)
         room, some = fused.buffers(wide), False
         for begin in range(start, stop, wide):
             end = min(begin + wide, stop)

@@ -578,7 +578,7 @@ class ItemSweep:
                 if fused is None:
                     yield partial(self._ops_job, visit, ready, tiles)
                 else:
-                    yield partial(self._fused_job, visit, ready, fused, (start, stop))
+                    yield partial(self._fused_job, visit, ready, fused, unit, (start, stop))
 
     # What overflows is found, and refused, where it is rounded.
     @np.errstate(over="ignore", invalid="ignore")
@@ -593,11 +593,12 @@ class ItemSweep:
         visit: Callable[[Stack, At], R],
         item: Item,
         fused: Fused,
+        unit: int,
         job: tuple[int, int],
     ) -> list[tuple[At, R]]:
         by_kernel = getattr(visit, "by_kernel", None)
         narrow, found = self.owner.tiling.tile, []
-        wide = fused.tile(narrow)
+        wide = fused.tile(narrow, unit)
         room = fused.buffers(wide)
         looking = fused.looking(room)
         for begin in range(*job, wide):
@@ -610,7 +611,7 @@ class ItemSweep:
                 continue
             stack = fused.stack(room)
             if stack is None:
-                tiles = self.owner.tiling.tiles(begin, end, 1)
+                tiles = self.owner.tiling.tiles(begin, end, unit)
                 found += [(at, visit(stack, at)) for at, stack in self._by_ops(item, tiles)]
             else:
                 at = at if self.ops else replace(at, models=stack)
@@ -620,7 +621,8 @@ class ItemSweep:
     def _fused(self, item: Item, unit: int) -> Fused | None:
         """What comes before the statistic, for kernels; ``None`` where more is looked at."""
         spec = self.asking[-1].spec
-        if unit > 1 or spec.needs_base or (spec.needs_models and self.ops):
+        whole_rows = unit <= max(item.site.row, 1)
+        if not whole_rows or spec.needs_base or (spec.needs_models and self.ops):
             return None
         return self.owner.fused([self.ops], item, ends=False)
 
@@ -650,10 +652,11 @@ class ItemSweep:
                 self.owner.prepare(self.ops, item)
             ready = opened(item) if wanted < offset + size else item
             fused = self._fused(ready, unit) if wanted < offset + size else None
-            room = None if fused is None else fused.buffers(_RUN)
+            run = max(_RUN // unit, 1) * unit
+            room = None if fused is None else fused.buffers(run)
             while wanted < offset + size:
                 begin = int(wanted - offset) // unit * unit
-                end = min(begin + max(_RUN // unit, 1) * unit, size)
+                end = min(begin + run, size)
                 parts.append(self._run(ready, begin, end, fused, room))
                 wanted += stride
             offset += size

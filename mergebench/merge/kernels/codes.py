@@ -8,6 +8,8 @@ __all__ = ["BLOCK", "LANES"]
 
 #: Entries that go through all stages before the next ones are loaded.
 STRETCH = 2048
+#: Rows so short that each entry is compared with every other; bins of a radix sort.
+FEW, DIGITS = 8, 1 << 11
 #: Rows of the workspace beside those of the models: base, and two for sums.
 SPARE = 3
 #: Dtypes as they are stored; ZEROS stands for a model that does not touch the tensor.
@@ -15,6 +17,8 @@ ZEROS, BF16, F16, F32 = range(4)
 KINDS = {"": ZEROS, "BF16": BF16, "F16": F16, "F32": F32}
 #: What a stage does. GATHER is ADD of displacements, or STEP, without any rows in between.
 WINDOW, DRAW, MULTIPLY, DIVIDE, ELECT, ADD, STEP, DISJOINT, GATHER = range(9)
+#: The same with rows, which are never cut.
+ROW_WINDOW, ROW_DRAW = 9, 10
 #: Divisors of DISJOINT.
 NONE, COUNT, WEIGHTS = range(3)
 #: What is measured.

@@ -44,6 +44,7 @@ def combine(
     X: Any,
     numbers: Any,
     draws: Any,
+    along: Any,
     kind: Any,
     onto: Any,
     out_halves: Any,
@@ -69,10 +70,12 @@ def combine(
     floats : float32 array, (stages, models)
     bounds : float32 array, (stages, models, 4)
         Of windows.
-    X : float32 array, (models + SPARE, STRETCH)
+    X : float32 array, (models + SPARE, STRETCH), or as wide as a row that is longer
         Workspace.
     numbers, draws : uint64 and uint32 array
         Workspace for random numbers, seen in two ways.
+    along : Along or None
+        For stages of rows, of which then no piece cuts one; another function is compiled for it.
     kind : int
         Dtype of the result; ZEROS for float32 rows that are left as they are.
     onto : int
@@ -92,8 +95,11 @@ def combine(
     # What a single model is multiplied by at the end is done while it is stored.
     last = stages - 1 if stages and codes[stages - 1, 0] == MULTIPLY and kind != ZEROS else stages
     by = floats[last, 0] if last < stages else _1
-    for begin in range(0, count, STRETCH):
-        m = min(STRETCH, count - begin)
+    step = STRETCH
+    if along is not None:
+        step = max(STRETCH // along.length, 1) * along.length
+    for begin in range(0, count, step):
+        m = min(step, count - begin)
         here = first + begin
         if ready:
             flaws = gathered(halves, words, kinds, ints[0, :, 0], floats[0], X, begin, m)
@@ -102,7 +108,9 @@ def combine(
         if flaws & HIGHEST:
             return BAD_INPUT
         rows = 1 if ready else models
-        rows = staged(codes, ints, floats, bounds, X, rows, here, m, numbers, draws, ready, last)
+        rows = staged(
+            codes, ints, floats, bounds, X, rows, here, m, numbers, draws, ready, last, along
+        )
         if kind == ZEROS:
             for i in range(rows):
                 x, out = X[i], out_words[i, begin:]

@@ -57,16 +57,17 @@ class Fused:
     programs: Sequence[Program]
     kernels: Kernels
 
-    def tile(self, narrow: int) -> int:
+    def tile(self, narrow: int, unit: int) -> int:
         """Entries of a tile that takes no more room than the ops take for a narrow one.
 
-        These hold several copies of it in float32.
+        These hold several copies of it in float32. No tile is less than a unit.
         """
-        return narrow * 8 // max(self.source.width, 2)
+        wide = narrow * 8 // max(self.source.width, 2)
+        return max(wide // unit, 1) * unit
 
     def buffers(self, tile: int) -> Buffers:
         """Room for one worker."""
-        return self.source.buffers(tile)
+        return self.source.buffers(tile, self.programs)
 
     def merge(
         self, room: Buffers, span: tuple[int, int], dtype: str, outs: Sequence[Array]

@@ -129,6 +129,7 @@ def measure(
     X: Any,
     numbers: Any,
     draws: Any,
+    along: Any,
     what: Any,
     how: Any,
     weights: Any,
@@ -144,7 +145,7 @@ def measure(
 
     Parameters
     ----------
-    halves … draws
+    halves … along
         As for :func:`~mergebench.merge.kernels.combine.combine`.
     what : int
         SURVEY, PRODUCTS or BALLOT.
@@ -158,7 +159,8 @@ def measure(
     values, places : int32 and int64 array, (searches, room)
         What lies inside, as far as there is room, and where in the tensor.
     wide, lanes, sums : float64 array, (rows, 4 · LANES), (pairs, LANES) and (blocks, pairs)
-        Workspace and result of PRODUCTS, for entries that begin with a block.
+        Workspace and result of PRODUCTS, for entries that begin with a block and no stages of
+        rows.
 
     Returns
     -------
@@ -167,14 +169,18 @@ def measure(
     """
     flags = np.zeros(_SOME, np.uint8)
     eights = flags.view(np.uint64)
-    for begin in range(0, count, STRETCH):
-        m = min(STRETCH, count - begin)
+    step = STRETCH
+    if along is not None:
+        step = max(STRETCH // along.length, 1) * along.length
+    for begin in range(0, count, step):
+        m = min(step, count - begin)
         if loaded(halves, words, kinds, minus, base, X, begin, m) & HIGHEST:
             return BAD_INPUT
         here = first + begin
         rows = staged(
-            codes, ints, floats, bounds, X, minus.shape[0], here, m, numbers, draws, 0, len(codes)
-        )
+            codes, ints, floats, bounds, X, minus.shape[0],
+            here, m, numbers, draws, 0, len(codes), along,
+        )  # fmt: skip
         if what == SURVEY:
             for search in range(len(brackets)):
                 own = brackets[search]

@@ -14,6 +14,7 @@ from mergebench.compute.select import Cut
 from mergebench.core.site import Site
 from mergebench.merge.kernels import codes as c
 from mergebench.merge.kernels.stages import (
+    OF_ROWS,
     REDUCING,
     Add,
     Disjoint,
@@ -21,6 +22,8 @@ from mergebench.merge.kernels.stages import (
     Draw,
     Elect,
     Multiply,
+    RowDraw,
+    RowWindow,
     Stage,
     Stages,
     Step,
@@ -44,6 +47,12 @@ class Program:
     floats : float32 array, (stages, models)
     bounds : float32 array, (stages, models, 4)
         Of windows.
+    chances : float64 array, (stages, models, 2)
+        Of draws by rank: the least, and half of how much more the largest is.
+    row : int
+        Entries of a row, if a stage must see whole ones, else 0.
+    sorts : bool
+        Whether a stage ranks all entries of a row.
     rows : int
         How many models are left.
     onto : int
@@ -55,6 +64,9 @@ class Program:
     ints: NDArray[np.int64]
     floats: NDArray[np.float32]
     bounds: NDArray[np.float32]
+    chances: NDArray[np.float64]
+    row: int
+    sorts: bool
     rows: int
     onto: int
 
@@ -89,17 +101,22 @@ def program(
     ints = np.zeros((count, models + 2, 2), np.int64)
     floats = np.ones((count, models), np.float32)
     bounds = np.zeros((count, models, 4), np.float32)
+    chances = np.zeros((count, models, 2))
     # What is too large for float32 is found, and refused, where it is rounded.
     with np.errstate(over="ignore"):
         for place, stage in enumerate(stages):
             _write(stage, site, codes[place], ints[place], floats[place], bounds[place])
+            if isinstance(stage, RowDraw):
+                chances[place, : len(stage.least)] = list(zip(stage.least, stage.half, strict=True))
     if gathered is not None:
         codes[0, 0] = c.GATHER
         ints[0, :, 0] = gathered
         if isinstance(stages[0], Step):
             onto = c.EXACTLY if stages[0].exact else c.PLAINLY
     left = 1 if any(isinstance(stage, REDUCING) for stage in stages) else models
-    return Program(codes, ints, floats, bounds, left, onto or c.NOWHERE)
+    row = site.row if any(isinstance(stage, OF_ROWS) for stage in stages) else 0
+    sorts = any(isinstance(stage, RowDraw) for stage in stages)
+    return Program(codes, ints, floats, bounds, chances, row, sorts, left, onto or c.NOWHERE)
 
 
 def _shortened(stages: Stages) -> Stages:
@@ -143,6 +160,13 @@ def _write(stage: Stage, site: Site, codes: Any, ints: Any, floats: Any, bounds:
             ints[: len(streams), 0] = _signed(streams)
             # One below the limit, which may be 2^32.
             ints[: len(streams), 1] = [each - 1 for each in limits_]
+        case RowWindow(low, high, ties):
+            codes[0] = c.ROW_WINDOW
+            own = slice(None if len(low) == 1 else len(low))
+            ints[own, 0], ints[own, 1], floats[own] = low, high, ties
+        case RowDraw(streams, _, _, divide):
+            codes[:2] = c.ROW_DRAW, divide
+            ints[: len(streams), 0] = _signed(streams)
         case Multiply(by) | Divide(by):
             codes[0] = c.MULTIPLY if isinstance(stage, Multiply) else c.DIVIDE
             floats[: None if len(by) == 1 else len(by)] = by

@@ -76,7 +76,8 @@ def _compiled() -> Kernels:
     site, found = Site("", (2,)), Kernels(combine, measure)
     source = stored(site, [Dense(ArrayTensor(np.ones(2, np.float32)))], None)
     assert source is not None
-    room, steps = source.buffers(2), program((Add(),), 1, site)
+    steps = program((Add(),), 1, site)
+    room = source.buffers(2, [steps])
     room.read(0, 2)
     out = np.empty(2, np.float32)
     right = room.merge(found, steps, "F32", out) and out.sum() == 2

@@ -31,6 +31,32 @@ _NOTHING: Mapping[str, Array] = {
 }
 
 
+class Along(NamedTuple):
+    """What stages of rows need beside what all stages do.
+
+    Attributes
+    ----------
+    length : int
+        Entries of a row.
+    chances : float64 array, (stages, models, 2)
+        See :class:`~mergebench.merge.kernels.program.Program`.
+    hints : int64 array, (stages, models, 2, 2)
+        Where thresholds of the row before were, which changes no result.
+    sizes : int64 array
+        Room for a short row.
+    places, counts, pairs : uint32 and uint64 array
+        Room to rank a row.
+    """
+
+    length: int
+    chances: NDArray[np.float64]
+    hints: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    places: NDArray[np.uint32]
+    counts: NDArray[np.uint32]
+    pairs: NDArray[np.uint64]
+
+
 class Kernels(NamedTuple):
     """The compiled passes."""
 
@@ -80,9 +106,9 @@ class Stored:
         values = not self.minus.any() and bool((self.kinds[:-1] != c.ZEROS).all())
         return "values" if values else "mixed"
 
-    def buffers(self, tile_: int) -> Buffers:
-        """Room for tiles of so many entries."""
-        return Buffers(self, tile_)
+    def buffers(self, tile_: int, programs: Sequence[Program]) -> Buffers:
+        """Room for tiles of so many entries, and for all of these programs."""
+        return Buffers(self, tile_, programs)
 
 
 def stored(site: Site, deltas: Sequence[Delta | None], base: Tensor | None) -> Stored | None:
@@ -128,14 +154,23 @@ def stored(site: Site, deltas: Sequence[Delta | None], base: Tensor | None) -> S
 class Buffers:
     """Room for one worker: stored entries of a tile, and the workspace of the compiled pass."""
 
-    def __init__(self, source: Stored, tile_: int) -> None:
+    def __init__(self, source: Stored, tile_: int, programs: Sequence[Program]) -> None:
         self.source = source
         size = -(-tile_ * source.width // 8) * 8
         self.raw = np.empty((len(source.rows), size), np.uint8)
         self.halves, self.words = self.raw.view(np.uint16), self.raw.view(np.uint32)
-        self.work = np.empty((source.models + c.SPARE, c.STRETCH), np.float32)
-        self.numbers = np.empty(c.STRETCH // 2 + 2, np.uint64)
+        row = max((each.row for each in programs), default=0)
+        wide = max(c.STRETCH, row)
+        self.work = np.empty((source.models + c.SPARE, wide), np.float32)
+        self.numbers = np.empty(wide // 2 + 2, np.uint64)
         self.span = (0, 0)
+        stages = max((len(each.codes) for each in programs), default=0)
+        self.hints = np.zeros((stages, source.models, 2, 2), np.int64)
+        self.sizes = np.empty(c.FEW, np.int64)
+        sorted_ = row if any(each.sorts for each in programs) else 0
+        self.places = np.empty(sorted_, np.uint32)
+        self.counts = np.empty(max(sorted_ + 1, c.DIGITS) if sorted_ else 0, np.uint32)
+        self.pairs = np.empty((2, sorted_), np.uint64)
 
     def read(self, start: int, stop: int) -> None:
         """Read entries ``start:stop`` of every row."""
@@ -157,8 +192,15 @@ class Buffers:
         return (
             self.halves, self.words, source.kinds, source.minus, source.based, start, stop - start,
             steps.codes, steps.ints, steps.floats, steps.bounds,
-            self.work, self.numbers, self.numbers.view(np.uint32),
+            self.work, self.numbers, self.numbers.view(np.uint32), self._along(steps),
         )  # fmt: skip
+
+    def _along(self, steps: Program) -> Along | None:
+        if not steps.row:
+            return None
+        return Along(
+            steps.row, steps.chances, self.hints, self.sizes, self.places, self.counts, self.pairs
+        )
 
     def _run(self, kernels: Kernels, steps: Program, kind: int, halves: Any, words: Any) -> bool:
         result: int = kernels.combine(*self.arguments(steps), kind, steps.onto, halves, words)
@@ -219,7 +261,12 @@ class Looking:
         return (tallies, values, places) if found else None
 
     def products(self) -> NDArray[np.float64] | None:
-        """Inner products of all pairs of rows over blocks, (blocks, rows, rows)."""
+        """Inner products of all pairs of rows over blocks, (blocks, rows, rows).
+
+        ``None`` too after stages of rows, whose pieces do not end where blocks do.
+        """
+        if self.steps.row:
+            return None
         start, stop = self.room.span
         rows = self.steps.rows
         one, other = np.triu_indices(rows)

@@ -6,14 +6,12 @@ values and know nothing of how they are run; what has no stages is run by the op
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from mergebench.compute.gram import is_even
 from mergebench.compute.select import Cut
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,48 @@ class Draw:
 
     streams: tuple[int, ...]
     limits: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RowWindow:
+    """Keep in every row the magnitudes of rank ``low < rank <= high``.
+
+    The largest has rank 1, and the earlier of equals the lower one.
+
+    Attributes
+    ----------
+    low, high : tuple of int
+        Per model, or one for all.
+    ties : tuple of bool
+        Whether all equals of the last that stays do too.
+    """
+
+    low: tuple[int, ...]
+    high: tuple[int, ...]
+    ties: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class RowDraw:
+    """Keep entries at random, and more often the larger they are in their row.
+
+    Of n entries the one of rank r, the smallest being 0 and the later of equals lower, stays if its
+    number of the stream, as a share, is below ``least + r / (n - 1) · 2 · half``.
+
+    Attributes
+    ----------
+    streams : tuple of int
+        Per model.
+    least, half : tuple of float
+        Per model.
+    divide : bool
+        Whether what stays is divided by its own probability.
+    """
+
+    streams: tuple[int, ...]
+    least: tuple[float, ...]
+    half: tuple[float, ...]
+    divide: bool
 
 
 @dataclass(frozen=True)
@@ -123,8 +163,12 @@ class Disjoint:
     cancelled: Literal["zero", "sum"]
 
 
-Stage = Window | Draw | Multiply | Divide | Elect | Add | Step | Disjoint
+Stage = Window | Draw | RowWindow | RowDraw | Multiply | Divide | Elect | Add | Step | Disjoint
 Stages = tuple[Stage, ...]
+#: Those that must see whole rows.
+OF_ROWS = (RowWindow, RowDraw)
+#: Those that treat every model by itself; what they have of each is in tuples.
+_ALONE = (Window, Draw, RowWindow, RowDraw, Multiply, Divide)
 #: Those that leave a single model.
 REDUCING = (Add, Step, Disjoint)
 
@@ -139,22 +183,21 @@ def side_by_side(several: Sequence[Stages]) -> Stages | None:
 
 def _joined(stages: Sequence[Stage]) -> Stage | None:
     """The same stage for several models, each with its numbers."""
-    windows = [each for each in stages if isinstance(each, Window)]
-    draws = [each for each in stages if isinstance(each, Draw)]
-    products = [each for each in stages if isinstance(each, Multiply)]
-    quotients = [each for each in stages if isinstance(each, Divide)]
-    count = len(stages)
-    if len(windows) == count and len({bool(each.drop) for each in windows}) == 1:
-        return Window(_all(each.keep for each in windows), _all(each.drop for each in windows))
-    if len(draws) == count:
-        return Draw(_all(each.streams for each in draws), _all(each.limits for each in draws))
-    if len(products) == count:
-        return Multiply(_all(each.by for each in products))
-    return Divide(_all(each.by for each in quotients)) if len(quotients) == count else None
-
-
-def _all(parts: Iterable[tuple[T, ...]]) -> tuple[T, ...]:
-    return tuple(each for part in parts for each in part)
+    kind = type(stages[0])
+    if kind not in _ALONE or any(type(each) is not kind for each in stages):
+        return None
+    joined: dict[str, Any] = {}
+    for each in fields(kind):
+        own = [getattr(stage, each.name) for stage in stages]
+        if not isinstance(own[0], tuple):
+            if any(value != own[0] for value in own):
+                return None
+            joined[each.name] = own[0]
+        elif len({bool(values) for values in own}) > 1:
+            return None
+        else:
+            joined[each.name] = tuple(value for values in own for value in values)
+    return kind(**joined)
 
 
 def combination(shares: Any, pivot: int) -> Stages:

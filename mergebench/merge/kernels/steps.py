@@ -15,60 +15,17 @@ from mergebench.merge.kernels.codes import (
     ELECT,
     MULTIPLY,
     NONE,
+    ROW_DRAW,
+    ROW_WINDOW,
     STEP,
     WEIGHTS,
     WINDOW,
 )
+from mergebench.merge.kernels.masks import chosen, random_words, window
+from mergebench.merge.kernels.ranks import draw_rows
+from mergebench.merge.kernels.thresholds import window_rows
 
 _0, _1 = np.float32(0), np.float32(1)
-_PHI = np.uint64(0x9E3779B97F4A7C15)
-_M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_S27, _S30, _S31 = np.uint64(27), np.uint64(30), np.uint64(31)
-
-
-@float_kernel
-def _keep(x: Any, above: Any, not_above: Any, start: Any, stop: Any) -> None:
-    """Zero what is not above the one number, and what is above the other."""
-    # A range from zero on: a compiler that must think of negative places does not vectorise.
-    part = x[start:stop]
-    for j in range(len(part)):
-        size = abs(part[j])
-        part[j] = part[j] * (_1 if (size > above) & (size <= not_above) else _0)
-
-
-@float_kernel
-def _window(x: Any, bounds: Any, ties: Any, first: Any, count: Any) -> None:
-    """The window of one model: two thresholds, each with the entry up to which its ties belong.
-
-    ``bounds`` has what magnitudes must be above where ties stay and where they do not, and the
-    same for what is dropped.
-    """
-    keep = min(max(ties[0] - first, 0), count)
-    drop = min(max(ties[1] - first, 0), count)
-    one, two = min(keep, drop), max(keep, drop)
-    _keep(x, bounds[0], bounds[2], 0, one)
-    if keep > drop:
-        _keep(x, bounds[0], bounds[3], one, two)
-    else:
-        _keep(x, bounds[1], bounds[2], one, two)
-    _keep(x, bounds[1], bounds[3], two, count)
-
-
-@float_kernel
-def _numbers(stream: Any, first: Any, count: Any, out: Any) -> None:
-    """Words ``first`` and on of a stream, as in :mod:`mergebench.compute.random`."""
-    start = stream + np.uint64(first + 1) * _PHI
-    for j in range(count):
-        z = start + np.uint64(j) * _PHI
-        z = (z ^ (z >> _S30)) * _M1
-        z = (z ^ (z >> _S27)) * _M2
-        out[j] = z ^ (z >> _S31)
-
-
-@float_kernel
-def _chosen(x: Any, numbers: Any, last: Any, count: Any) -> None:
-    for j in range(count):
-        x[j] = x[j] * (_1 if numbers[j] <= last else _0)
 
 
 @float_kernel
@@ -214,6 +171,7 @@ def staged(
     draws: Any,
     start: Any,
     stop: Any,
+    along: Any,
 ) -> Any:
     """Run stages ``start:stop`` on the first ``rows`` rows; how many are left.
 
@@ -225,13 +183,28 @@ def staged(
         own = floats[stage]
         if code == WINDOW:
             for i in range(rows):
-                _window(X[i], bounds[stage, i], ints[stage, i], here, m)
-        elif code == DRAW:
+                edges, ties = bounds[stage, i], ints[stage, i]
+                keep = min(max(ties[0] - here, 0), m)
+                drop = min(max(ties[1] - here, 0), m)
+                window(X[i], edges[0], edges[1], edges[2], edges[3], keep, drop, m)
+        elif code in (DRAW, ROW_DRAW):
             word = here // 2
             for i in range(rows):
                 stream, most = np.uint64(ints[stage, i, 0]), np.uint32(ints[stage, i, 1])
-                _numbers(stream, word, (here + m + 1) // 2 - word, numbers)
-                _chosen(X[i], draws[here - 2 * word :], most, m)
+                random_words(stream, word, (here + m + 1) // 2 - word, numbers)
+                own_draws = draws[here - 2 * word :]
+                if code == DRAW:
+                    chosen(X[i], own_draws, most, m)
+                elif along is not None:
+                    draw_rows(
+                        X[i], along.length, own_draws, along.chances[stage, i], a,
+                        along.places, along.counts, along.pairs, along.hints[stage, i, 0], m,
+                    )  # fmt: skip
+        elif code == ROW_WINDOW:
+            if along is not None:
+                for i in range(rows):
+                    ranks, ties, hints = ints[stage, i], own[i] > _0, along.hints[stage, i]
+                    window_rows(X[i], along.length, ranks[0], ranks[1], ties, hints, along.sizes, m)
         elif code == MULTIPLY:
             for i in range(rows):
                 _times(X[i], own[i], m)

@@ -10,7 +10,7 @@ from annotated_types import Interval
 from mergebench.compute.keep import keep_mask, row_ranks_mask
 from mergebench.compute.masking import silence
 from mergebench.compute.select import Cut, kth_magnitudes
-from mergebench.merge.kernels.stages import Stages, Window
+from mergebench.merge.kernels.stages import RowWindow, Stages, Window
 from mergebench.merge.op import At, Granularity, Stack, Statistic, Sweep, op
 
 Scope = Literal["row", "tensor", "model"]
@@ -54,9 +54,12 @@ def _granularity(scope: Scope, **_: object) -> Granularity:
     return "row" if scope == "row" else "entry"
 
 
-def _stages(at: At, scope: Scope, **_: object) -> Stages | None:
+def _stages(
+    at: At, density: float, gamma: float, scope: Scope, count: Count, conflict: Conflict
+) -> Stages:
     if scope == "row":
-        return None
+        low, high = ranks(at.site.row, density, gamma, count, conflict)
+        return (RowWindow((low,), (high,), (False,)),)
     outliers, kept = at.value
     return (Window(tuple(kept), tuple(outliers)),)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from math import ceil
 from typing import Annotated, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from mergebench.compute.rescaling import norm_ratios, rescaled
 from mergebench.core.errors import ParameterError
 from mergebench.core.params import Seed
 from mergebench.core.site import Site
+from mergebench.merge.kernels.stages import Divide, Draw, Multiply, RowDraw, Stage, Stages
 from mergebench.merge.op import At, Granularity, Stack, Statistic, Sweep, op
 
 Rescale = Literal["probability", "l1", "none"]
@@ -65,7 +67,24 @@ def _check(site: Site, density: float, epsilon: float, **_: object) -> None:
         )
 
 
-@op(granularity=_granularity, statistic=_statistic, check=_check, alone=True)
+def _stages(at: At, density: float, epsilon: float, seed: int, rescale: Rescale) -> Stages | None:
+    if density >= 1:
+        return ()
+    streams = tuple(stream_of(seed, at.site.key, key) for key in at.keys)
+    count, divide = len(streams), rescale == "probability"
+    found: list[Stage] = []
+    if at.site.row == 1 or epsilon == 0:
+        # One probability for all, below which a share must be.
+        found += [Draw(streams, (ceil(density * 2.0**32),) * count)]
+        found += [Divide((density,))] if divide else []
+    else:
+        found += [RowDraw(streams, (density - epsilon,) * count, (epsilon,) * count, divide)]
+    if rescale == "l1":
+        found += [Multiply(tuple(map(float, at.value)))]
+    return tuple(found)
+
+
+@op(granularity=_granularity, statistic=_statistic, check=_check, alone=True, fused=_stages)
 def magprune(
     stack: Stack,
     at: At,

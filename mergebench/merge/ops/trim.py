@@ -10,7 +10,7 @@ from annotated_types import Interval
 from mergebench.compute.keep import keep_mask, row_ranks_mask
 from mergebench.compute.masking import silence
 from mergebench.compute.select import ALL, Cut, kth_magnitudes
-from mergebench.merge.kernels.stages import Stages, Window
+from mergebench.merge.kernels.stages import RowWindow, Stages, Window
 from mergebench.merge.op import At, Granularity, Stack, Statistic, Sweep, op
 
 Scope = Literal["row", "tensor", "model"]
@@ -51,7 +51,9 @@ def _granularity(density: float, scope: Scope, count: Count) -> Granularity:
 def _stages(at: At, density: float, scope: Scope, count: Count) -> Stages | None:
     if density >= 1:
         return ()
-    return None if scope == "row" else (Window(tuple(at.value)),)
+    if scope == "row":
+        return (RowWindow((0,), (kept(at.site.row, density, count),), (count == "official",)),)
+    return (Window(tuple(at.value)),)
 
 
 @op(granularity=_granularity, statistic=_statistic, alone=True, fused=_stages)
