@@ -59,10 +59,29 @@ FUSED: dict[str, tuple[str, dict[str, Any], bool]] = {
     "ties, undivided": ("ties", {"divisor": "weights", "cancelled": "sum"}, True),
     "breadcrumbs, per tensor": ("breadcrumbs", {"scope": "tensor"}, True),
     "breadcrumbs, whole model": ("breadcrumbs", {"scope": "model", "gamma": 0.3}, True),
+    "breadcrumbs": ("breadcrumbs", {}, True),
+    "breadcrumbs, in conflict": ("breadcrumbs", {"density": 0.9, "gamma": 0.6}, True),
+    "breadcrumbs, density kept": (
+        "breadcrumbs", {"density": 0.9, "gamma": 0.3, "conflict": "keep", "count": "exact"}, True
+    ),
+    "magnitude_prune, per row": ("magnitude_prune", {"scope": "row", "density": 0.4}, True),
+    "ties, per row": ("ties", {"scope": "row"}, True),
+    "ties, official per row": ("ties", {"scope": "row", "count": "official"}, True),
+    "ties, one of each row": (
+        "ties", {"scope": "row", "density": 0.01, "count": "at_least_one", "tie": "plus"}, True
+    ),
+    "della": ("della", {}, True),
+    "della, far apart": ("della", {"density": 0.5, "epsilon": 0.45, "tie": "zero"}, True),
+    "della, alike": ("della", {"epsilon": 0}, True),
+    "della, not rescaled": ("della", {"rescale": "none", "seed": 5}, True),
+    "della, L1 norm": ("della", {"rescale": "l1"}, True),
+    "della_linear": ("della_linear", {"density": 0.4}, True),
     "karcher": ("karcher", {}, False),
     "multislerp": ("multislerp", {}, True),
     "model_stock": ("model_stock", {}, True),
-}
+}  # fmt: skip
+#: Lengths of rows: of one entry, of few, at stretches and tiles, beyond them, and none of those.
+ROWS = (1, 2, 3, 7, 8, 9, 16, 17, 64, 100, 777, 1000, 2047, 2048, 2049, 5000)
 
 
 #: Chains of linear ops, in weight space and in delta space.
@@ -75,18 +94,28 @@ CHAINS = (
 )
 
 
-def entries(random: np.random.Generator, kind: str, size: int) -> np.ndarray:
+def entries(random: np.random.Generator, kind: str, size: int | tuple[int, ...]) -> np.ndarray:
     """Numbers of one kind, float32."""
-    values = random.normal(size=size).astype(F32)
+    values = np.asarray(random.normal(size=size), F32)
     if kind == "tied":
-        return (np.round(values * 2) / 4).astype(F32)
+        return np.asarray(np.round(values * 2) / 4, F32)
     if kind == "denormal":
-        return (values * np.float32(2e-41)).astype(F32)
+        return np.asarray(values * np.float32(2e-41), F32)
     if kind == "sparse":
         return np.where(random.random(size) < 0.8, F32.type(-0.0), values)
     if kind == "wide":
-        return (values * np.exp2(random.integers(-20, 12, size))).astype(F32)
+        return np.asarray(values * np.exp2(random.integers(-20, 12, size)), F32)
     return values
+
+
+def shape() -> st.SearchStrategy[tuple[int, ...]]:
+    """Vectors, matrices and convolutions of up to 9000 entries."""
+    vectors = st.integers(0, 9000).map(lambda n: (n,))
+    matrices = st.sampled_from(ROWS).flatmap(
+        lambda row: st.integers(0, 9000 // row).map(lambda rows: (rows, row))
+    )
+    convolutions = st.tuples(st.integers(1, 20), st.integers(1, 40), st.just(3), st.integers(1, 4))
+    return st.one_of(vectors, matrices, convolutions)
 
 
 @st.composite
@@ -95,15 +124,15 @@ def cases(draw: st.DrawFn) -> tuple[list[Arrays], Arrays, list[float]]:
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     kinds = ("normal", "tied", "denormal", "sparse", "wide")
     count = draw(st.integers(1, 4))
-    sizes = {f"layers.{i}.w": draw(st.integers(0, 9000)) for i in range(draw(st.integers(1, 3)))}
-    sizes["scalar"] = 1
-    below = {name: entries(random, draw(st.sampled_from(kinds)), n) for name, n in sizes.items()}
+    shapes = {f"layers.{i}.w": draw(shape()) for i in range(draw(st.integers(1, 3)))}
+    shapes |= {"one": (1,), "scalar": ()}
+    below = {n: entries(random, draw(st.sampled_from(kinds)), s) for n, s in shapes.items()}
     dtypes = [draw(st.sampled_from((F32, F16, BF16))) for _ in range(count + 1)]
     tables = []
     for dtype in dtypes[1:]:
         kind = draw(st.sampled_from(kinds))
-        moved = {n: b + entries(random, kind, len(b)) / 4 for n, b in below.items()}
-        tables.append({n: array.astype(dtype) for n, array in moved.items()})
+        moved = {n: b + entries(random, kind, b.shape) / 4 for n, b in below.items()}
+        tables.append({n: np.asarray(array, dtype) for n, array in moved.items()})
     weights = [draw(st.sampled_from((1.0, 0.5, 0.3, 2.0, 1.0))) for _ in range(count)]
     return tables, {n: b.astype(dtypes[0]) for n, b in below.items()}, weights
 
@@ -115,9 +144,10 @@ def merged(
     method: str,
     params: dict[str, Any],
     tiling: Tiling | None = None,
+    own: Sequence[dict[str, Any]] = (),
     **options: Any,
 ) -> list[Arrays]:
-    """What a merge in memory gives."""
+    """What a merge in memory gives; ``own`` has parameters of each model."""
     sources = [
         source_of_arrays(f"m{i}", {name: ArrayTensor(array) for name, array in each.items()})
         for i, each in enumerate(models)
@@ -126,7 +156,12 @@ def merged(
     if base is not None:
         below = source_of_arrays("base", {n: ArrayTensor(array) for n, array in base.items()})
     recipe = Recipe(
-        models=tuple(ModelRef(f"m{i}", weight) for i, weight in enumerate(weights)),
+        models=tuple(
+            ModelRef(f"m{i}", weight, params=each)
+            for i, (weight, each) in enumerate(
+                zip(weights, own or [{}] * len(weights), strict=True)
+            )
+        ),
         method=method,
         params=params,
         base=None if base is None else "base",
@@ -187,8 +222,8 @@ def assert_kernels_equal_ops(monkeypatch: pytest.MonkeyPatch, *case: Any, **opti
         assert one.keys() == other.keys()
         for name, array in other.items():
             assert one[name].dtype == array.dtype
-            same = one[name].view(np.uint8) == array.view(np.uint8)
-            assert same.all(), (name, one[name][:9], array[:9])
+            same = one[name].reshape(-1).view(np.uint8) == array.reshape(-1).view(np.uint8)
+            assert same.all(), (name, one[name].flat[:9], array.flat[:9])
     return seen
 
 
@@ -200,7 +235,9 @@ def test_kernels_equal_ops(name: str, data: st.DataObject) -> None:
     method, params, based = FUSED[name]
     models, base, weights = data.draw(cases())
     tile = data.draw(st.sampled_from((1 << 16, 4096, 1, 777)))
-    tiling = Tiling(tile if max(map(len, base.values())) < 40 * tile else 777, 3 * tile, 1)
+    workers = data.draw(st.sampled_from((1, 1, 3)))
+    tile = tile if max(b.size for b in base.values()) < 40 * tile else 777
+    tiling = Tiling(tile, 3 * tile, workers)
     dtype = data.draw(st.sampled_from(("keep", "bf16", "f16", "f32")))
     with pytest.MonkeyPatch.context() as patch:
         options = {"tiling": tiling, "dtype": dtype}

@@ -75,19 +75,19 @@ def _bucketed(x: Any, places: Any, counts: Any, pairs: Any) -> Any:
         lower = min(np.int32(min(size, split) * lower_scale), border)
         upper = np.int32((max(size, split) - split) * upper_scale)
         places[j] = np.uint32(min(lower + upper, last))
-    for b in range(2 * half):
-        counts[b] = np.uint32(0)
+    for bucket in range(2 * half):
+        counts[bucket] = np.uint32(0)
     for j in range(n):
         b = np.uint64(places[j])
         counts[b] = np.uint32(counts[b] + np.uint32(1))
     # The running sums of both halves side by side.
     early, late = np.uint32(0), np.uint32(0)
-    for b in range(half):
-        early = np.uint32(early + counts[b])
-        late = np.uint32(late + counts[b + half])
-        counts[b], counts[b + half] = early, late
-    for b in range(half):
-        counts[b + half] = np.uint32(counts[b + half] + early)
+    for bucket in range(half):
+        early = np.uint32(early + counts[bucket])
+        late = np.uint32(late + counts[bucket + half])
+        counts[bucket], counts[bucket + half] = early, late
+    for bucket in range(half, 2 * half):
+        counts[bucket] = np.uint32(counts[bucket] + early)
     for j in range(n):
         b = np.uint64(places[j])
         place = np.uint32(counts[b] - np.uint32(1))
@@ -130,17 +130,17 @@ def _radix(x: Any, places: Any, counts: Any, pairs: Any, others: Any) -> None:
     for j in range(n):
         pairs[n - 1 - j] = _paired(x[j], n - 1 - j)
     one, two = pairs, others
-    for digit in range(_TURNS):
-        shift, mask = np.uint64(32 + _DIGIT * digit), np.uint64(DIGITS - 1)
-        for b in range(DIGITS):
-            counts[b] = np.uint32(0)
+    for turn in range(_TURNS):
+        shift, mask = np.uint64(32 + _DIGIT * turn), np.uint64(DIGITS - 1)
+        for digit in range(DIGITS):
+            counts[digit] = np.uint32(0)
         for r in range(n):
             b = (one[r] >> shift) & mask
             counts[b] = np.uint32(counts[b] + np.uint32(1))
         total = np.uint32(0)
-        for b in range(DIGITS):
-            total = np.uint32(total + counts[b])
-            counts[b] = np.uint32(total - counts[b])
+        for digit in range(DIGITS):
+            total = np.uint32(total + counts[digit])
+            counts[digit] = np.uint32(total - counts[digit])
         for r in range(n):
             b = (one[r] >> shift) & mask
             place = counts[b]
