@@ -89,6 +89,7 @@ def main() -> None:
         # Compiled once on a machine, which is not part of what a merge costs.
         if ready.choice() != "off":
             ready.kernels()
+            ready.kernels(rows=True)
         recipe = recipe_from_dict(task["recipe"])
         memory, workers = task["memory"], task["workers"]
 

@@ -416,9 +416,8 @@ class Evaluator:
 
         return fuse(chains, item, known, self._kernels, ends=ends)
 
-    def _kernels(self) -> Kernels | None:
-        note, self.note = self.note, None
-        found = kernels(note)
+    def _kernels(self, rows: bool) -> Kernels | None:
+        found = kernels(self.note, rows)
         self.fusing = found is not None
         return found
 

@@ -28,6 +28,7 @@ from mergebench.merge.op import OPS
 loaded = len(list(METHODS)) + len(list(OPS)) + len(list(KINDS))
 # A compiler is a library too.
 assert ready.kernels() is not None
+assert ready.kernels(rows=True) is not None
 status = Path("/proc/self/status")
 
 def anonymous():

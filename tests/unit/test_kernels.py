@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -36,6 +37,7 @@ from mergebench.sources import source_of_arrays
 F32, F16 = np.dtype(np.float32), np.dtype(np.float16)
 BF16 = np.dtype(ml_dtypes.bfloat16)
 Arrays = dict[str, np.ndarray]
+had = partial(ready.kernels, None)
 
 #: Methods with parameters that kernels can run on every tensor, and whether they take a base.
 FUSED: dict[str, tuple[str, dict[str, Any], bool]] = {
@@ -376,7 +378,7 @@ def test_without_a_compiler_ops_do_the_work(monkeypatch: pytest.MonkeyPatch) -> 
     expected = merged(*case)[0]["w"]
     ready._begun.cache_clear()
 
-    def broken() -> Any:
+    def broken(rows: bool) -> Any:
         raise OSError("no compiler here")
 
     monkeypatch.setattr(ready, "_compiled", broken)
@@ -418,7 +420,7 @@ def test_updates_of_all_structures(kinds: tuple[str, str], based: bool) -> None:
             stack = each.apply(stack, plain)
             plain = plain.after(each, at)
         expected = stack[0] if below is None else moved(below, stack[0])
-        fused = fuse.fuse([ops], item, lambda ops: None, ready.kernels, ends=True)
+        fused = fuse.fuse([ops], item, lambda ops: None, had, ends=True)
         assert fused is not None
         out = np.empty(3000, F32)
         assert fused.merge(fused.buffers(3000), (0, 3000), "F32", [out])
@@ -430,9 +432,9 @@ def test_a_chain_with_an_op_without_stages_is_left_to_the_ops() -> None:
     values = Dense(ArrayTensor(np.ones(9, F32)))
     item = Item(Site("w", (9,)), (values, values), (1.0, 1.0), ("a", "b"), None)
     for ops, fusible in ((chain(mean()), True), (chain(mean(), clip(0.5)), False)):
-        found = fuse.fuse([ops], item, lambda ops: None, ready.kernels, ends=True)
+        found = fuse.fuse([ops], item, lambda ops: None, had, ends=True)
         assert (found is not None) == fusible
     wide = replace(item, dtype=np.dtype(np.float64))
-    assert fuse.fuse([chain(mean())], wide, lambda ops: None, ready.kernels, ends=True) is None
+    assert fuse.fuse([chain(mean())], wide, lambda ops: None, had, ends=True) is None
     assert fuse.fits("BF16")
     assert not fuse.fits("F64")

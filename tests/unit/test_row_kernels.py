@@ -30,7 +30,7 @@ from mergebench.merge.ops.sum import sum_
 from mergebench.merge.ops.trim import trim
 from mergebench.merge.stream import Item
 
-from .test_kernels import BF16, F16, F32, ROWS, assert_kernels_equal_ops, entries, merged
+from .test_kernels import BF16, F16, F32, ROWS, assert_kernels_equal_ops, entries, had, merged
 
 LARGEST = np.finfo(F32).max
 #: What rows hold: numbers of every size and sign, few distinct ones, and one beyond all others.
@@ -210,7 +210,7 @@ def test_ops_of_rows_in_any_order(data: st.DataObject) -> None:
     for each in ops:
         stack = each.apply(stack, plain)
         plain = plain.after(each, at)
-    fused = fuse.fuse([ops], item, lambda ops: None, ready.kernels, ends=True)
+    fused = fuse.fuse([ops], item, lambda ops: None, had, ends=True)
     assert fused is not None
     tile = fused.tile(data.draw(st.sampled_from((1, 777, 1 << 16))), item.site.row)
     out, room = np.empty(size, F32), fused.buffers(tile)
@@ -234,7 +234,7 @@ def test_draws_by_rank_are_those_of_their_formula() -> None:
                 chance = (0.6 - 0.3) + rank / 40 * 2 * 0.3
                 if shares[41 * number + place] < chance:
                     expected[41 * number + place] += row[place] / F32.type(chance)
-    fused = fuse.fuse([ops], item, lambda ops: None, ready.kernels, ends=True)
+    fused = fuse.fuse([ops], item, lambda ops: None, had, ends=True)
     assert fused is not None
     out = np.empty(expected.size, F32)
     assert fused.merge(fused.buffers(expected.size), (0, expected.size), "F32", [out])
@@ -303,7 +303,7 @@ def test_no_products_of_blocks_after_stages_of_rows() -> None:
     """Blocks end elsewhere; the ops sum them up then."""
     item = item_of([np.ones((4, 9), F32)])
     steps = program((RowWindow((0,), (3,), (False,)),), 1, item.site)
-    fused = fuse.fuse([chain(trim(0.5, "row"))], item, lambda ops: None, ready.kernels, ends=False)
+    fused = fuse.fuse([chain(trim(0.5, "row"))], item, lambda ops: None, had, ends=False)
     assert fused is not None
     room = fused.buffers(36)
     room.read(0, 36)

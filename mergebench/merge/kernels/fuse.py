@@ -92,13 +92,14 @@ def fuse(
     chains: Sequence[Chain],
     item: Any,
     known: Known,
-    kernels: Callable[[], Kernels | None],
+    kernels: Callable[[bool], Kernels | None],
     *,
     ends: bool,
 ) -> Fused | None:
     """The chains on an item of :mod:`mergebench.merge.stream`; ``None`` if one cannot be fused.
 
-    Chains that are not at their ends give rows, and nothing is added to a base.
+    Chains that are not at their ends give rows, and nothing is added to a base. ``kernels`` gives
+    the compiled pass with or without stages of rows.
     """
     if item.dtype != np.float32:
         return None
@@ -119,8 +120,10 @@ def fuse(
                 onto=None if not ends else c.NOWHERE if item.base is None else c.EXACTLY,
             )
         )
-    compiled = kernels()
-    return None if compiled is None else Fused(source, found, compiled)
+    # What has stages of rows may stand beside what has none.
+    every = [kernels(rows) for rows in {each.row > 0 for each in found}]
+    compiled = every[0]
+    return None if compiled is None or None in every else Fused(source, found, compiled)
 
 
 def fits(dtype: str) -> bool:

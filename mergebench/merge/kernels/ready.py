@@ -21,7 +21,7 @@ from mergebench.core.site import Site
 from mergebench.core.tensor import ArrayTensor
 from mergebench.merge.kernels.program import program
 from mergebench.merge.kernels.running import Kernels, Looking, stored
-from mergebench.merge.kernels.stages import Add
+from mergebench.merge.kernels.stages import Add, RowWindow
 
 #: Whether kernels are used: auto, for merges of some size; on, for all; off, for none.
 VARIABLE = "MERGEBENCH_KERNELS"
@@ -57,38 +57,40 @@ def wanted(entries: int) -> bool:
 class _Compiling(threading.Thread):
     """Imports the compiled passes, and runs them once so that they are there."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: bool) -> None:
         super().__init__(name="mergebench-kernels", daemon=True)
+        self.rows = rows
         self.found: Kernels | None = None
         self.error: Exception | None = None
 
     def run(self) -> None:
         try:
-            self.found = _compiled()
+            self.found = _compiled(self.rows)
         except Exception as error:
             self.error = error
 
 
-def _compiled() -> Kernels:
+def _compiled(rows: bool) -> Kernels:
     from mergebench.merge.kernels.combine import combine
     from mergebench.merge.kernels.measure import measure
 
     site, found = Site("", (2,)), Kernels(combine, measure)
     source = stored(site, [Dense(ArrayTensor(np.ones(2, np.float32)))], None)
     assert source is not None
-    steps = program((Add(),), 1, site)
+    first = (RowWindow((0,), (1,), (False,)),) if rows else ()
+    steps, left = program((*first, Add()), 1, site), 1 if rows else 2
     room = source.buffers(2, [steps])
     room.read(0, 2)
     out = np.empty(2, np.float32)
-    right = room.merge(found, steps, "F32", out) and out.sum() == 2
-    if not right or Looking(room, found, steps).ballot("mass", ()) != 2:
+    right = room.merge(found, steps, "F32", out) and out.sum() == left
+    if not right or Looking(room, found, steps).ballot("mass", ()) != left:
         raise RuntimeError("compiled code gives wrong results")
     return found
 
 
 @cache
-def _begun() -> _Compiling:
-    thread = _Compiling()
+def _begun(rows: bool) -> _Compiling:
+    thread = _Compiling(rows)
     thread.start()
     return thread
 
@@ -102,7 +104,7 @@ def foresee(paths: Iterable[str]) -> None:
         As users give them; what is not on this machine counts for nothing.
     """
     if choice() != "off" and sum(map(_bytes, paths)) >= 2 * WORTHWHILE:
-        _begun()
+        _begun(False)
 
 
 def _bytes(path: str) -> int:
@@ -115,15 +117,17 @@ def _bytes(path: str) -> int:
         return 0
 
 
-def kernels(note: Callable[[str], None] | None = None) -> Kernels | None:
+def kernels(note: Callable[[str], None] | None = None, rows: bool = False) -> Kernels | None:
     """The compiled pass; ``None`` where it cannot be had.
 
     Parameters
     ----------
     note : callable, optional
         Called with a sentence if it takes long, or fails.
+    rows : bool, default False
+        With stages of rows, which are compiled apart from the others.
     """
-    thread = _begun()
+    thread = _begun(rows)
     thread.join(_PATIENCE)
     if thread.is_alive():
         if note is not None:
