@@ -359,13 +359,13 @@ def do(
     where: Where | None = None,
 ) -> None:
     """Plan a recipe, and unless it is only to be shown, run it and say what came out."""
-    from mergebench.merge.kernels import ready
+    from mergebench.merge.foreseen import foresee
     from mergebench.merge.many.where import Where
     from mergebench.merge.plan import make_plan
 
     started = perf_counter()
     if not dry_run:
-        ready.foresee(each.path for each in recipe.models)
+        foresee(recipe)
     budget, stream = o.size("--memory", memory), o.streams(cache)
     made = make_plan(recipe, memory=budget, workers=workers, stream=stream)
     made = replace(made, notes=(*notes, *made.notes)) if notes else made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -14,8 +15,10 @@ from mergebench.compute.random import as_shares, draws, stream_of
 from mergebench.compute.tiles import Tiling
 from mergebench.core.delta import Dense
 from mergebench.core.errors import MergebenchError
+from mergebench.core.schedule import Gradient
 from mergebench.core.site import Site
 from mergebench.core.tensor import ArrayTensor
+from mergebench.merge.foreseen import foresee, looks_at_rows
 from mergebench.merge.kernels import codes, fuse, ready
 from mergebench.merge.kernels.program import program
 from mergebench.merge.kernels.ranks import _radix, ranked
@@ -29,6 +32,7 @@ from mergebench.merge.ops.scale import scale
 from mergebench.merge.ops.sum import sum_
 from mergebench.merge.ops.trim import trim
 from mergebench.merge.stream import Item
+from mergebench.recipe import ModelRef, Recipe
 
 from .test_kernels import BF16, F16, F32, ROWS, assert_kernels_equal_ops, entries, had, merged
 
@@ -323,3 +327,38 @@ def test_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         seen = assert_kernels_equal_ops(monkeypatch, models, base, [1.0] * 3, method, params)
         assert seen.left == 0
         assert seen.done["merge"] == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "expected"),
+    [
+        ("breadcrumbs", {}, True),
+        ("breadcrumbs", {"scope": "tensor"}, False),
+        ("della", {"density": [1.0, 0.5]}, True),
+        ("ties", {}, False),
+        ("ties", {"scope": "row", "density": Gradient((0.1, 0.5))}, True),
+        ("ties", {"scope": "row", "density": Gradient((1.0, 0.5))}, False),
+        ("no such method", {}, False),
+    ],
+)
+def test_what_a_recipe_will_want(method: str, params: dict[str, Any], expected: bool) -> None:
+    """Rows, where a chain is known to have them; mistakes are not told here."""
+    models = tuple(ModelRef(name) for name in ("a", "b"))
+    assert looks_at_rows(Recipe(models, method, params, base="p")) == expected
+
+
+def test_kernels_are_begun_for_large_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With stages of rows or without; small inputs begin nothing."""
+    begun: list[bool] = []
+    monkeypatch.setattr(ready, "_begun", begun.append)
+    monkeypatch.setattr(ready, "WORTHWHILE", 50)
+    for name, size in (("a", 60), ("b", 40), ("c", 39)):
+        (tmp_path / name).write_bytes(bytes(size))
+    small, large = (tuple(ModelRef(str(tmp_path / x)) for x in names) for names in ("ac", "ab"))
+    foresee(Recipe(small, "breadcrumbs"))
+    assert begun == []
+    foresee(Recipe(large, "breadcrumbs"))
+    foresee(Recipe(large, "linear"))
+    assert begun == [True, False]

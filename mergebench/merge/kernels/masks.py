@@ -34,7 +34,7 @@ def window(
     not above ``most`` before ``drop`` and ``most_late`` from there on.
     """
     one, two = min(keep, drop), max(keep, drop)
-    _keep(x, least, most, 0, one)
+    _keep(x, least, most, np.int64(0), one)
     if keep > drop:
         _keep(x, least, most_late, one, two)
     else:

@@ -167,6 +167,8 @@ def measure(
     int
         DONE or BAD_INPUT.
     """
+    # A zero as such would have the stages compiled once more.
+    none = np.int64(0)
     flags = np.zeros(_SOME, np.uint8)
     eights = flags.view(np.uint64)
     step = STRETCH
@@ -179,7 +181,7 @@ def measure(
         here = first + begin
         rows = staged(
             codes, ints, floats, bounds, X, minus.shape[0],
-            here, m, numbers, draws, 0, len(codes), along,
+            here, m, numbers, draws, none, len(codes), along,
         )  # fmt: skip
         if what == SURVEY:
             for search in range(len(brackets)):

@@ -95,16 +95,18 @@ def _begun(rows: bool) -> _Compiling:
     return thread
 
 
-def foresee(paths: Iterable[str]) -> None:
+def foresee(paths: Iterable[str], rows: bool) -> None:
     """Import and compile in the background, if a merge of these inputs will want it.
 
     Parameters
     ----------
     paths : iterable of str
         As users give them; what is not on this machine counts for nothing.
+    rows : bool
+        Whether stages of rows are wanted.
     """
     if choice() != "off" and sum(map(_bytes, paths)) >= 2 * WORTHWHILE:
-        _begun(False)
+        _begun(rows)
 
 
 def _bytes(path: str) -> int:
