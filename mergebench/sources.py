@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from mergebench.checkpoints.stacking import Slice, parse_slices, stack
 from mergebench.checkpoints.streamed import open_streamed
 from mergebench.core.delta import Delta, Difference, Replacement, reads, tile
 from mergebench.core.errors import FormatError, MergebenchError, ParameterError
+from mergebench.core.extents import Extent, extents
 from mergebench.core.schedule import parse_schedule
 from mergebench.core.task_vector import TaskVector
 from mergebench.core.tensor import FLOATING, Array, Tensor, size_of
@@ -109,6 +110,10 @@ class Applied:
         """Entries ``start:stop`` of the flattened sum."""
         dtype: np.dtype[Any] = np.dtype(np.float64 if self.dtype == "F64" else np.float32)
         return self.weight.read(start, stop).astype(dtype) + tile(self.delta, start, stop, dtype)
+
+    def extents(self, start: int, stop: int) -> Iterable[Extent]:
+        """Where entries ``start:stop`` of the weight lie."""
+        return extents(self.weight, start, stop)
 
 
 def split_weight(text: str) -> tuple[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -15,6 +16,7 @@ import numpy as np
 from mergebench.checkpoints.descriptors import Handle
 from mergebench.checkpoints.torch_files import AGAIN, dtype_of, load_weights
 from mergebench.core.errors import FormatError
+from mergebench.core.extents import Extent
 from mergebench.core.tensor import DTYPES, Array
 
 # Of a zip record: fixed bytes before its name, and where the lengths of name and extra are.
@@ -183,6 +185,17 @@ class ChunkedTensor:
                 block = self._read_block(wanted, first, last)
                 flat[:] = block.reshape(-1)[start - first * row : stop - first * row]
         return flat
+
+    def extents(self, start: int, stop: int) -> Iterator[Extent]:
+        """About where entries ``start:stop`` lie: a chunk has a few bytes beside its numbers."""
+        row = max(prod(self.shape[1:]), 1)
+        first, last = start // row, -(-stop // row)
+        for chunk in self.chunks if start < stop else ():
+            if _meets(chunk, first, last):
+                rows = chunk.sizes[0] if chunk.sizes else 1
+                low = chunk.length * max(first - _first(chunk), 0) // rows
+                high = chunk.length * min(last - _first(chunk), rows) // rows
+                yield Extent(chunk.handle, chunk.offset + low, high - low)
 
     def _read_ranges(self, chunks: list[Chunk], start: int, flat: Array) -> None:
         row, stop = prod(self.shape[1:]), start + len(flat)

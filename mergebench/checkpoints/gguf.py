@@ -6,7 +6,7 @@ Plain numbers are read as they are; quantized blocks become float32, range by ra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -20,6 +20,7 @@ from mergebench.checkpoints.gguf_header import Entry, Header, SwappedError, pars
 from mergebench.checkpoints.reader import FileTensor
 from mergebench.checkpoints.state_dict import some
 from mergebench.core.errors import FormatError, MergebenchError
+from mergebench.core.extents import Extent
 from mergebench.core.tensor import Array, Tensor
 
 _MAGIC = b"GGUF"
@@ -97,6 +98,11 @@ class BlockTensor:
             lo, hi = max(start, first), min(stop, first + len(values))
             flat[lo - start : hi - start] = values[lo - first : hi - first]
         return flat
+
+    def extents(self, start: int, stop: int) -> Iterator[Extent]:
+        """Where the blocks of entries ``start:stop`` lie."""
+        first, last = start // self.entries, -(-stop // self.entries)
+        yield Extent(self.handle, self.offset + first * self.size, (last - first) * self.size)
 
     def _decode(self, first: int, last: int) -> Array:
         from gguf.quants import dequantize

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from mergebench.checkpoints.descriptors import Handle, cannot
 from mergebench.checkpoints.header import MAX_HEADER, parse_header
 from mergebench.core.errors import FormatError, MergebenchError
+from mergebench.core.extents import Extent, Store
 from mergebench.core.tensor import DTYPES, Array
 
 _AGAIN = "download or copy it again"
@@ -34,16 +35,13 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
 )
 
 
-class Readable(Protocol):
+class Readable(Store, Protocol):
     """What bytes are read through: a file here, or one elsewhere."""
 
     path: Path
 
     def read_at(self, view: memoryview, offset: int) -> int:
         """Fill a view from a byte on; how many bytes there were."""
-
-    def advise(self, offset: int, length: int, advice: str) -> None:
-        """Tell that a span will be needed soon, or not any more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +102,10 @@ class FileTensor:
     def advise(self, start: int, stop: int, advice: str) -> None:
         """Tell the system that entries ``start:stop`` are ``"willneed"`` or ``"dontneed"``."""
         self.handle.advise(*self._span(start, stop), advice)
+
+    def extents(self, start: int, stop: int) -> Iterator[Extent]:
+        """Where entries ``start:stop`` lie."""
+        yield Extent(self.handle, *self._span(start, stop))
 
     def _span(self, start: int, stop: int) -> tuple[int, int]:
         size = prod(self.shape)

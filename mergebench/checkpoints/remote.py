@@ -6,11 +6,13 @@ import threading
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from mergebench.checkpoints.background import Background
 from mergebench.checkpoints.hub import HubRef
 from mergebench.checkpoints.hub_client import client, endpoint, explained, patiently
 from mergebench.checkpoints.hub_files import RemoteFile
@@ -51,6 +53,16 @@ class _Blocks:
             while self._size > self.capacity and len(self._found) > 1:
                 self._size -= len(self._found.popitem(last=False)[1])
 
+    def drop(self, owner: str, start: int, stop: int) -> None:
+        """Forget the blocks that lie inside a span."""
+        with self._lock:
+            for key in [
+                (of, at)
+                for (of, at), data in self._found.items()
+                if of == owner and start <= at and at + len(data) <= stop
+            ]:
+                self._size -= len(self._found.pop(key))
+
     def ends_at(self, owner: str, offset: int) -> bool:
         """Whether a block ends where somebody begins to read."""
         with self._lock:
@@ -58,6 +70,7 @@ class _Blocks:
 
 
 _BLOCKS = _Blocks(KEPT)
+_FETCHING = Background(4, "mergebench-ahead")
 
 
 class RemoteHandle:
@@ -73,6 +86,8 @@ class RemoteHandle:
     commit : str
     file : RemoteFile
     """
+
+    far = True
 
     def __init__(self, ref: HubRef, commit: str, file: RemoteFile) -> None:
         self.ref, self.commit, self.file = ref, commit, file
@@ -121,7 +136,27 @@ class RemoteHandle:
             return start, data
 
     def advise(self, offset: int, length: int, advice: str) -> None:
-        """Nothing: what is not here cannot be dropped, and reading ahead is done by itself."""
+        """Begin to bring a span (``"willneed"``), or forget it (``"dontneed"``).
+
+        Only a bounded number of bytes is kept: what is asked for too early is brought twice.
+        """
+        stop = min(offset + length, self.file.size)
+        if advice == "dontneed":
+            _BLOCKS.drop(self._key, offset, stop)
+        elif offset < stop:
+            _FETCHING.run(lambda: self._bring(offset, stop))
+
+    def ready(self, offset: int) -> bool:
+        """Whether a byte has come."""
+        return _BLOCKS.get(self._key, offset) is not None
+
+    def _bring(self, start: int, stop: int) -> None:
+        # Whoever reads it asks again, and hears what is wrong.
+        with suppress(Exception):
+            at = start
+            while at < stop:
+                begin, data = _BLOCKS.get(self._key, at) or self._fetched(at, stop)
+                at = begin + len(data)
 
     def _ask(self, start: int, stop: int) -> bytes:
         with explained(f"{self.ref}: {self.file.name}", repo=self.ref.repo):

@@ -9,6 +9,7 @@ from math import prod
 
 import numpy as np
 
+from mergebench.core.extents import Extent, extents
 from mergebench.core.tensor import DTYPES, Array, Tensor
 
 
@@ -58,6 +59,12 @@ class Rows:
                 values[low - start : high - start] = part.astype(values.dtype)
         return _placed(values, out)
 
+    def extents(self, start: int, stop: int) -> Iterator[Extent]:
+        """Where all entries lie; nothing where some are asked for, whose rows may be anywhere."""
+        if (start, stop) == (0, prod(self.shape)):
+            for tensor in (self.own, self.fallback):
+                yield from extents(tensor, 0, prod(tensor.shape))
+
 
 @dataclass(frozen=True, eq=False)
 class MeanRows:
@@ -98,6 +105,12 @@ class MeanRows:
         # What is not finite, or does not fit, is found by whoever merges it.
         with np.errstate(over="ignore", invalid="ignore"):
             return _placed(flat.astype(DTYPES[self.dtype]), out)
+
+    def extents(self, start: int, stop: int) -> Iterator[Extent]:
+        """Where all entries lie; nothing where some are asked for, whose rows may be anywhere."""
+        if (start, stop) == (0, prod(self.shape)):
+            for tensor in self.tensors:
+                yield from extents(tensor, 0, prod(tensor.shape))
 
 
 def _runs(index: Array, first: int, last: int) -> Iterator[tuple[int, int, int]]:

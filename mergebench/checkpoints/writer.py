@@ -13,6 +13,7 @@ import xxhash
 
 from mergebench.checkpoints.descriptors import WRITE, Handle, cannot
 from mergebench.checkpoints.disk import create, disk_errors, flush, holds, remove
+from mergebench.checkpoints.page_cache import Behind
 from mergebench.checkpoints.placed import Staged
 from mergebench.checkpoints.placement import (
     PT,
@@ -68,6 +69,8 @@ class Output:
         Replace what is there; a folder only if it holds nothing but a model or an adapter.
     key : str, optional
         Names everything that decides the bytes; equal keys mean equal bytes.
+    lean : bool, default False
+        Do not leave what is written in the page cache.
 
     Attributes
     ----------
@@ -92,7 +95,9 @@ class Output:
         side: Mapping[str, bytes | Path] | None = None,
         force: bool = False,
         key: str | None = None,
+        lean: bool = False,
     ) -> None:
+        self._behind = Behind() if lean else None
         self.destination, self.layout = Path(destination), layout
         self._single = single_file
         self._side = dict(side or {})
@@ -217,7 +222,10 @@ class Output:
         if name in self.finished or self._stage.finished:
             return
         with self._disk_errors():
-            self._handles[place.file].write_at(view, place.offset + byte_start)
+            handle = self._handles[place.file]
+            handle.write_at(view, place.offset + byte_start)
+            if self._behind is not None:
+                self._behind.wrote(handle, len(view))
             if self._recorder is not None:
                 self._recorder.poll()
         self._spans.add(name, byte_start, stop)
@@ -388,6 +396,8 @@ class Output:
             for handle in self._handles.values():
                 with handle.borrow() as fd:
                     flush(fd)
+                if self._behind is not None:
+                    self._behind.drop(handle)
         self.record()
         self._close()
         self._stage.seal()

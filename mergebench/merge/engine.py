@@ -20,6 +20,7 @@ from mergebench.compute.rounding import round_to
 from mergebench.compute.threads import one_thread
 from mergebench.core.tensor import DTYPES, Array, Tensor, size_of
 from mergebench.manifest import MANIFEST, sealed, with_outputs
+from mergebench.merge.ahead import Ahead, ahead_of, room_of
 from mergebench.merge.apart import place_of
 from mergebench.merge.averaged import Mean
 from mergebench.merge.core_space import fits, merged_item
@@ -133,11 +134,12 @@ class _Here(Executor):
 
 
 @contextmanager
-def workers(count: int) -> Iterator[Executor]:
-    """Threads for an evaluator."""
+def workers(count: int, *, apart: bool = False) -> Iterator[Executor]:
+    """Threads for an evaluator; ``apart`` from this one, even if there is only one."""
     # Every worker computes on one core; a BLAS with threads of its own would fight them.
     with one_thread():
-        if count == 1:
+        # This thread writes: a large output waits for its disk, and the one worker need not.
+        if count == 1 and not apart:
             yield _Here()
             return
         with ThreadPoolExecutor(count, thread_name_prefix="mergebench") as pool:
@@ -203,7 +205,7 @@ def execute(
         if note is not None:
             for sentence in ledger.notes():
                 note(sentence)
-        show = progress or (lambda what, done, total: None)
+        show = progress or _unseen
         found, unsorted = (run or _run_here)(plan, outputs, ledger, show, note)
         digests = [dict(sorted(each.items())) for each in unsorted]
         for variant, output, own in zip(plan.variants, outputs, digests, strict=True):
@@ -215,9 +217,13 @@ def execute(
     return written(plan, found, digests)
 
 
+def _unseen(what: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
 def outputs_of(plan: Plan, *, force: bool) -> list[Output]:
     """The outputs of a plan, not yet open; every variant must have a place."""
-    found = []
+    found, lean = [], room_of(plan) is not None
     for variant in plan.variants:
         if variant.out is None:
             raise ValueError("a variant has no place to be written to")
@@ -228,6 +234,7 @@ def outputs_of(plan: Plan, *, force: bool) -> list[Output]:
             side=plan.package.sides(variant),
             force=force,
             key=resume_key(plan, variant),
+            lean=lean,
         )
         found.append(output)
     return found
@@ -241,7 +248,8 @@ def _run_here(
     note: Callable[[str], None] | None,
 ) -> tuple[Found, list[dict[str, str]]]:
     sinks = [_Digests(output) for output in outputs]
-    found = _run(plan, sinks, progress, ledger, note)
+    with ahead_of(plan) as ahead:
+        found = _run(plan, sinks, progress, ledger, ahead, note)
     return found, [sink.digests() for sink in sinks]
 
 
@@ -258,7 +266,8 @@ def execute_into(plan: Plan, sinks: Sequence[Sink], progress: Progress | None = 
     Tensors are computed in the order of ``plan.aligned.order``, and none besides; what is measured
     over the whole model is measured over all of its items.
     """
-    return _run(plan, sinks, progress or (lambda what, done, total: None), Ledger(plan))
+    with ahead_of(plan) as ahead:
+        return _run(plan, sinks, progress or _unseen, Ledger(plan), ahead)
 
 
 def _run(
@@ -266,12 +275,13 @@ def _run(
     sinks: Sequence[Sink],
     progress: Progress,
     ledger: Ledger,
+    ahead: Ahead,
     note: Callable[[str], None] | None = None,
 ) -> Found:
     total = plan.entries * plan.passes
     done = ledger.swept
     found = Found.nothing(plan)
-    with workers(plan.tiling.workers) as pool:
+    with workers(plan.tiling.workers, apart=ahead.large) as pool:
 
         def swept(entries: int) -> None:
             nonlocal done
@@ -285,7 +295,7 @@ def _run(
 
         evaluator = Evaluator(
             plan.aligned.items, plan.tiling, pool, swept, ledger.known, fusing=fuses(plan),
-            note=note,
+            note=note, ahead=ahead,
         )  # fmt: skip
         for name in plan.aligned.order:
             targets = targets_of(plan, name)
@@ -301,6 +311,7 @@ def _run(
                 for target in targets:
                     sink.finish(target)
             evaluator.forget(name)
+            ahead.finished(name)
             merged(0)
     return found
 
@@ -327,7 +338,7 @@ def merge_tensor(
     nonfinite: Mapping[str, int] = {}
     if item is None:
         for target in targets:
-            _copy(plan, name, target, sinks)
+            _copy(plan, name, target, sinks, evaluator.ahead)
         tensor = plan.aligned.copies[name]
         nonfinite = tensor.nonfinite() if isinstance(tensor, Mean) else {}
     else:
@@ -398,8 +409,16 @@ def _pieces(
                     out[begin - start : end - start][holes] = np.nan
         return start, outs, some
 
-    work = by_ops if fused is None else by_kernel
-    yield from evaluator.each_job(partial(work, start, stop) for start, stop in jobs)
+    work, name, ahead = by_ops if fused is None else by_kernel, item.site.name, evaluator.ahead
+
+    def coming() -> Iterator[Callable[[], tuple[int, list[Array], bool]]]:
+        for start, stop in jobs:
+            ahead.comes(name, start, stop)
+            yield partial(work, start, stop)
+
+    for start, outs, some in evaluator.each_job(coming()):
+        ahead.read(name, start, start + outs[0].size, last=True)
+        yield start, outs, some
 
 
 def in_core(evaluator: Evaluator, ops: Chain, item: Item) -> Item | None:
@@ -441,20 +460,24 @@ def merged_tile(
     return found, holes
 
 
-def _copy(plan: Plan, name: str, target: str, sinks: Sequence[Sink]) -> None:
+def _copy(plan: Plan, name: str, target: str, sinks: Sequence[Sink], ahead: Ahead) -> None:
     if own := plan.aligned.own.get(name):
         for variant, sink in zip(plan.variants, sinks, strict=True):
-            _copy_of(plan, name, target, own[place_of(variant.tail)], [sink])
+            _copy_of(plan, name, target, own[place_of(variant.tail)], [sink], ahead)
     else:
-        _copy_of(plan, name, target, plan.aligned.copies[name], sinks)
+        _copy_of(plan, name, target, plan.aligned.copies[name], sinks, ahead)
 
 
-def _copy_of(plan: Plan, name: str, target: str, tensor: Tensor, sinks: Sequence[Sink]) -> None:
+def _copy_of(
+    plan: Plan, name: str, target: str, tensor: Tensor, sinks: Sequence[Sink], ahead: Ahead
+) -> None:
     size = size_of(tensor.shape)
     dtype = plan.layout.places[target].spec.dtype
     itemsize = DTYPES[dtype].itemsize
     for start in range(0, size, plan.tiling.job):
-        piece = np.ascontiguousarray(tensor.read(start, min(start + plan.tiling.job, size)))
+        stop = min(start + plan.tiling.job, size)
+        ahead.comes(name, start, stop)
+        piece = np.ascontiguousarray(tensor.read(start, stop))
         if dtype != tensor.dtype:
             wide = np.float64 if tensor.dtype == "F64" else np.float32
             piece = _converted(piece.astype(wide), dtype, name, plan.recipe.allow_nonfinite)

@@ -19,6 +19,7 @@ from mergebench.core.delta import Delta, Dense, Difference, LowRank, reads, resi
 from mergebench.core.errors import MergebenchError, MismatchError
 from mergebench.core.site import Site
 from mergebench.core.tensor import Array, Tensor
+from mergebench.merge.ahead import Ahead
 from mergebench.merge.collected import Slices
 from mergebench.merge.kernels.fuse import Fused, fuse
 from mergebench.merge.kernels.ready import kernels
@@ -358,6 +359,7 @@ class Evaluator:
     fusing: bool = False
     note: Callable[[str], None] | None = None
     spread: Spread | None = None
+    ahead: Ahead = field(default_factory=Ahead)
 
     def prepare(self, ops: Chain, item: Item, *, whole: bool = False) -> None:
         """Measure everything that ``ops`` needs before it can run on ``item``.
@@ -550,9 +552,13 @@ class ItemSweep:
 
     def here(self, visit: Callable[[Stack, At], R]) -> Iterator[tuple[At, R]]:
         """The same in this process."""
-        for results in self.owner.each_job(self._jobs(visit)):
-            self.owner.on_read(sum(at.stop - at.start for at, _ in results))
-            yield from results
+        ahead = self.owner.ahead
+        with ahead.along(self.items):
+            for results in self.owner.each_job(self._jobs(visit)):
+                self.owner.on_read(sum(at.stop - at.start for at, _ in results))
+                first, last = results[0][0], results[-1][0]
+                ahead.read(first.site.name, first.start, last.stop, last=False)
+                yield from results
 
     def again(
         self, visit: Callable[[Stack, At], R], spans: Collection[tuple[str, int, int]]
@@ -573,6 +579,7 @@ class ItemSweep:
             ready = opened(item)
             fused = self._fused(ready, unit)
             for start, stop in jobs:
+                self.owner.ahead.comes(item.site.name, start, stop)
                 tiles = partial(self.owner.tiling.tiles, start, stop, unit)
                 if fused is None:
                     yield partial(self._ops_job, visit, ready, tiles)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -11,6 +11,7 @@ import numpy as np
 from mergebench.adapters_zoo.layouts.tables import Shape, Span
 from mergebench.core.delta import Delta, Dense, Difference, LowRank, Replacement, tile
 from mergebench.core.errors import MismatchError
+from mergebench.core.extents import Extent, extents
 from mergebench.core.tensor import DTYPES, Array, Tensor, size_of
 
 
@@ -52,6 +53,15 @@ class Rows:
                 shift = (span.start - span.at) * width
                 values[low - start : high - start] = tensor.read(low + shift, high + shift)
         return _into(values, out)
+
+    def extents(self, start: int, stop: int) -> Iterator[Extent]:
+        """Where entries ``start:stop`` lie."""
+        width = prod(self.shape[1:])
+        for tensor, span in self.parts:
+            low, high = max(start, span.at * width), min(stop, (span.at + span.rows) * width)
+            if low < high:
+                shift = (span.start - span.at) * width
+                yield from extents(tensor, low + shift, high + shift)
 
 
 @dataclass(frozen=True, eq=False)
