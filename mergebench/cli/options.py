@@ -277,6 +277,27 @@ Wait = Annotated[
         envvar="MERGEBENCH_WAIT",
     ),
 ]  # fmt: skip
+
+
+def _page_cache(size_: str) -> str:
+    """Hand a limit on to where it is looked at."""
+    if size_ != "auto":
+        size("--page-cache", size_)
+    os.environ["MERGEBENCH_PAGE_CACHE"] = size_
+    return size_
+
+
+PageCache = Annotated[
+    str,
+    typer.Option(
+        "--page-cache",
+        metavar="SIZE|auto",
+        help="A merge that reads and writes more than this takes out of the system's page cache "
+        "what it is done with; auto: half of the memory that is available.",
+        envvar="MERGEBENCH_PAGE_CACHE",
+        callback=_page_cache,
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Print the plan and stop.")]
 Inputs = Annotated[
     Path | None,

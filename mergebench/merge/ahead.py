@@ -148,7 +148,9 @@ class Ahead:
         self._kept: dict[str, int] = {}
         self._held = 0
         self._late: dict[Store, int] = {}
+        #: What is done with: in the last reading, and in the one that goes on before it.
         self._done: dict[Store, _Done] = {}
+        self._passed: dict[Store, _Done] = {}
 
     @property
     def large(self) -> bool:
@@ -163,17 +165,15 @@ class Ahead:
     @contextmanager
     def along(self, items: Sequence[Item]) -> Iterator[None]:
         """While other items are read, in this order, and not for the last time."""
-        known = self._lines[0].by_name
-        if len(items) < 2 or not known:
-            # One tensor by itself: the next ones are those of the last reading.
-            yield
-            return
-        line = _Line([step_of(item) for item in items])
+        # After one tensor by itself come those of the last reading.
+        several = len(items) > 1 and self._lines[0].steps
+        line = _Line([step_of(item) for item in items]) if several else self._lines[-1]
         self._lines.append(line)
         try:
             yield
         finally:
             self._lines.remove(line)
+            _tell(self._passed)
 
     def comes(self, name: str, start: int, stop: int) -> None:
         """Say that entries ``start:stop`` of a tensor are about to be read."""
@@ -201,10 +201,11 @@ class Ahead:
         if (step := self._lines[-1].by_name.get(name)) is None:
             return
         if last or not self._keep(step, start, stop):
+            where = self._done if last else self._passed
             for row in step.rows:
                 if not last or self._alone(row, step.size):
                     for extent in self._mine(extents(row, start, stop)):
-                        self._behind(extent)
+                        _add(extent, where)
 
     def _alone(self, row: Tensor, size: int) -> bool:
         """Whether nothing else is read from there later."""
@@ -231,21 +232,15 @@ class Ahead:
             key = _key(extent)
             self._uses[key] -= 1
             if self._uses[key] == 0:
-                self._behind(extent)
+                _add(extent, self._done)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         """Let go of what is left of that, also after an error."""
-        for done in self._done.values():
-            done.tell()
-
-    def _behind(self, extent: Extent) -> None:
-        done = self._done.get(extent.store)
-        if done is None:
-            done = self._done[extent.store] = _Done(extent.store)
-        done.add(extent)
+        _tell(self._passed)
+        _tell(self._done)
 
 
 class _Done:
@@ -255,9 +250,9 @@ class _Done:
     the first time.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, start: int) -> None:
         self.store = store
-        self.start = self.stop = self.told = 0
+        self.start = self.stop = self.told = start
 
     def add(self, extent: Extent) -> None:
         if not self.start <= extent.offset <= self.stop + _PAGE:
@@ -271,6 +266,18 @@ class _Done:
         if self.stop > self.told:
             self.store.advise(self.start, self.stop - self.start, "dontneed")
             self.told = self.stop
+
+
+def _add(extent: Extent, where: dict[Store, _Done]) -> None:
+    if (done := where.get(extent.store)) is None:
+        done = where[extent.store] = _Done(extent.store, extent.offset)
+    done.add(extent)
+
+
+def _tell(where: dict[Store, _Done]) -> None:
+    for done in where.values():
+        done.tell()
+    where.clear()
 
 
 def _key(extent: Extent) -> tuple[int, int]:

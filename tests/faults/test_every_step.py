@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mergebench.checkpoints import page_cache
 from mergebench.core.errors import MergebenchError
 from tests.faults.conftest import Expected
 from tests.faults.machine import Fault, KilledError, Machine
@@ -46,6 +47,23 @@ def is_done(place: Path, whole: Mapping[str, bytes | None]) -> bool:
     """Whether all outputs are there, and no work that another run could go on with."""
     works = [name for name in hidden(place) if name.endswith("-part")]
     return not works and set(whole) <= set(state(place))
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"), [(fault, "file") for fault in ENDS] + [("full", "sweep"), ("kill", "tasks")]
+)
+def test_failing_at_every_step_of_a_large_merge(
+    fault: Fault,
+    name: str,
+    inputs: Path,
+    expected: Expected,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One worker computes beside the thread that writes, and lets go of what it has written."""
+    monkeypatch.setenv(page_cache.VARIABLE, "1B")
+    monkeypatch.setattr(page_cache, "STEP", 1)
+    test_failing_at_every_step(fault, name, True, inputs, expected, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""How much of a file the page cache holds."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+
+_PAGE = mmap.PAGESIZE
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_LIBC.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+
+
+def resident(path: Path) -> int:
+    """Bytes of a file that are in memory, whoever has read them; counted in pages."""
+    size = path.stat().st_size
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        place = _LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    finally:
+        os.close(fd)
+    pages = (ctypes.c_ubyte * -(-size // _PAGE))()
+    failed = _LIBC.mincore(place, size, pages)
+    _LIBC.munmap(place, size)
+    assert failed == 0, ctypes.get_errno()
+    # The lowest bit alone means something.
+    return _PAGE * sum(page & 1 for page in bytes(pages))
+
+
+def forget(path: Path) -> None:
+    """Bring a file to the disk, and take it out of memory as far as the system lets us."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)

@@ -1,0 +1,68 @@
+"""Merges larger than a limit leave neither inputs nor output in the page cache."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers.files import BF16, tree, write
+from tests.helpers.running import assert_done, command
+from tests.memory.measure import MIB
+from tests.memory.residency import forget, resident
+
+INPUTS = ("base", "ft1", "ft2")
+#: Of a tensor in bf16.
+SHAPE = (2048, 2048)
+
+
+def drops(folder: Path) -> bool:
+    """Whether files there are on a disk, and not in memory whatever is said."""
+    probe = folder / "probe"
+    probe.write_bytes(bytes(MIB))
+    forget(probe)
+    return resident(probe) == 0
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Iterator[Path]:
+    """Three models of 48 MiB on a real disk."""
+    folder = tmp_path
+    if not drops(tmp_path):
+        # Such as a temporary folder in memory.
+        folder = Path(tempfile.mkdtemp(prefix=".page-cache-", dir=Path(__file__).parent))
+    random = np.random.default_rng(0)
+    for file in INPUTS:
+        arrays = {
+            f"layers.{n}.weight": random.standard_normal(SHAPE, np.float32).astype(BF16)
+            for n in range(6)
+        }
+        write(folder / f"{file}.safetensors", arrays)
+        forget(folder / f"{file}.safetensors")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(("method", "workers"), [("task_arithmetic", 1), ("ties", 2)])
+def test_a_large_merge_leaves_nothing_behind(models: Path, method: str, workers: int) -> None:
+    """A small one leaves everything, for whoever reads it next; the bytes are the same."""
+    merge = ["merge", "ft1.safetensors", "ft2.safetensors", "-b", "base.safetensors", "-m", method]
+    merge += ["--allow-base-mismatch", "--workers", workers, "--force", "-o", "out.safetensors"]
+    paths = [models / f"{name}.safetensors" for name in (*INPUTS, "out")]
+
+    assert_done(command(*merge, "--page-cache", "1TB", cwd=models))
+    kept = [resident(path) / path.stat().st_size for path in paths]
+    small = tree(models)["out.safetensors"]
+    assert_done(command(*merge, "--page-cache", "8MiB", cwd=models))
+    left = [resident(path) for path in paths]
+
+    assert min(kept) > 0.9
+    # A page or two of headers, which were read before the merge was known to be large.
+    assert max(left) < MIB
+    assert tree(models)["out.safetensors"] == small
