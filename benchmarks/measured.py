@@ -1,4 +1,4 @@
-"""One measured run in a process of its own: the floor, or a merge. Prints JSON.
+"""One measured run in a process of its own: the floor, a merge, or a loop. Prints JSON.
 
 CPU seconds are those of this process; memory is the peak of anonymous memory (RssAnon) above
 what the imported libraries take.
@@ -75,13 +75,49 @@ def floor(inputs: list[str], out: str, size: int | None = None) -> None:
     os.close(target)
 
 
+class Nowhere:
+    """A sink that forgets what it is given."""
+
+    def write(self, name: str, byte_start: int, data: object) -> None:
+        """Forget entries."""
+
+    def finish(self, name: str) -> None:
+        """Forget a tensor."""
+
+
+def bare(threads: int) -> dict[str, float]:
+    """A compiled loop that computes in the first cache, the same work split among threads."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import numba
+    import numpy as np
+
+    @numba.njit(nogil=True)
+    def turn(values: np.ndarray, turns: int) -> None:
+        for _ in range(turns):
+            for place in range(values.size):
+                values[place] = values[place] * np.float32(0.999) + np.float32(0.001)
+
+    jobs, arrays = 64, [np.ones(2048, np.float32) for _ in range(64)]
+    turn(arrays[0], 1)
+
+    def work() -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda number: turn(arrays[number], 300_000), range(jobs)))
+
+    return measure(work)
+
+
 def main() -> None:
-    """``measured.py '{"floor": true | recipe, …}'``."""
+    """``measured.py '{"floor": true | "bare": threads | "recipe": …}'``."""
     task = json.loads(sys.argv[1])
+    if task.get("bare"):
+        print(json.dumps(bare(task["bare"])))
+        return
     if task.get("floor"):
         result = measure(lambda: floor(task["inputs"], task["out"]))
     else:
-        from mergebench.merge.engine import execute
+        from mergebench.merge.engine import execute, execute_into
         from mergebench.merge.kernels import ready
         from mergebench.merge.plan import make_plan
         from mergebench.recipe import recipe_from_dict
@@ -94,10 +130,14 @@ def main() -> None:
         memory, workers = task["memory"], task["workers"]
 
         def merge() -> None:
-            execute(make_plan(recipe, memory=memory, workers=workers), force=True)
+            plan = make_plan(recipe, memory=memory, workers=workers)
+            if task.get("written", True):
+                execute(plan, force=True)
+            else:
+                execute_into(plan, [Nowhere() for _ in plan.variants])
 
         result = measure(merge)
-    Path(task["out"]).unlink()
+    Path(task["out"]).unlink(missing_ok=True)
     print(json.dumps(result))
 
 

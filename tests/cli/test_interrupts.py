@@ -52,12 +52,15 @@ def interrupted(place: Path, *extra: str) -> Ran:
     return Ran(process.returncode, out, err)
 
 
-@pytest.mark.parametrize("out", ["out", "out.safetensors", "deep/down/out"])
-def test_interrupt_leaves_nothing(place: Path, out: str) -> None:
+@pytest.mark.parametrize(
+    ("out", "extra"),
+    [("out", ()), ("out.safetensors", ()), ("deep/down/out", ()), ("out", ("--page-cache", "1B"))],
+)
+def test_interrupt_leaves_nothing(place: Path, out: str, extra: tuple[str, ...]) -> None:
     """Ctrl-C exits 130 with one line; no output, no hidden file, no new folder remains."""
     before = listing(place)
 
-    ran = interrupted(place, "-o", out)
+    ran = interrupted(place, "-o", out, *extra)
 
     assert ran == Ran(130, "", "error: interrupted; nothing was written\n")
     assert listing(place) == before

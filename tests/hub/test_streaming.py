@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mergebench.checkpoints import remote
+from mergebench.checkpoints.hub import parse_hub
+from mergebench.checkpoints.hub_files import RemoteFile
+from mergebench.core.errors import FormatError
 from tests.helpers.models import save_folder
 from tests.helpers.running import assert_done, assert_refused
 from tests.helpers.scene import Scene
@@ -73,6 +78,96 @@ def test_looking_brings_headers_and_samples(
     assert len(spans(hub)) < 200
     assert_done(run("inspect", "hf://org/large", MERGEBENCH_CACHE="none"))
     assert len(kept(tmp_path)) == len([*scene.path.rglob("*.safetensors")])
+
+
+def test_large_models_are_brought_once_and_not_to_the_disk(
+    hub: Hub, run: Run, scene: Scene, tmp_path: Path
+) -> None:
+    """What is asked for ahead is not asked for again; nothing but the output takes space."""
+    draw = np.random.default_rng(1)
+    for name in ("one", "two"):
+        arrays = {f"w{n}": draw.standard_normal((1536, 1024)).astype(np.float32) for n in range(6)}
+        save_folder(scene.path / name, arrays)
+        hub.add(f"org/{name}", files_of(scene.path / name))
+    size = 2 * sum(each.nbytes for each in arrays.values())
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+
+    merge = ("merge", "hf://org/one", "hf://org/two", "-m", "linear", "--workers", 2)
+    assert_done(run(*merge, "-o", "there", *NONE))
+    assert_done(run("merge", "one", "two", "-m", "linear", "-o", "here"))
+
+    assert size <= sum(stop - start for start, stop in spans(hub)) < 1.2 * size
+    there, here = scene.path / "there", scene.path / "here"
+    assert files_of(there)["model.safetensors"] == files_of(here)["model.safetensors"]
+    new = {path for path in tmp_path.rglob("*") if path.is_file()} - before
+    beside = [path for path in new if there not in path.parents and here not in path.parents]
+    # The compiled kernels are no part of the models.
+    assert sum(path.stat().st_size for path in beside if path.suffix != ".nbi") < size / 100
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> tuple[remote.RemoteHandle, list[int]]:
+    """A file of 100 kB elsewhere, and where the requests for it began."""
+    content = np.random.default_rng(0).bytes(100_000)
+    asked: list[int] = []
+
+    def ask(self: remote.RemoteHandle, start: int, stop: int) -> bytes:
+        asked.append(start)
+        return content[start:stop]
+
+    monkeypatch.setattr(remote.RemoteHandle, "_ask", ask)
+    monkeypatch.setattr(remote, "_BLOCKS", remote._Blocks(1 << 20))
+    file = RemoteFile("model.safetensors", len(content), None, "0")
+    return remote.RemoteHandle(parse_hub("hf://org/far"), "0" * 40, file), asked
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    """Until something is so, which it must be soon."""
+    for _ in range(2000):
+        if what():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it never was")
+
+
+def test_what_is_asked_for_comes_by_itself(
+    far: tuple[remote.RemoteHandle, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read later waits for no request; what is let go is brought again when it is read."""
+    handle, asked = far
+    assert not handle.ready(50_000)
+    handle.advise(40_000, 30_000, "willneed")
+    wait_for(lambda: handle.ready(69_999))
+    count = len(asked)
+
+    first, second = bytearray(30_000), bytearray(30_000)
+    assert handle.read_at(memoryview(first), 40_000) == 30_000
+    assert len(asked) == count
+    handle.advise(0, 100_000, "dontneed")
+    assert not handle.ready(50_000)
+    handle.read_at(memoryview(second), 40_000)
+    assert len(asked) > count
+    assert first == second
+    # Behind the end there is nothing to bring.
+    handle.advise(100_000, 5, "willneed")
+
+
+def test_a_fault_is_told_to_whoever_reads(
+    far: tuple[remote.RemoteHandle, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What went wrong ahead of time is asked for once more, and heard then."""
+    handle, asked = far
+
+    def broken(self: remote.RemoteHandle, start: int, stop: int) -> bytes:
+        asked.append(start)
+        raise FormatError("did not come")
+
+    monkeypatch.setattr(remote.RemoteHandle, "_ask", broken)
+    handle.advise(0, 10, "willneed")
+    wait_for(lambda: bool(asked))
+    with pytest.raises(FormatError, match="did not come"):
+        handle.read_at(memoryview(bytearray(10)), 0)
+    assert asked == [0, 0]
 
 
 def test_adapters_are_downloaded(hub: Hub, run: Run, scene: Scene) -> None:
