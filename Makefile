@@ -6,7 +6,7 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints
 # Tests and benchmarks start many processes, which would each compile every module again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo demo-text test lint parity bench bench-packing fuzz clean
+.PHONY: help demo demo-text test lint parity bench bench-scaling bench-reading bench-packing fuzz clean
 
 help:
 	@echo "make demo    the digits example, from training to the table and the picture"
@@ -14,7 +14,9 @@ help:
 	@echo "make test    the whole test suite"
 	@echo "make lint    formatting, lint, types, import layers"
 	@echo "make parity  record mergekit's, FusionBench's and WeightWatcher's outputs again, in environments of their own"
-	@echo "make bench   cost of every method over the floor of the machine"
+	@echo "make bench   cost of every method over the floor of the machine, and beside mergekit: make bench ARGS='--size 1GB'"
+	@echo "make bench-scaling  cost against size and number of models, and what a second thread gains"
+	@echo "make bench-reading  ways to read files on this disk, and what asking ahead and letting go are worth"
 	@echo "make bench-packing  packed files beside bitmasks, zstd and bf16: bits and speed"
 	@echo "make fuzz    fuzz one reader: make fuzz ARGS='--target header --seconds 300'"
 
@@ -55,6 +57,16 @@ parity: $(BIN)/python
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python tests/parity/record.py --install
+	$(BIN)/python benchmarks/against_mergekit.py $(ARGS)
+
+bench-scaling: $(VENV)/.test
+	$(BIN)/python benchmarks/scaling.py size $(ARGS)
+	$(BIN)/python benchmarks/scaling.py models $(ARGS)
+	$(BIN)/python benchmarks/scaling.py threads $(ARGS)
+
+bench-reading: $(VENV)/.test
+	$(BIN)/python benchmarks/reading.py $(ARGS)
 
 bench-packing: $(VENV)/.bench
 	$(BIN)/python benchmarks/packing.py $(ARGS)

@@ -1,9 +1,9 @@
 """What the same merges cost in mergekit, as processes of their own: CPU and peak memory.
 
 ``python benchmarks/against_mergekit.py --size 300MB``. mergekit is run through its command line, in
-the environment that ``make parity`` makes (``--mergekit`` names another one). Both tools start up,
-read, merge and write; memory is the peak of anonymous memory (RssAnon) of the process, libraries
-included.
+the environment that ``make bench`` and ``make parity`` make (``--mergekit`` names another one).
+Both tools start up, read, merge and write; memory is the peak of anonymous memory (RssAnon) of the
+process, libraries included.
 """
 
 from __future__ import annotations
@@ -128,11 +128,12 @@ def main() -> None:
     """Measure both, print ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="300MB", help="bytes of one checkpoint")
-    parser.add_argument("--data", type=Path, default=HERE / "data" / "mergekit")
+    parser.add_argument("--data", type=Path, default=HERE / "data")
     root = HERE.parent / ".parity-venv" / "bin" / "mergekit-yaml"
     parser.add_argument("--mergekit", type=Path, default=root)
-    args = parser.parse_args()
-    folder = args.data.absolute()
+    # `make bench` hands on what it was given for all of them.
+    args, _ = parser.parse_known_args()
+    folder = args.data.absolute() / "mergekit"
     build(folder, parse_size(args.size))
     table = Table(title=f"base + {len(MODELS)} × {args.size} in bf16, start-up included")
     for heading in ("", "mergekit CPU s", "CPU s", "÷", "mergekit MiB", "MiB", "÷"):

@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--latency", type=float, default=0.05, help="seconds of a request")
     parser.add_argument("--rate", type=float, default=2e8, help="bytes per second of one request")
-    parser.add_argument("--data", type=Path, default=HERE / "data" / "reading")
+    parser.add_argument("--data", type=Path, default=HERE / "data")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task:
@@ -217,6 +217,7 @@ def main() -> None:
         else:
             print(json.dumps(merge(task)))
         return
+    args.data = args.data / "reading"
     base, tuned = make(args.data, parse_size(args.size), args.models)
     files = [base, *tuned]
     Console().print(reading(files, args.rounds, args.data))

@@ -178,11 +178,12 @@ def main() -> None:
     parser.add_argument("--own", type=int, default=1, help="fine-tunes that are no links")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", default="512MiB")
-    parser.add_argument("--data", type=Path, default=HERE / "data" / "scaling")
+    parser.add_argument("--data", type=Path, default=HERE / "data")
     parser.add_argument("--out", type=Path, help="folder of the outputs; --data by default")
     args = parser.parse_args()
     args.points = args.points or DEFAULTS[args.what]["points"]
     args.methods = args.methods or DEFAULTS[args.what]["methods"]
+    args.data = args.data / f"scaling-{args.what}"
     args.data.mkdir(parents=True, exist_ok=True)
     args.out = args.out or args.data
     held = threads(args) if args.what == "threads" else lines(args)

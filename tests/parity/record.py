@@ -5,6 +5,7 @@ mergekit is only ever run through its command line, in an environment of its own
     python tests/parity/record.py                 # creates .parity-venv/ and uses that
     python tests/parity/record.py --mergekit PATH # the mergekit-yaml of another environment
     python tests/parity/record.py --check         # compare with the recorded files, write nothing
+    python tests/parity/record.py --install       # only create .parity-venv/, for `make bench`
 """
 
 # ruff: noqa: T201  a script reports by printing
@@ -100,7 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mergekit", type=Path, help="the mergekit-yaml executable to run")
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     parser.add_argument("--output", type=Path, default=RECORDED, help="default: %(default)s")
+    parser.add_argument("--install", action="store_true", help="make the environment, and stop")
     options = parser.parse_args(arguments)
+    if options.install:
+        print(create_environment())
+        return 0
 
     # Absolute but not resolved: following its link would lead out of a virtual environment.
     executable = (options.mergekit or create_environment()).absolute()
