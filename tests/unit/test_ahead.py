@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from mergebench.merge import ahead
 from mergebench.merge.ahead import Ahead, Step
 from mergebench.merge.engine import execute
 from mergebench.merge.plan import Plan, make_plan
-from mergebench.recipe import ModelRef, Recipe
+from mergebench.recipe import ModelRef, OpRef, Recipe
 from tests.helpers.files import BF16, write
 
 NAMES = ("z.weight", "b.weight", "y.weight", "a.weight")
@@ -210,10 +211,37 @@ def test_nothing_is_let_go_before_its_last_use(
     assert_read_after_no_drop(events)
     assert_all_dropped(events, recorded.places())
     written = [event for event in recorded.events if event.file not in INPUTS]
-    assert max(e.stop for e in written if e.what == "drop") >= 4 * SIZE
+    told = [event.stop for event in written if event.what == "drop"]
+    assert max(told) >= 4 * SIZE
+    assert len(told) >= 4 * SIZE // (2 * JOB)
     # As it goes, and not at the end only.
     last_read = max(n for n, e in enumerate(events) if e.what == "read")
     assert sum(e.what == "drop" for e in events[:last_read]) > 3 * 3
+
+
+def test_room_is_given_back(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured tensor by tensor needs no more of it than one tensor."""
+    monkeypatch.setenv(page_cache.VARIABLE, f"{3 * SIZE}B")
+
+    events = recorded.run("breadcrumbs", params={"scope": "tensor"})
+
+    assert_read_after_no_drop(events)
+    assert_all_dropped(events, recorded.places())
+
+
+def test_without_room_every_reading_lets_go(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the second before the last."""
+    monkeypatch.setenv(page_cache.VARIABLE, "1B")
+
+    events = recorded.run("ties", then=(OpRef("trim", {"density": 0.5, "scope": "model"}),))
+
+    for place in recorded.places().values():
+        begun = [*passes(events, place), len(events)]
+        assert len(begun) > 2
+        for one, other in pairwise(begun):
+            assert any(e.what == "drop" and e.meets(place) for e in events[one:other])
 
 
 def test_what_will_be_read_again_stays_as_far_as_there_is_room(
@@ -380,3 +408,21 @@ def test_tensors_that_do_not_tell_where_they_lie() -> None:
         policy.read("another", 0, 1, last=True)
         policy.finished("another")
     assert Extent(Tape(), 3, 4).end == 7
+
+
+def test_each_reading_of_the_same_bytes_lets_go_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came in again goes again, whatever went before."""
+    monkeypatch.setattr(ahead, "STEP", 30)
+    tape = Tape()
+    steps = [Step("t", 100, (tape.tensor(0, 100),))]
+
+    with Ahead(steps, 0) as policy:
+        for _ in range(2):
+            tape.told.clear()
+            with policy.along(()):
+                for start in range(0, 100, 10):
+                    policy.read("t", start, start + 10, last=False)
+            assert [each[2] for each in tape.told] == [30, 60, 90, 100]
+        tape.told.clear()
+        go_over(policy, steps[0], 10)
+    assert [each[2] for each in tape.told if each[0] == "dontneed"] == [30, 60, 90, 100]
