@@ -57,6 +57,7 @@ def merge(
     workers: o.Workers = None,
     kernels: o.Kernels = "auto",
     page_cache: o.PageCache = "auto",
+    device: o.Device = "cpu",
     cache: o.Cache = "keep",
     executor: o.Executor = "threads",
     scheduler: o.Scheduler = None,
@@ -86,7 +87,7 @@ def merge(
     )  # fmt: skip
     do(
         recipe, force, memory, workers, dry_run, as_json, quiet, check, report, cache=cache,
-        where=_where(executor, scheduler, worker, wait),
+        where=_where(executor, scheduler, worker, wait, device),
     )  # fmt: skip
 
 
@@ -155,6 +156,7 @@ def run(
     memory: o.Memory = "512MiB",
     workers: o.Workers = None,
     page_cache: o.PageCache = "auto",
+    device: o.Device = "cpu",
     cache: o.Cache = "keep",
     executor: o.Executor = "threads",
     scheduler: o.Scheduler = None,
@@ -195,7 +197,7 @@ def run(
     do(
         _with_out(read),
         force, memory, workers, dry_run, as_json, quiet, check, report, found.notes, cache,
-        _where(executor, scheduler, worker, wait),
+        _where(executor, scheduler, worker, wait, device),
     )  # fmt: skip
 
 
@@ -366,10 +368,11 @@ def do(
     from mergebench.merge.plan import make_plan
 
     started = perf_counter()
-    if not dry_run:
+    device = "cpu" if where is None else where.device
+    if not dry_run and device == "cpu":
         foresee(recipe)
     budget, stream = o.size("--memory", memory), o.streams(cache)
-    made = make_plan(recipe, memory=budget, workers=workers, stream=stream)
+    made = make_plan(recipe, memory=budget, workers=workers, stream=stream, device=device)
     made = replace(made, notes=(*notes, *made.notes)) if notes else made
     if dry_run:
         if as_json:
@@ -403,10 +406,12 @@ def do(
         raise typer.Exit(EXIT_FINDINGS)
 
 
-def _where(executor: str, scheduler: str | None, worker: str | None, wait: float) -> Where:
+def _where(
+    executor: str, scheduler: str | None, worker: str | None, wait: float, device: str
+) -> Where:
     from mergebench.merge.many.where import Where
 
-    return Where(executor, scheduler, worker, wait)
+    return Where(executor, scheduler, worker, wait, device)
 
 
 def _rows(made: Plan, written: Written) -> list[Row]:

@@ -298,6 +298,15 @@ PageCache = Annotated[
         callback=_page_cache,
     ),
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="Where methods are computed: cpu; cuda or cuda:1; auto, the first GPU if there is "
+        "one; torch, as on a GPU but on the processor, to compare.",
+        envvar="MERGEBENCH_DEVICE",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Print the plan and stop.")]
 Inputs = Annotated[
     Path | None,

@@ -64,6 +64,7 @@ def merge_models(
     allow_nonfinite: bool = False,
     memory: int | str = DEFAULT_MEMORY,
     workers: int | None = None,
+    device: str = "cpu",
     force: bool = False,
     progress: Progress | None = None,
     executor: str = "threads",
@@ -110,6 +111,8 @@ def merge_models(
         As in :class:`~mergebench.recipe.Recipe`.
     memory : int or str, bytes or such as "256MiB", default 512 MiB
     workers : int, optional
+    device : str, default cpu
+        Where chains are run: cpu, cuda, cuda:1, or auto for the first CUDA device if there is one.
     force : bool, default False
         Replace an existing output.
     progress : callable, optional
@@ -198,8 +201,9 @@ def merge_models(
     ]
     budget = parse_size(memory) if isinstance(memory, str) else memory
     plan = make_plan(
-        recipe, sources=opened, base=under, statistics=held, memory=budget, workers=workers
-    )
+        recipe, sources=opened, base=under, statistics=held, memory=budget, workers=workers,
+        device=device,
+    )  # fmt: skip
     if out is not None:
         written = chosen.execute(plan, memory=budget, force=force, progress=progress)
         return written if _several(plan) else written[0]

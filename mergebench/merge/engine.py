@@ -25,7 +25,7 @@ from mergebench.merge.apart import place_of
 from mergebench.merge.averaged import Mean
 from mergebench.merge.core_space import fits, merged_item
 from mergebench.merge.factors import write_factors
-from mergebench.merge.kernels import fuse, ready
+from mergebench.merge.kernels import ready
 from mergebench.merge.op import Chain, Stack, needs_base
 from mergebench.merge.outcome import Found, Outcome, Written, earlier, record, written
 from mergebench.merge.plan import Plan
@@ -281,7 +281,9 @@ def _run(
     total = plan.entries * plan.passes
     done = ledger.swept
     found = Found.nothing(plan)
-    with workers(plan.tiling.workers, apart=ahead.large) as pool:
+    # A lane that waits for its device leaves the core to another.
+    count = max(plan.tiling.workers, 1 if plan.device is None else 2)
+    with workers(count, apart=ahead.large) as pool:
 
         def swept(entries: int) -> None:
             nonlocal done
@@ -295,7 +297,7 @@ def _run(
 
         evaluator = Evaluator(
             plan.aligned.items, plan.tiling, pool, swept, ledger.known, fusing=fuses(plan),
-            note=note, ahead=ahead,
+            note=note, ahead=ahead, device=plan.device,
         )  # fmt: skip
         for name in plan.aligned.order:
             targets = targets_of(plan, name)
@@ -378,9 +380,8 @@ def _pieces(
     dense = [ops for ops, core in zip(chains, cores, strict=True) if core is None]
     unit, jobs = evaluator.pieces(dense, item)
     item = opened(item)
-    whole_rows = unit <= max(item.site.row, 1)
-    fusible = len(dense) == len(chains) and whole_rows and fuse.fits(dtype)
-    fused = evaluator.fused(chains, item, ends=True) if fusible else None
+    fusible = len(dense) == len(chains) and evaluator.stores(dtype)
+    fused = evaluator.fused(chains, item, unit, ends=True) if fusible else None
 
     def by_kernel(start: int, stop: int) -> tuple[int, list[Array], bool]:
         assert fused is not None

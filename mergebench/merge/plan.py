@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from mergebench.merge.align import Aligned, align, in_places
 from mergebench.merge.buffers import settle
 from mergebench.merge.collected import Collected
 from mergebench.merge.configs import check_configs
+from mergebench.merge.device.choose import Device, device_of
 from mergebench.merge.energy import ranks_by_energy
 from mergebench.merge.extraction import for_adapter
 from mergebench.merge.limits import DEFAULT_MEMORY, check_places, choose_tiling
@@ -72,6 +73,8 @@ class Plan:
         Tensors that do not match in all inputs, and what is done with them.
     collected : tuple of Collected
         The statistics of every model, if a method asks for them.
+    device : Device or None
+        Where chains are run, if not on the processor.
     """
 
     recipe: Recipe
@@ -91,6 +94,7 @@ class Plan:
     origin: Origin
     odd: tuple[Odd, ...] = ()
     collected: tuple[Collected, ...] = ()
+    device: Device | None = None
 
     @property
     def layout(self) -> Layout:
@@ -171,6 +175,7 @@ class Plan:
             "memory": self.memory,
             "least_memory": self.least_memory,
             "workers": self.tiling.workers,
+            "device": "cpu" if self.device is None else self.device.title,
             "files": [file.name for file in self.layout.files],
             "notes": list(self.notes),
         }
@@ -185,6 +190,7 @@ def make_plan(
     memory: int = DEFAULT_MEMORY,
     workers: int | None = None,
     stream: bool = False,
+    device: str = "cpu",
 ) -> Plan:
     """Open the inputs, match them and decide everything; all user errors surface here.
 
@@ -202,6 +208,8 @@ def make_plan(
         Threads; the number of cores this process may use by default.
     stream : bool, default False
         Read checkpoints on the Hub where they are, instead of downloading them.
+    device : str, default cpu
+        Where chains are run; see :func:`mergebench.merge.device.choose.device_of`.
 
     Raises
     ------
@@ -209,6 +217,7 @@ def make_plan(
         For anything the user can fix.
     """
     _check_recipe(recipe)
+    there = device_of(device)
     method, variants = make_variants(recipe)
     opened = open_inputs(recipe, sources, base, statistics, stream=stream)
     models, weights, order, collected = (
@@ -265,6 +274,8 @@ def make_plan(
         collected=collected,
     )  # fmt: skip
     built, (tiling, needed, least) = _packed(recipe, pack, aligned, variants, memory, workers)
+    if there is not None:
+        built = replace(built, notes=(*built.notes, there.note))
     kept = aligned.items if recipe.dtype == "keep" and form == "model" else {}
     notes += [
         *_left(chosen.apart, aligned.order, form),
@@ -280,7 +291,7 @@ def make_plan(
     plan = Plan(
         recipe, method, models, weights, base, aligned, form, variants, built, tiling, needed,
         least, 1 + sweeps(variants), tuple(dict.fromkeys(notes)), origin, evened.odd,
-        tuple(each for each in collected if each is not None),
+        tuple(each for each in collected if each is not None), there,
     )  # fmt: skip
     return _checked(plan)
 

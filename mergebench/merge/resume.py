@@ -52,6 +52,8 @@ def decides(plan: Plan, variant: Variant) -> dict[str, Any]:
         "tokenizers": [_tokenizers(each) for each in sources],
         "layout": plan.package.layout_of(variant).to_json(),
     }
+    if plan.device is not None:
+        about["device"] = plan.device.title
     if plan.collected:
         about["statistics"] = [
             _identity(each.source)

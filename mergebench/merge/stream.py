@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergebench.adapters_zoo.computed import Computed
+from mergebench.compute.select import as_numpy
 from mergebench.compute.tiles import Tiling
 from mergebench.core.delta import Delta, Dense, Difference, LowRank, reads, resident, tile
 from mergebench.core.errors import MergebenchError, MismatchError
@@ -21,9 +22,10 @@ from mergebench.core.site import Site
 from mergebench.core.tensor import Array, Tensor
 from mergebench.merge.ahead import Ahead
 from mergebench.merge.collected import Slices
-from mergebench.merge.kernels.fuse import Fused, fuse
+from mergebench.merge.device.choose import Device
+from mergebench.merge.kernels.fuse import fits, fuse
 from mergebench.merge.kernels.ready import kernels
-from mergebench.merge.kernels.running import Buffers, Kernels
+from mergebench.merge.kernels.running import Kernels
 from mergebench.merge.op import (
     Abreast,
     At,
@@ -34,8 +36,11 @@ from mergebench.merge.op import (
     granularity_of,
     needs_base,
 )
+from mergebench.merge.runner import Runner
 from mergebench.sources import Applied
 
+#: What a device can round results to.
+ON_DEVICE = frozenset({"BF16", "F16", "F32", "F8_E4M3", "F8_E5M2"})
 R = TypeVar("R")
 Tiles = Iterable[tuple[int, int]]
 _RUN = 1024
@@ -344,7 +349,8 @@ class Evaluator:
     """Runs chains over items, measuring what their ops need first.
 
     Chains that kernels can run are run by them where ``fusing``; ``note`` is told if that takes
-    long to begin. Where there is a ``spread``, statistics of whole models are left to it.
+    long to begin. With a ``device`` chains are run there instead. Where there is a ``spread``,
+    statistics of whole models are left to it.
 
     Measurements are kept by (the ops up to and including the one that asked, name of the tensor
     or of the part), so that chains with a common beginning share them; so is what ops report.
@@ -360,6 +366,7 @@ class Evaluator:
     note: Callable[[str], None] | None = None
     spread: Spread | None = None
     ahead: Ahead = field(default_factory=Ahead)
+    device: Device | None = None
 
     def prepare(self, ops: Chain, item: Item, *, whole: bool = False) -> None:
         """Measure everything that ``ops`` needs before it can run on ``item``.
@@ -403,12 +410,16 @@ class Evaluator:
             own = [item.of(scope.row) for item in own]
         return ItemSweep(self, scope.ops, own, scope.asking, scope)
 
-    def fused(self, chains: Sequence[Chain], item: Item, *, ends: bool) -> Fused | None:
+    def fused(self, chains: Sequence[Chain], item: Item, unit: int, *, ends: bool) -> Runner | None:
         """The chains for kernels, once what they need has been measured; ``None`` if they cannot.
 
-        ``ends`` is false for what comes before a measurement.
+        With a device they are for that. No tile may cut ``unit`` entries. ``ends`` is false for
+        what comes before a measurement.
         """
-        if not self.fusing or item.site.size == 0:
+        if self.device is not None:
+            return self._there(self.device, chains, item)
+        whole_rows = unit <= max(item.site.row, 1)
+        if not self.fusing or item.site.size == 0 or not whole_rows:
             return None
 
         def known(ops: Chain) -> Any:
@@ -417,6 +428,23 @@ class Evaluator:
             return self.known[ops, item.site.name if statistic.scope == "tensor" else item.part]
 
         return fuse(chains, item, known, self._kernels, ends=ends)
+
+    def stores(self, dtype: str) -> bool:
+        """Whether kernels, or the device, can round results to a dtype."""
+        return dtype in ON_DEVICE if self.device is not None else fits(dtype)
+
+    def _there(self, device: Device, chains: Sequence[Chain], item: Item) -> Runner | None:
+        from mergebench.merge.device.tiles import on_device
+
+        wanted = any(needs_base(ops) for ops in chains)
+
+        def run(ops: Chain, at: At, stack: Stack, memo: dict[Chain, Stack] | None) -> Stack:
+            return self.run(ops, item, at, stack, memo)
+
+        def place(start: int, stop: int, base: Any) -> At:
+            return located(item, start, stop, base, wanted)
+
+        return on_device(device, chains, item, run, place)
 
     def _kernels(self, rows: bool) -> Kernels | None:
         found = kernels(self.note, rows)
@@ -598,7 +626,7 @@ class ItemSweep:
         self,
         visit: Callable[[Stack, At], R],
         item: Item,
-        fused: Fused,
+        fused: Runner,
         unit: int,
         job: tuple[int, int],
     ) -> list[tuple[At, R]]:
@@ -624,13 +652,13 @@ class ItemSweep:
                 found.append((at, visit(stack, at)))
         return found
 
-    def _fused(self, item: Item, unit: int) -> Fused | None:
+    def _fused(self, item: Item, unit: int) -> Runner | None:
         """What comes before the statistic, for kernels; ``None`` where more is looked at."""
         spec = self.asking[-1].spec
-        whole_rows = unit <= max(item.site.row, 1)
-        if not whole_rows or spec.needs_base or (spec.needs_models and self.ops):
+        more = spec.needs_base or (spec.needs_models and self.ops) or item.collected is not None
+        if more:
             return None
-        return self.owner.fused([self.ops], item, ends=False)
+        return self.owner.fused([self.ops], item, unit, ends=False)
 
     def _by_ops(self, item: Item, tiles: Tiles) -> Iterator[tuple[At, Stack]]:
         for begin, end in tiles:
@@ -668,12 +696,10 @@ class ItemSweep:
             offset += size
         return np.concatenate(parts, axis=1)
 
-    def _run(
-        self, item: Item, begin: int, end: int, fused: Fused | None, room: Buffers | None
-    ) -> Stack:
+    def _run(self, item: Item, begin: int, end: int, fused: Runner | None, room: Any) -> Stack:
         if fused is not None and room is not None:
             room.read(begin, end)
             if (stack := fused.stack(room)) is not None:
-                return stack
+                return as_numpy(stack)
         ((_, stack),) = self._by_ops(item, [(begin, end)])
         return stack

@@ -19,6 +19,7 @@ CONTRACTS: Mapping[str, str] = {
     "rounded once": "a small dtype is merged in float32 and rounded once",
     "non-finite": "NaN and infinity are refused, naming model, tensor and count",
     "torch": "numpy and torch agree within one ulp with equal masks, or a declared tolerance",
+    "device": "on a device the same values come out within 1e-6, or a declared tolerance",
     "gradients": "gradients flow and equal finite differences",
     "homogeneous": "twice the task vectors give exactly twice the merged one",
     "in memory": "`apply` on arrays is the merge without its base",

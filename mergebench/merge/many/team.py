@@ -89,7 +89,7 @@ class Team:
         with workers(plan.tiling.workers) as pool:
             evaluator = Evaluator(
                 plan.aligned.items, plan.tiling, pool, fusing=fuses(plan), note=self.note,
-                spread=self._spread,
+                spread=self._spread, device=plan.device,
             )  # fmt: skip
             measure_whole(plan, evaluator)
 

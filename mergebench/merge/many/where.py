@@ -31,6 +31,8 @@ class Where:
         ``i/N``.
     wait : float, seconds
         For a worker that has not started, or for a cluster that has none.
+    device : str
+        Where this process runs chains; see :func:`mergebench.merge.device.choose.device_of`.
 
     Raises
     ------
@@ -42,6 +44,7 @@ class Where:
     scheduler: Any = None
     worker: str | None = None
     wait: float = WAIT
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.executor not in EXECUTORS:
@@ -56,6 +59,11 @@ class Where:
                     "--worker and --executor dask: a cluster numbers its workers itself",
                     fix="give one of them",
                 )
+        if dask and self.device != "cpu":
+            raise ParameterError(
+                f"--device {self.device}: the workers of a cluster compute on processors",
+                fix="start --worker 0/N, 1/N … with a device each, or leave it out",
+            )
         if self.scheduler is not None and not dask:
             raise ParameterError("--scheduler: is for --executor dask", fix="add --executor dask")
         if dask and find_spec("distributed") is None:

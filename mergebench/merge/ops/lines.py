@@ -113,5 +113,6 @@ def lines(
     slope = beta * (at.site.depth or 0.0)
     if first is not None:
         return stack * (first + slope)
-    factors = namespace(stack).astype(at.value + slope, stack.dtype)
-    return stack * factors[:, None]
+    xp = namespace(stack)
+    measured = xp.asarray(at.value, device=stack.device)
+    return stack * xp.astype(measured + slope, stack.dtype)[:, None]
