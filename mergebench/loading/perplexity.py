@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import exp
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergebench.checkpoints.documents import read_object
 from mergebench.core.errors import MergebenchError, ParameterError
 from mergebench.loading.report import NotCheckedError, need, silent
+
+if TYPE_CHECKING:
+    import torch
 
 _LONGEST = 2048
 _SAFE = {"local_files_only": True, "trust_remote_code": False}
@@ -51,6 +54,7 @@ def perplexity(
     base: Path | None = None,
     context: int | None = None,
     stride: int | None = None,
+    most: int | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
     """Perplexity with a sliding window: each token is predicted once, from up to ``context``.
@@ -69,6 +73,8 @@ def perplexity(
         At most what the model can see; that or 2048 by default, whichever is less.
     stride : int, optional
         Half of the context by default.
+    most : int, optional
+        Tokens of the text that are looked at, the first ones; all by default.
     progress : callable, optional
 
     Raises
@@ -79,11 +85,11 @@ def perplexity(
         If the text cannot be read or is too short.
     """
     need("transformers")
-    words = _read(text)
+    words = read_words(text)
     model, tokenizer = opened(path, base)
     return measure(
         model, tokenizer, words, str(path), str(text),
-        context=context, stride=stride, progress=progress,
+        context=context, stride=stride, most=most, progress=progress,
     )  # fmt: skip
 
 
@@ -96,6 +102,7 @@ def measure(
     *,
     context: int | None = None,
     stride: int | None = None,
+    most: int | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
     """Perplexity of a model that is open already; see :func:`perplexity`.
@@ -106,14 +113,9 @@ def measure(
         If the text is too short.
     """
     import torch
-    import transformers
 
-    with silent(transformers.utils.logging):
-        ids = tokenizer(words, return_tensors="pt", truncation=False).input_ids[0]
-    if len(ids) < 2:
-        raise MergebenchError(f"{source}: is too short", expected="at least 2 tokens",
-                              got=str(len(ids)))  # fmt: skip
-    sees = _context(model.config)
+    ids = tokens_of(tokenizer, words, source)[:most]
+    sees = context_of(model.config)
     context = sees if context is None else context
     stride = max(context // 2, 1) if stride is None else stride
     if not 2 <= context <= sees or not 1 <= stride < context:
@@ -139,7 +141,32 @@ def measure(
     return Perplexity(label, value, done, context, stride)
 
 
-def _read(text: Path) -> str:
+def tokens_of(tokenizer: Any, words: str, source: str) -> torch.Tensor:
+    """Ids of all tokens of a text, (tokens,).
+
+    Raises
+    ------
+    MergebenchError
+        If there are less than two.
+    """
+    import transformers
+
+    with silent(transformers.utils.logging):
+        ids: torch.Tensor = tokenizer(words, return_tensors="pt", truncation=False).input_ids[0]
+    if len(ids) < 2:
+        raise MergebenchError(f"{source}: is too short", expected="at least 2 tokens",
+                              got=str(len(ids)))  # fmt: skip
+    return ids
+
+
+def read_words(text: Path) -> str:
+    """A text file in UTF-8.
+
+    Raises
+    ------
+    MergebenchError
+        If it cannot be read.
+    """
     try:
         return text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -193,7 +220,7 @@ def _open(path: Path, base: Path | None) -> tuple[Any, Any]:
         raise NotCheckedError(f"{path}: {named or 'the model'} predicts no next token")
     place = str(folder.resolve())
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **_SAFE)
+        tokenizer = tokenizer_of(folder)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             place, dtype=torch.float32, **_SAFE
         )
@@ -209,8 +236,16 @@ def _open(path: Path, base: Path | None) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _context(config: Any) -> int:
-    """Most tokens that a model sees at once."""
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of a model's folder, without the model."""
+    import transformers
+
+    with silent(transformers.utils.logging):
+        return transformers.AutoTokenizer.from_pretrained(str(folder.resolve()), **_SAFE)
+
+
+def context_of(config: Any) -> int:
+    """Most tokens that a model sees at once, and 2048 at most."""
     seen = (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions"))
     found = [each for each in seen if isinstance(each, int) and each > 1]
     return min([*found, _LONGEST])

@@ -33,8 +33,14 @@ def check_learnable(task: Task, *more: str) -> None:
             got=type(task.scorer).__name__,
             expected=", ".join(["module()", "batches(split)", "loss(outputs, batch)",
                                 *(f"{name}(outputs, batch)" for name in more)]),
-            fix="a task such as classify:FILE.json, or one written in Python",
+            fix=instead_of(task),
         )  # fmt: skip
+
+
+def instead_of(task: Task) -> str:
+    """What can be done where a task lacks what is asked for, by its own word if it has one."""
+    own = getattr(task.scorer, "instead", "")
+    return str(own) or "a task such as classify:FILE.json, or one written in Python"
 
 
 def batches_of(task: Task, split: str, most: int | None) -> list[Any]:

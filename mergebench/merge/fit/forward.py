@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergebench.core.errors import ParameterError
 from mergebench.core.tensor import Tensor, size_of
 from mergebench.merge.api import to_torch
-from mergebench.merge.fit.batches import on
+from mergebench.merge.fit.batches import instead_of, on
 from mergebench.merge.fit.live import names_in
 from mergebench.merge.fit.settings import Settings
 from mergebench.merge.fit.task import Classifies, FewShot, Learnable, Task
@@ -121,7 +121,7 @@ def check(task: Task, settings: Settings) -> None:
             got=type(task.scorer).__name__,
             expected="module(), batches(split), loss(outputs, batch)"
             + (" and logits(outputs, batch)" if classes else ""),
-            fix="a task such as classify:FILE.json, or one written in Python",
+            fix=instead_of(task),
         )
     if settings.shots is not None and not isinstance(task.scorer, FewShot):
         raise ParameterError(
