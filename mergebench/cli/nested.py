@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from mergebench.merge.fit.scores import Scores
     from mergebench.recipe import Recipe
 
+#: Of what is kept: fits that did something else before must not be taken for what they do now.
+_VERSION = 2
 #: What the comparison says itself.
 _OURS = ("out", "force", "as_json", "quiet", "models", "task")
 
@@ -97,7 +99,7 @@ class Nested:
         with self._make(replace(self._recipe, base=None), "models") as candidate:
             key = candidate.key
         given = {name: self._given[name] for name in ("base", "select", "report_on", "limit")}
-        about = [list(entry.fit), key, [task.spec for task in self._scores.tasks], given]
+        about = [_VERSION, list(entry.fit), key, [task.spec for task in self._scores.tasks], given]
         return hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
 
     def _run(self, entry: Entry, journal: Path) -> dict[str, Any]:
@@ -112,7 +114,10 @@ class Nested:
             words += ["--study", str(journal)]
         for task in self._tasks:
             words += ["--task", task]
-        for name, value in self._given.items():
+        # What learns takes its last epoch unless its line asks for scores: `--select` looks at
+        # labels, which fits without them must not see.
+        passed = {k: v for k, v in self._given.items() if k != "select" or "learn_on" not in known}
+        for name, value in passed.items():
             if name not in known or name in said or value is None or value is False:
                 continue
             option = known[name].opts[0]

@@ -98,7 +98,10 @@ def soup(
             for s in steps
         ]
         data: dict[str, Any] = {"recipe": str(out)}
-        data |= {"steps": said, "value": made.value} if steps else {}
+        if steps:
+            taken = sum(step.accepted for step in steps)
+            data |= {"steps": said, "value": made.value, "chosen": f"{taken} of {len(steps)}"}
+            data[select] = _trials(steps)
         console.say_json(data | {report_on: [s.plain_outcome(each) for each in final]})
         return
     if quiet:
@@ -106,6 +109,14 @@ def soup(
     if steps:
         _show(steps, select)
     s.show_final(final, report_on, out)
+
+
+def _trials(steps: Any) -> list[dict[str, Any]]:
+    """What was scored to choose: every model alone, and every soup that was tried."""
+    tried = [{"label": step.model, "value": step.alone} for step in steps]
+    # The first soup is the best model itself.
+    more = [{"label": f"with {step.model}", "value": step.together} for step in steps[1:]]
+    return tried + more
 
 
 def _show(steps: Any, select: str) -> None:

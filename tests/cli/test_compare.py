@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,6 +62,9 @@ def test_lines_of_every_kind(scene: Path) -> None:
     assert found["quarter.yaml"]["recipe"]["params"]["lam"] == 0.25
     assert found["quarter.yaml"]["trials"] == 1
     assert found["fit soup"]["average"] == pytest.approx(0.0)
+    assert found["fit soup"]["chosen"] == "2 of 2"
+    alone = {each["label"]: each["value"] for each in found["fit soup"]["selection"]}
+    assert alone["one"] == pytest.approx(found["one"]["average"])
     weights = found["fit atlas --epochs 3"]["recipe"]["models"][0]["weight"]
     assert set(weights["by_name"]) == {"w"}
     assert found[lines[5]]["trials"] == 5
@@ -74,6 +78,24 @@ def test_lines_of_every_kind(scene: Path) -> None:
     for one, other in zip(ran.json, again.json, strict=True):
         assert (one["recipe"], one["values"]) == (other["recipe"], other["values"])
         assert other["cost"]["choosing"] == pytest.approx(one["cost"]["choosing"], abs=0.01)
+
+
+def test_fits_that_learn_choose_no_epoch_by_scores(scene: Path) -> None:
+    """Unless their line says so: of scores that are all equal, the start is the best."""
+    text = (scene / "near.py").read_text()
+    start = text.index("        w = np.asarray(model")
+    end = text.index("    def module(self)")
+    flat = text[:start] + '        return {"near": 1.0}\n\n' + text[end:]
+    (scene / "near.py").write_text(flat)
+    lines = ("fit atlas --epochs 3", "fit atlas --epochs 3 --select val")
+    words = [word for line in lines for word in ("-m", line)]
+    plain, watched = assert_done(run(scene, *COMPARE, *words, "--json")).json[3:]
+
+    def numbers(line: dict[str, Any]) -> list[float]:
+        return [each["weight"]["by_name"]["w"] for each in line["recipe"]["models"]]
+
+    assert all(numbers(plain))
+    assert not any(numbers(watched))
 
 
 def test_what_is_written(scene: Path) -> None:
