@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -244,6 +245,62 @@ def test_specs(tmp_path: Path) -> None:
     ):
         with pytest.raises(MergebenchError, match=words):
             parse_task(spec, Setting())
+
+
+def test_scores_of_changed_code_are_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The module that is named, that of its factory, that of the class, and what a task says."""
+    folder = tmp_path / "a_package_of_tasks"
+    folder.mkdir()
+    sources = {
+        "__init__": "from .made import task\n",
+        "made": "from .kinds import Kind\n\n\ndef task():\n    return Kind()\n",
+        "kinds": "from .data import ROWS\n\n\nclass Kind:\n    identity = 'first rows'\n\n"
+        "    def score(self, model, split):\n        return {'x': ROWS}\n",
+        "data": "ROWS = 1.0\n",
+    }
+    for name, text in sources.items():
+        (folder / f"{name}.py").write_text(text)
+    (tmp_path / "lone.py").write_text("from a_package_of_tasks.kinds import Kind as task\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    model, kept = save_model(tmp_path / "model", [0.5]), tmp_path / "scores.jsonl"
+
+    def is_kept(spec: str) -> bool:
+        with make(recipe_of(model), "model") as candidate:
+            (found,) = Scores([parse_task(spec, Setting())], kept=kept).of(candidate, "val")
+        return found.kept
+
+    module, file = "a_package_of_tasks:task", str(tmp_path / "lone.py")
+    for spec, files in ((module, ("__init__", "made", "kinds")), (file, ("../lone", "kinds"))):
+        assert [is_kept(spec), is_kept(spec)] == [False, True]
+        for name in files:
+            place = folder / f"{name}.py"
+            place.write_text(f"{place.read_text()}# changed\n")
+            assert [is_kept(spec), is_kept(spec)] == [False, True], (spec, name)
+        # What is imported from elsewhere is not looked at, but for what the task says of it.
+        (folder / "data.py").write_text("ROWS = 2.0\n")
+        assert is_kept(spec)
+    kind = sys.modules["a_package_of_tasks.kinds"].Kind
+    monkeypatch.setattr(kind, "identity", "other rows")
+    assert not is_kept(module)
+
+
+def test_the_file_that_is_read_is_the_one_that_runs(tmp_path: Path) -> None:
+    """Not what Python keeps of one with as many characters, written within the same second."""
+    model = save_model(tmp_path / "model", [0.5])
+    path, kept = tmp_path / "eval.py", tmp_path / "scores.jsonl"
+    for number in (1, 2):
+        path.write_text(
+            "class T:\n    def score(self, model, split):\n"
+            f"        return {{'x': {number}}}\n\n\ntask = T\n"
+        )
+        os.utime(path, (1e9, 1e9))
+        with make(recipe_of(model), "model") as candidate:
+            task = parse_task(str(path), Setting())
+            (found,) = Scores([task], kept=kept).of(candidate, "val")
+        assert found.scores == {"x": number}
+    assert not (tmp_path / "__pycache__").exists()
 
 
 def test_kept_scores_are_json_lines(tmp_path: Path) -> None:

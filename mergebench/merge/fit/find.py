@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from importlib.machinery import SourceFileLoader
@@ -72,9 +72,12 @@ def parse_task(text: str, setting: Setting) -> Task:
         scorer = TASKS[kind](rest, setting)
         about = f"{spec} limit={setting.limit} {getattr(scorer, 'identity', '')}"
     elif kind.endswith(".py"):
-        scorer, about = _of_file(Path(kind).expanduser(), rest or "task")
+        path = Path(kind).expanduser()
+        scorer, read = _of_file(path, rest or "task")
+        about = f"{path.resolve()}:{rest or 'task'} {_code(scorer, read)}"
     elif _MODULE.fullmatch(spec):
-        scorer, about = _call(spec, partial(_of_module, kind, rest)), spec
+        scorer, read = _call(spec, partial(_of_module, kind, rest))
+        about = f"{spec} {_code(scorer, read)}"
     else:
         raise ParameterError(
             f"--task: {spec!r} is no task",
@@ -95,7 +98,31 @@ def _name(spec: str) -> str:
     return re.sub(r"[^\w.-]+", "-", stem).strip("-") or "task"
 
 
-def _of_file(path: Path, factory: str) -> tuple[Any, str]:
+def _code(scorer: Any, read: Iterable[bytes]) -> str:
+    """A digest of the source of a task: what has its factory, and what has its class.
+
+    A scorer may add an ``identity`` of its own: of data, or of modules that it imports.
+    """
+    sources = set(read) | _source_of(type(scorer).__module__)
+    digest = hashlib.blake2b(digest_size=8)
+    for each in sorted(sources):
+        digest.update(hashlib.blake2b(each).digest())
+    return f"{digest.hexdigest()} {getattr(scorer, 'identity', '')}".rstrip()
+
+
+def _source_of(module: str) -> set[bytes]:
+    """The bytes of a module's file, or of the compiled library it is."""
+    place = getattr(sys.modules.get(module), "__file__", None)
+    if place is None:
+        return set()
+    try:
+        return {Path(place).read_bytes()}
+    except OSError:
+        # Such as within a zip file: its place is all that is known.
+        return {place.encode()}
+
+
+def _of_file(path: Path, factory: str) -> tuple[Any, set[bytes]]:
     try:
         source = path.read_bytes()
     except OSError as error:
@@ -108,15 +135,23 @@ def _of_file(path: Path, factory: str) -> tuple[Any, str]:
     def make() -> Any:
         # Dataclasses and pickles of its objects look their module up by name.
         sys.modules[name] = module
-        loader.exec_module(module)
-        return getattr(module, factory)()
+        # What was read, not bytecode that is kept of it: a change within a second would be missed.
+        exec(loader.source_to_code(source, str(path)), vars(module))  # noqa: S102 - the user's own
+        return _made(module, factory)
 
-    digest = hashlib.blake2b(source, digest_size=8).hexdigest()
-    return _call(f"{path}:{factory}", make), f"{path.resolve()}:{factory} {digest}"
+    scorer, read = _call(f"{path}:{factory}", make)
+    return scorer, {source, *read}
 
 
-def _of_module(module: str, factory: str) -> Any:
-    return getattr(importlib.import_module(module), factory)()
+def _of_module(module: str, factory: str) -> tuple[Any, set[bytes]]:
+    return _made(importlib.import_module(module), factory)
+
+
+def _made(module: ModuleType, factory: str) -> tuple[Any, set[bytes]]:
+    """What a factory returns, and the sources of where it was looked for and where it is."""
+    made = getattr(module, factory)
+    at = getattr(made, "__module__", None) or module.__name__
+    return made(), _source_of(module.__name__) | _source_of(at)
 
 
 def _call(spec: str, make: Callable[[], Any]) -> Any:
