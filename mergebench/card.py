@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+#: Longest recipe and weight that a card shows, in characters.
+_SHOWN, _CELL = 1 << 16, 1000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -24,6 +26,7 @@ def card(
     origins: Sequence[str | None],
     library: str | None = None,
     parts: Sequence[tuple[str, str, str]] = (),
+    recipe_file: str = "",
 ) -> str:
     """Markdown with the front matter the Hub reads.
 
@@ -32,7 +35,7 @@ def card(
     title : str
     kind : model, lora or delta
     recipe_yaml : str
-        The recipe, shown in full.
+        The recipe, shown in full unless it is of a size that nobody reads.
     method, paper : str
         ``""`` for the method where ``parts`` say everything.
     inputs : sequence of mappings
@@ -43,6 +46,8 @@ def card(
         ``library_name``, such as ``transformers`` or ``peft``.
     parts : sequence of (selection, method, paper)
         Tensors that are merged by methods of their own.
+    recipe_file : str, optional
+        Name of the file beside the card that has the recipe, for those that are not shown.
     """
     import yaml
 
@@ -54,7 +59,8 @@ def card(
         front["library_name"] = library
     front["tags"] = ["merge", "mergebench"]
     rows = "\n".join(
-        f"| {each['role']} | `{each['path']}` | {each.get('weight', '')} |" for each in inputs
+        f"| {each['role']} | `{each['path']}` | {_weight(each.get('weight', ''))} |"
+        for each in inputs
     )
     what = {"model": "model", "lora": "LoRA adapter", "delta": "task vector"}[kind]
     how = f" with **{method}**{_link(paper)}" if method else ""
@@ -68,8 +74,19 @@ def card(
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n\n"
         f"A merged {what}, made by mergebench{how}.\n\n"
         f"{listed}| role | input | weight |\n|---|---|---|\n{rows}\n\n"
-        f"## Recipe\n\n```yaml\n{recipe_yaml}```\n"
+        f"## Recipe\n\n{_shown(recipe_yaml, recipe_file)}"
     )
+
+
+def _weight(weight: Any) -> str:
+    text = str(weight)
+    return text if len(text) <= _CELL else "see the recipe"
+
+
+def _shown(recipe: str, file: str) -> str:
+    if len(recipe) <= _SHOWN or not file:
+        return f"```yaml\n{recipe}```\n"
+    return f"`{file}` beside this file, {len(recipe):,} characters.\n"
 
 
 def _link(paper: str) -> str:

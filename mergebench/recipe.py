@@ -15,7 +15,7 @@ from typing import Any
 from mergebench.checkpoints.descriptors import cannot
 from mergebench.checkpoints.documents import read_bounded
 from mergebench.core.errors import FormatError, ParameterError, did_you_mean
-from mergebench.core.plain import parse_yaml
+from mergebench.core.plain import YAML, parse_yaml
 from mergebench.core.rules import add_rules, parse_weight
 from mergebench.core.schedule import Cases, parse_schedule, to_plain
 from mergebench.steps import (
@@ -56,8 +56,9 @@ __all__ = [
 
 #: Version of the recipe format, written as the key ``mergebench``.
 VERSION = 1
-#: Largest recipe file, in bytes, and most outputs of one recipe.
-LARGEST, MOST = 1 << 19, 1000
+#: Largest recipe file, in bytes, and most outputs of one recipe. Outputs hold their recipe twice,
+#: in a header of 100 MB at most; beyond :data:`~mergebench.core.plain.YAML` bytes it is JSON.
+LARGEST, MOST = 1 << 24, 1000
 _LINE_ENDS = "\x85\u2028\u2029"
 DTYPES = ("keep", "bf16", "f16", "f32", "f64")
 FORMS = ("auto", "model", "lora", "delta")
@@ -241,12 +242,19 @@ class Recipe:
         return data
 
     def to_yaml(self) -> str:
-        """YAML text that :func:`read_recipe` reads back to an equal recipe."""
+        """YAML text that :func:`read_recipe` reads back to an equal recipe.
+
+        Where it is large, it is the part of YAML that is JSON, which takes seconds less to read.
+        """
         import yaml
 
         data = self.to_dict()
+        plain_text = json.dumps(data, ensure_ascii=False, indent=1)
+        # What YAML makes of that is longer by less.
+        if 2 * len(plain_text.encode(errors="replace")) > YAML:
+            return plain_text + "\n"
         # PyYAML folds line ends of Unicode that it does not escape, and so loses them.
-        plain = not any(mark in json.dumps(data, ensure_ascii=False) for mark in _LINE_ENDS)
+        plain = not any(mark in plain_text for mark in _LINE_ENDS)
         return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=plain))
 
     def with_order(self, order: Sequence[int]) -> Recipe:

@@ -127,15 +127,17 @@ def blocks_of(asked: Asked, plan: Plan, scores: Scores, settings: Settings) -> K
 def check_size(mixture: Mixture) -> None:
     """Refuse coefficients that no recipe would hold."""
     from mergebench.core.errors import ParameterError
+    from mergebench.core.plain import JSON_VALUES
     from mergebench.recipe import LARGEST
 
-    # Numbers of float32 take about a dozen characters.
-    each = 12 * mixture.parts + 8
-    size = sum(len(name) + each for row in mixture.vectors for name in row)
-    if size > LARGEST:
+    # Numbers of float32 take fifteen characters at most, with what stands between them.
+    each = 15 * mixture.parts + 32
+    names = [name for row in mixture.vectors for name in row]
+    size = sum(len(name.encode()) + each for name in names) + (1 << 16)
+    if size > LARGEST or 2 * len(names) > JSON_VALUES:
         raise ParameterError(
-            f"the recipe would have about {size >> 10} KiB",
-            expected=f"at most {LARGEST >> 10} KiB",
+            f"the recipe might have {size >> 20} MiB and {len(names):,} coefficients by name",
+            expected=f"at most {LARGEST >> 20} MiB and {JSON_VALUES // 2:,} of them",
             fix="fewer --parts, or fewer blocks (--blocks, --budget)",
         )
 

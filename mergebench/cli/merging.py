@@ -436,6 +436,8 @@ def _plain(made: Plan, written: Written) -> dict[str, Any]:
 
 #: Most chains of one output that a plan shows.
 _CHAINS = 6
+#: Most characters of an op or a weight: `--json` has all.
+_TEXT = 300
 #: Most modules whose residuals are shown.
 _RESIDUALS = 20
 _FORMS = {"model": "model", "lora": "LoRA adapter", "delta": "task vector"}
@@ -483,7 +485,12 @@ def _rank(made: Plan) -> str:
 
 
 def _weight(weight: Any) -> str:
-    return f"{weight:g}" if isinstance(weight, float) else str(weight)
+    return f"{weight:g}" if isinstance(weight, float) else _short(str(weight))
+
+
+def _short(text: str) -> str:
+    """As much of a text as a line of a plan is for."""
+    return text if len(text) <= _TEXT else f"{text[:_TEXT]}… ({len(text):,} characters)"
 
 
 def _chains(variant: Variant) -> Iterator[tuple[str, str]]:
@@ -492,7 +499,7 @@ def _chains(variant: Variant) -> Iterator[tuple[str, str]]:
     for chain in variant.distinct[:_CHAINS]:
         names = [name for name, ops in variant.chains.items() if ops == chain]
         where = f"  ({len(names)} tensors such as {names[0]})" if names else ""
-        yield title, " → ".join(map(str, chain)) + where
+        yield title, " → ".join(_short(str(each)) for each in chain) + where
     if len(variant.distinct) > _CHAINS:
         yield title, f"… {len(variant.distinct) - _CHAINS} more (--json lists all)"
 

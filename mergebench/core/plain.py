@@ -35,6 +35,9 @@ def parse_json(text: str) -> Any:
 
 #: Most values of a YAML text, once every alias is written out.
 VALUES = 100_000
+#: Most bytes of YAML, of which PyYAML reads some ten thousand in a second and makes objects of a
+#: hundred times the size; and most values of JSON beyond that, which takes a thousandth of both.
+YAML, JSON_VALUES = 1 << 19, 300_000
 _INTEGERS = 2**64
 
 
@@ -46,9 +49,15 @@ def parse_yaml(text: str) -> Any:
     ValueError
         If it is neither; for repeated keys, values of other types such as dates, integers beyond
         64 bits, halves of surrogate pairs; for more than :data:`VALUES` values, aliases written
-        out; and for nesting deeper than :data:`DEPTH`.
+        out; for nesting deeper than :data:`DEPTH`; and beyond :data:`YAML` bytes for what is no
+        JSON, or may have more than :data:`JSON_VALUES` values.
     """
     import yaml
+
+    large = len(text) > YAML or len(text.encode(errors="replace")) > YAML
+    # Counted before anything is made of them; marks within texts count too.
+    if large and sum(map(text.count, ",[{")) > JSON_VALUES:
+        raise ValueError(f"more than {JSON_VALUES} values")
 
     class Loader(yaml.SafeLoader):
         # PyYAML looks at all open brackets again for every token.
@@ -60,7 +69,11 @@ def parse_yaml(text: str) -> Any:
     try:
         # YAML 1.1 takes JSON's 1e-05 for text, and halves of its escaped pairs for characters.
         data = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        if large:
+            raise ValueError(
+                f"more than {YAML} bytes must be JSON without a key twice: {error}"
+            ) from None
         try:
             loader = Loader(text)
             node = loader.get_single_node()

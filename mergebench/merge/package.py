@@ -123,6 +123,7 @@ class Package:
             title=variant.out.name if variant.out is not None else "merged",
             kind=self.form,
             recipe_yaml=recipe,
+            recipe_file=RECIPE,
             method=method or ("a chain of ops" if variant.recipe.ops else ""),
             paper=METHODS[method].paper if method else "",
             inputs=self.about["inputs"],

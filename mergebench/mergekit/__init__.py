@@ -39,6 +39,8 @@ def read_either(path: Path, methods: Any) -> Translation:
         # What is wrong with the file is said where recipes are read.
         return Translation(read_recipe(path))
     if not is_mergekit(data):
+        # Large ones are not held twice.
+        del text, data
         return Translation(read_recipe(path))
     found = translate(parse(text, str(path)), methods)
     if (size := len(found.recipe.to_yaml().encode(errors="replace"))) > LARGEST:

@@ -115,6 +115,45 @@ def test_atlas(scene: Path) -> None:
     np.testing.assert_allclose(read(scene / "out")["w"], TARGET, atol=0.1)
 
 
+def test_recipes_of_many_parts(scene: Path) -> None:
+    """A recipe of a megabyte is written, planned, merged, replayed and stored like any other."""
+    for name, w, b in (("one", [[3.0, 0.0], [0.0, 0.0]], (1, 0)),
+                       ("two", [[0.0, 0.0], [0.5, 2.0]], (0, 1))):  # fmt: skip
+        save_model(scene / name, w, b)
+    args = ("fit", "atlas", "one", "two", "-b", "base", "--task", "near.py", "--epochs", "300",
+            "--rate", "0.02", "--parts", "65536", "-o", "parts.yaml", "--json")  # fmt: skip
+    ran = assert_done(run(scene, *args))
+    assert ran.json["history"][-1] < 0.1 < ran.json["history"][0]
+    assert (scene / "parts.yaml").stat().st_size > 1 << 20
+    plan = assert_done(run(scene, "run", "parts.yaml", "-o", "out", "--dry-run"))
+    assert "characters)" in plan.out
+    assert len(plan.out) < 10_000
+    for out in ("out", "out.safetensors"):
+        assert_done(run(scene, "run", "parts.yaml", "-o", out))
+        assert_done(run(scene, "verify", out, "--replay", "all"))
+    stored = scene / "out" / "mergebench_recipe.yaml"
+    assert_done(run(scene, "run", str(stored), "-o", "again"))
+    for name, each in read(scene / "out").items():
+        np.testing.assert_array_equal(each, read(scene / "again")[name])
+        np.testing.assert_array_equal(each, read(scene / "out.safetensors")[name])
+    np.testing.assert_allclose(read(scene / "out")["w"], TARGET, atol=0.2)
+    card = (scene / "out" / "README.md").read_text()
+    assert f"`mergebench_recipe.yaml` beside this file, {stored.stat().st_size:,} char" in card
+    assert len(card) < 2000
+    lines = assert_done(run(scene, "compare", "one", "two", "-b", "base", "--task", "near.py",
+                            "-m", "parts.yaml", "--json")).json  # fmt: skip
+    assert lines[-1]["average"] == pytest.approx(ran.json["test"][0]["scores"]["near"], abs=1e-5)
+
+
+def test_recipes_of_too_many_parts(scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are refused before anything is learned."""
+    monkeypatch.setattr("mergebench.recipe.LARGEST", 1 << 20)
+    args = ("fit", "atlas", "one", "two", "-b", "base", "--task", "near.py", "-o", "parts.yaml")
+    refused = run(scene, *args, "--parts", "65536")
+    assert_refused(refused, "the recipe might have", "at most 1 MiB", "fewer --parts")
+    assert not (scene / "parts.yaml").exists()
+
+
 def test_adamerging(scene: Path) -> None:
     """Needs no labels, and stays within its bounds."""
     ran = assert_done(
@@ -262,7 +301,6 @@ def test_refusals(scene: Path) -> None:
         ((*atlas, "--shots", "2"), ("a few examples of each class", "--shots")),
         ((*atlas, "--budget", "1B"), ("--budget: no block",)),
         ((*atlas, "--budget", "x"), ("--budget",)),
-        ((*atlas, "--parts", "60000"), ("the recipe would have about", "fewer --parts")),
         (("fit", "atlas", "one", "--task", "near.py"), ("add --base",)),
         (
             ("fit", "atlas", "one", "-b", "base", "--task", "near.py", "--forget", "far"),

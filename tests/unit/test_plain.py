@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergebench.core.errors import FormatError, MergebenchError
-from mergebench.core.plain import DEPTH, VALUES, parse_json, parse_yaml
-from mergebench.recipe import LARGEST, MOST, read_recipe
+from mergebench.core.plain import DEPTH, JSON_VALUES, VALUES, YAML, parse_json, parse_yaml
+from mergebench.recipe import LARGEST, MOST, ModelRef, read_recipe
 
 SCALARS = st.one_of(
     st.none(),
@@ -81,10 +83,42 @@ def test_files_that_are_too_large(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(b"#" * (LARGEST + 1))
 
-    with pytest.raises(MergebenchError, match=r"recipe\.yaml: is too large.*524288"):
+    with pytest.raises(MergebenchError, match=r"recipe\.yaml: is too large.*16777216"):
         read_recipe(path)
     with pytest.raises(MergebenchError, match="not a regular file"):
         read_recipe(tmp_path)
+
+
+def test_large_texts_are_json(tmp_path: Path) -> None:
+    """Which is read at once; of YAML, of too many values and of two equal keys nothing is made."""
+    numbers = "/".join(["-0.0123456789"] * 100_000)
+    data = {"models": [{"path": "a", "params": {"coefficients": numbers}}], "method": "atlas"}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(data))
+    recipe = read_recipe(path)
+    assert recipe.models[0].params == {"coefficients": numbers}
+    written = recipe.to_yaml()
+    assert json.loads(written) == recipe.to_dict()
+    path.write_text(written)
+    assert read_recipe(path) == recipe
+    small = replace(recipe, models=(ModelRef("a"),)).to_yaml()
+    assert not small.startswith("{")
+    for text, words in (
+        (yaml.safe_dump(data), "must be JSON"),
+        ("{" + "}" * YAML, "must be JSON"),
+        (f'["{"ä" * (YAML // 2)}"', "must be JSON"),
+        (f'{{"a": "{numbers}", "a": 1}}', "a key twice"),
+        (f"[{'1, ' * JSON_VALUES}1]", f"more than {JSON_VALUES} values"),
+        (f"[{'[], ' * JSON_VALUES}1]", f"more than {JSON_VALUES} values"),
+        (f"[{'{}, ' * JSON_VALUES}1]", f"more than {JSON_VALUES} values"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            parse_yaml(text)
+        path.write_text(text)
+        with pytest.raises(FormatError, match=words):
+            read_recipe(path)
+    most = f"[{', '.join(['1'] * (JSON_VALUES - 1))}]"
+    assert len(parse_yaml(most)) == JSON_VALUES - 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import isfinite
 from typing import Annotated, Any
 
@@ -38,6 +39,14 @@ def numbers(coefficients: str) -> list[float]:
     return found
 
 
+@lru_cache(maxsize=16)
+def _array(coefficients: str) -> Any:
+    """The same as an array that is not to be changed, read once for all tiles of a tensor."""
+    found = np.asarray(numbers(coefficients))
+    found.setflags(write=False)
+    return found
+
+
 def _check(site: Site, coefficients: str, seed: int) -> None:
     numbers(coefficients)
 
@@ -69,7 +78,7 @@ def scale_parts(
     seed : int, default 0
         Another seed draws another partition.
     """
-    found = np.asarray(numbers(coefficients))
+    found = _array(coefficients)
     xp = namespace(stack)
     if len(found) == 1:
         return stack * float(found[0])
