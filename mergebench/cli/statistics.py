@@ -46,6 +46,23 @@ def statistics(
     alpha: Annotated[
         float, typer.Option("--alpha", min=0, max=1, help="Of gram_pp: alpha of the merge.")
     ] = 0.95,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--include",
+            metavar="SELECTOR",
+            help="Of these tensors alone, repeatable: a regular expression, class=linear or "
+            "block=0-3.",
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exclude",
+            metavar="SELECTOR",
+            help="Not of these tensors; merges by statistics average them.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the classes that are drawn.")] = 0,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:1.")] = "cpu",
     out: Annotated[
@@ -91,7 +108,10 @@ def statistics(
             fix="NAME=SPEC gives the same data another name",
         )
     tasks = [list(scores.tasks)] if len(models) == 1 else [[each] for each in scores.tasks]
-    how = How(split, batches, labels, embeddings, seed, device)  # type: ignore[arg-type]
+    how = How(
+        split, batches, labels, embeddings, seed, device,  # type: ignore[arg-type]
+        tuple(include or ()), tuple(exclude or ()),
+    )  # fmt: skip
     made = _collected(models, base, kind, tasks, how, alpha, memory, workers, quiet or as_json)
     sizes = []
     for each, place in zip(made, places, strict=True):

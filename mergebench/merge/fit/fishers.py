@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergebench.core.errors import MergebenchError, ParameterError
 from mergebench.merge.fit.batches import batches_of, check_learnable, examples_in, on, outputs_of
+from mergebench.merge.fit.memory import STATISTICS, check_fits
 from mergebench.merge.fit.task import Task
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def fisher_of(
     seed: int = 0,
     device: str = "cpu",
     tell: Tell | None = None,
+    only: Collection[str] | None = None,
 ) -> tuple[dict[str, torch.Tensor], int]:
     """``mean_x Σ_y p(y|x) (∂ log p(y|x) / ∂θ)²`` by parameter, and how many examples there were.
 
@@ -53,6 +55,8 @@ def fisher_of(
     device : str
     tell : callable, optional
         Told ``(what, batches done, batches in all)``.
+    only : collection of str, optional
+        Parameters that are asked about; all by default.
 
     Returns
     -------
@@ -70,8 +74,18 @@ def fisher_of(
     for task in tasks:
         check_learnable(task, *([] if labels == "true" else ["logits"]))
     module.to(device).eval()
-    module.requires_grad_(True)
-    held = {name: each for name, each in module.named_parameters() if each.is_floating_point()}
+    module.requires_grad_(False)
+    held = {
+        name: each.requires_grad_(True)
+        for name, each in module.named_parameters()
+        if each.is_floating_point() and (only is None or name in only)
+    }
+    # Values of all, and of what is asked about a gradient, its square and their sum.
+    check_fits(
+        sum(each.nbytes for each in module.parameters())
+        + 3 * sum(each.nbytes for each in held.values()),
+        device, "collecting a Fisher", STATISTICS,
+    )  # fmt: skip
     sums = {name: torch.zeros_like(each, dtype=torch.float32) for name, each in held.items()}
     random = torch.Generator().manual_seed(seed)
     work = [(task, batch) for task in tasks for batch in batches_of(task, split, most)]

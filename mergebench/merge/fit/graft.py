@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergebench.core.errors import MergebenchError, ParameterError
-from mergebench.core.tensor import Array, read_all
+from mergebench.core.tensor import Array, read_all, size_of
 from mergebench.merge.engine import execute_in_memory
 from mergebench.merge.fit.batches import batches_of, check_learnable, on, outputs_of
 from mergebench.merge.fit.candidate import Candidate
 from mergebench.merge.fit.live import fill, names_in
+from mergebench.merge.fit.memory import GRAFT, advised, check_fits
 from mergebench.merge.fit.task import Task
 from mergebench.merge.plan import Plan, make_plan
 from mergebench.merge.sparse import Sparse
@@ -140,12 +141,26 @@ def graft(
     ParameterError
         If a task cannot be learned from, or shares no parameter with the task vector.
     MergebenchError
-        If a loss is not finite.
+        If a loss is not finite, or memory does not suffice.
     """
-    import torch
-
     for task in tasks:
         check_learnable(task)
+    with advised(device, "grafting", GRAFT):
+        return _graft(recipe, tasks, settings, split, make, tell, device)
+
+
+def _graft(
+    recipe: Recipe,
+    tasks: Sequence[Task],
+    settings: Settings,
+    split: str,
+    make: Callable[[Recipe, str], Candidate],
+    tell: Tell | None,
+    device: str,
+) -> Grafted:
+    import torch
+
+    _check_room(recipe, make, device)
     work = [(task, batch) for task in tasks for batch in batches_of(task, split, None)]
     module = tasks[0].scorer.module()
     tau = _task_vector(recipe, "task_arithmetic", {"lam": 1.0}, make)
@@ -177,6 +192,19 @@ def fixed(recipe: Recipe, make: Callable[[Recipe, str], Candidate]) -> tuple[str
     with make(recipe, "the model") as candidate:
         kinds = {item.site.kind for item in candidate.plan.aligned.items.values()}
     return tuple(f"class={kind}" for kind in ("embedding", "head") if kind in kinds)
+
+
+def _check_room(recipe: Recipe, make: Callable[[Recipe, str], Candidate], device: str) -> None:
+    """Refuse what cannot fit, from headers alone.
+
+    In float32 the module has its values; what is grafted also has base, task vector, mask and
+    logits, its gradient, and γ while it is made.
+    """
+    aligned = make(replace(recipe, method="task_arithmetic", params={"lam": 1.0}), "x").plan.aligned
+    entries = [item.site.size for item in aligned.items.values()]
+    kept = [size_of(each.shape) for each in aligned.copies.values()]
+    # Without room for one batch of data: what that takes is not known.
+    check_fits(28 * sum(entries) + 4 * sum(kept), device, "grafting", GRAFT)
 
 
 def _task_vector(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mergebench.merge.fit.batches import batches_of, check_learnable, on, outputs_of
+from mergebench.merge.fit.memory import STATISTICS, check_fits
 from mergebench.merge.fit.task import Task
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ def grams_of(
     most: int | None = None,
     device: str = "cpu",
     tell: Tell | None = None,
+    only: Collection[str] | None = None,
 ) -> tuple[dict[str, Inputs], int]:
     """``XᵀX`` of every linear layer's inputs by parameter, and how many batches there were.
 
@@ -202,6 +204,8 @@ def grams_of(
     device : str
     tell : callable, optional
         Told ``(what, batches done, batches in all)``.
+    only : collection of str, optional
+        Weights that are asked about; all by default.
 
     Returns
     -------
@@ -212,13 +216,57 @@ def grams_of(
         check_learnable(task)
     module.to(device).eval()
     held: dict[str, Inputs] = {}
+    weights = {
+        each: name
+        for each, name in linear_weights(module, embeddings=embeddings).items()
+        if only is None or name in only
+    }
+    check_grams(module, weights)
     work = [(task, batch) for task in tasks for batch in batches_of(task, split, most)]
-    with watched(linear_weights(module, embeddings=embeddings), held) as now:
+    with watched(weights, held) as now:
         for done, (task, batch) in enumerate(work, start=1):
             run(task, module, on(batch, device), now)
             if tell is not None:
                 tell(task.name, done, len(work))
     return held, len(work)
+
+
+def check_grams(
+    module: torch.nn.Module, weights: Mapping[torch.nn.Module, str], models: int = 1
+) -> None:
+    """Refuse Gram matrices that memory cannot hold: they are kept in float64, on the CPU.
+
+    Parameters
+    ----------
+    module : torch module
+    weights : mapping of module to name of its weight
+    models : int, default 1
+        How many have such matrices at the same time.
+
+    Raises
+    ------
+    RoomError
+        Naming the largest.
+    """
+    sizes = {name: _gram_bytes(each) for each, name in weights.items()}
+    largest = max(sizes, key=lambda name: sizes[name], default="")
+    check_fits(
+        sum(each.nbytes for each in module.parameters()) + models * sum(sizes.values()),
+        "cpu",
+        f"collecting {models * len(sizes)} Gram matrices, the largest that of {largest!r} with "
+        f"{sizes.get(largest, 0) / 1e9:.3g} GB,",
+        STATISTICS,
+    )
+
+
+def _gram_bytes(module: Any) -> int:
+    """What the Gram matrix of a layer's inputs takes, or the counts of an embedding."""
+    import torch
+
+    if isinstance(module, torch.nn.Embedding):
+        return 8 * module.num_embeddings
+    shape = module.weight.shape
+    return 8 * int(shape[0] if _is_conv1d(module) else shape[1:].numel()) ** 2
 
 
 def run(task: Task, module: Any, batch: Any, now: _Now) -> None:

@@ -14,19 +14,24 @@ import numpy as np
 
 from mergebench.checkpoints.placement import TensorSpec, plan_layout
 from mergebench.checkpoints.writer import Output
-from mergebench.core.errors import MergebenchError
+from mergebench.core.errors import MergebenchError, ParameterError
+from mergebench.core.site import make_sites
 from mergebench.core.tensor import Array, dtype_name
 from mergebench.merge.collected import metadata
 from mergebench.merge.fit.candidate import Candidate
 from mergebench.merge.fit.fishers import Labels, fisher_of
-from mergebench.merge.fit.grams import grams_of
+from mergebench.merge.fit.grams import Inputs, grams_of
 from mergebench.merge.fit.live import fill, names_in
+from mergebench.merge.fit.memory import STATISTICS, advised
 from mergebench.merge.fit.task import Task
+from mergebench.merge.partition import selected
+from mergebench.merge.plan import Plan
 
 if TYPE_CHECKING:
     import torch
 
 Tell = Callable[[str, int, int], None]
+COLLECTING = "collecting statistics"
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,9 @@ class How:
         Of a Fisher; see :func:`~mergebench.merge.fit.fishers.fisher_of`.
     embeddings : bool
         Of Gram matrices: count the rows of embeddings too.
+    include, exclude : tuple of str
+        Selectors of the tensors that statistics are of, as of a merge; all by default. Merges
+        average those that no file has.
     seed : int
     device : str
     """
@@ -52,6 +60,8 @@ class How:
     embeddings: bool = False
     seed: int = 0
     device: str = "cpu"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,14 +99,25 @@ def collect(
     Raises
     ------
     MergebenchError
-        If a task has no data to be run through a model, or nothing comes of them.
+        If a task has no data to be run through a model, nothing comes of them, or memory does not
+        suffice.
     """
+    with advised(how.device, COLLECTING, STATISTICS):
+        return _collect(candidate, kind, tasks, how, tell)
+
+
+def _collect(
+    candidate: Candidate, kind: str, tasks: Sequence[Task], how: How, tell: Tell | None
+) -> Statistics:
+    wanted = wanted_in(candidate.plan, how)
     module, names = live(tasks[0], candidate.arrays())
+    candidate.close()
+    only = {own for own, name in names.items() if name in wanted}
     rows: dict[str, int] = {}
     if kind == "fisher":
         found, count = fisher_of(
             module, tasks, how.split, labels=how.labels, most=how.batches, seed=how.seed,
-            device=how.device, tell=tell,
+            device=how.device, tell=tell, only=only,
         )  # fmt: skip
         said: dict[str, Any] = {"examples": count, "labels": how.labels}
         if how.labels == "sampled":
@@ -105,15 +126,47 @@ def collect(
     else:
         inputs, count = grams_of(
             module, tasks, how.split, embeddings=how.embeddings, most=how.batches,
-            device=how.device, tell=tell,
+            device=how.device, tell=tell, only=only,
         )  # fmt: skip
-        tensors = {names[name]: each.mean().numpy() for name, each in inputs.items()}
         rows = {names[name]: each.rows for name, each in inputs.items()}
+        tensors = means_of(inputs, names)
         said = {"batches": count, "rows": rows}
     return Statistics(
         narrow(tensors, candidate.label),
         {**described(kind, candidate.plan.models[0], tasks, how.split), **said},
     )
+
+
+def wanted_in(plan: Plan, how: How) -> set[str]:
+    """Names of the tensors that statistics are of, as far as options say.
+
+    Raises
+    ------
+    ParameterError
+        If a selector matches no tensor, or nothing is left.
+    """
+    aligned = plan.aligned
+    shapes = {
+        name: aligned.items[name].site.shape
+        if name in aligned.items
+        else tuple(aligned.copies[name].shape)
+        for name in aligned.order
+    }
+    found = selected(make_sites(shapes), (), how.include, how.exclude, "--include", "--exclude")
+    if not found:
+        raise ParameterError(
+            "--include and --exclude leave nothing to collect statistics of", fix="relax one"
+        )
+    return found
+
+
+def means_of(inputs: dict[str, Inputs], names: Mapping[str, str]) -> dict[str, Array]:
+    """``XᵀX`` per input in float32 by the checkpoint's names; what it is made of is given back."""
+    found: dict[str, Array] = {}
+    for name in list(inputs):
+        # One at a time: the sums are twice as large as what is kept.
+        found[names[name]] = inputs.pop(name).mean().float().numpy()
+    return found
 
 
 def live(task: Task, values: Mapping[str, Array]) -> tuple[torch.nn.Module, dict[str, str]]:

@@ -12,8 +12,18 @@ from mergebench.core.errors import ParameterError
 from mergebench.core.tensor import Array
 from mergebench.merge.fit.batches import batches_of, check_learnable, on
 from mergebench.merge.fit.candidate import Candidate
-from mergebench.merge.fit.grams import Inputs, linear_weights, run, watched
-from mergebench.merge.fit.statistics import How, Statistics, described, live, narrow
+from mergebench.merge.fit.grams import Inputs, check_grams, linear_weights, run, watched
+from mergebench.merge.fit.memory import STATISTICS, advised
+from mergebench.merge.fit.statistics import (
+    COLLECTING,
+    How,
+    Statistics,
+    described,
+    live,
+    means_of,
+    narrow,
+    wanted_in,
+)
 from mergebench.merge.fit.task import Task
 from mergebench.merge.op import OPS
 from mergebench.merge.plan import Plan
@@ -67,13 +77,27 @@ def collect_through(
     """
     for task in (each for some in tasks for each in some):
         check_learnable(task)
+    with advised(how.device, COLLECTING, STATISTICS):
+        return _collect(candidate, tasks, how, alpha, tell)
+
+
+def _collect(
+    candidate: Candidate,
+    tasks: Sequence[Sequence[Task]],
+    how: How,
+    alpha: float,
+    tell: Tell | None,
+) -> list[Statistics]:
+    wanted = wanted_in(candidate.plan, how)
     plan, values = candidate.plan, dict(candidate.arrays())
     order = _places(plan, candidate)
     module, names = live(tasks[0][0], values)
     module.to(how.device).eval()
     tensors = module.state_dict(keep_vars=True)
     held = {names[name]: tensor for name, tensor in tensors.items()}
-    watch = {each: names[name] for each, name in linear_weights(module).items()}
+    weights = {e: name for e, name in linear_weights(module).items() if names[name] in wanted}
+    check_grams(module, weights, len(plan.models))
+    watch = {each: names[name] for each, name in weights.items()}
     work = [
         [(task, each) for task in tasks[place] for each in batches_of(task, how.split, how.batches)]
         for place in order
@@ -108,9 +132,9 @@ def collect_through(
     }
     made: dict[int, Statistics] = {}
     for place, source, inputs in zip(order, plan.models, found, strict=True):
-        arrays = {name: each.mean().numpy() for name, each in inputs.items()}
         about = described("gram_pp", source, tasks[place], how.split)
         about |= {"rows": {name: each.rows for name, each in inputs.items()}, "merge": together}
+        arrays = means_of(inputs, {name: name for name in inputs})
         made[place] = Statistics(narrow(arrays, source.label), about)
     return [made[place] for place in range(len(made))]
 
