@@ -41,6 +41,8 @@ def compare(
             "lam=0.1:1.5:0.1, or lines.beta=0.2/0.4 of an op.",
         ),
     ] = None,
+    include: o.Include = None,
+    exclude: o.Exclude = None,
     statistics: o.Statistics = None,
     select: s.Select = "val",
     report_on: s.ReportOn = "test",
@@ -75,27 +77,21 @@ def compare(
     from mergebench.merge.fit.compare import compare as run
     from mergebench.merge.fit.entries import entries_of
     from mergebench.merge.fit.html import write_comparison
-    from mergebench.pages import check_page, check_picture
     from mergebench.steps import parse_assignment
 
-    recipe = s.recipe_of(models, base, "linear", None, None, None)
+    recipe = s.recipe_of(models, base, "linear", None, None, None, include=include, exclude=exclude)
     searched = dict(parse_assignment(each) for each in grid or ())
     entries = entries_of(
         method or _METHODS, recipe, searched, s.statistics_by_kind(recipe, statistics)
     )
-    if markdown is not None:
-        s.check_free(markdown, force)
-    if html is not None:
-        check_page(html, force)
-    if png is not None:
-        check_picture(png, force)
+    s.check_reports(html, png, markdown, force)
     scores = s.scores_of(task, base, limit, batch_size, timeout, on_error, no_cache)
     nested = Nested(
         models, task or [], recipe, scores,
         {
             "base": base, "select": select, "learn_on": select, "report_on": report_on,
             "limit": limit, "timeout": timeout, "on_error": on_error, "memory": memory,
-            "workers": workers, "no_cache": no_cache,
+            "workers": workers, "no_cache": no_cache, "include": include, "exclude": exclude,
         },
         s.maker(memory, workers), kept=not no_cache,
     )  # fmt: skip

@@ -73,6 +73,8 @@ class Asked:
     parts: int = 1
     blocks: int | None = None
     budget: int | None = None
+    include: list[str] | None = None
+    exclude: list[str] | None = None
 
 
 def checked(asked: Asked) -> Scores:

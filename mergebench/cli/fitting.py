@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -29,9 +30,18 @@ def grid(
     param: o.Params = None,
     then: o.Then = None,
     where: o.Where = None,
+    include: o.Include = None,
+    exclude: o.Exclude = None,
     statistics: o.Statistics = None,
     select: s.Select = "val",
     report_on: s.ReportOn = "test",
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page: parameters, trials, the recipe.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="Write a picture of them.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", help="Write the table as Markdown too.")
+    ] = None,
     out: s.RecipeOut = Path("fit.yaml"),
     force: o.Force = False,
     limit: s.Limit = None,
@@ -52,11 +62,15 @@ def grid(
       mergebench fit grid ft1 ft2 --base base -m lines -p beta=0.2,0.4 --task eval.py -o a.yaml
       mergebench fit grid ft1 ft2 -b base -m ties -p lam=0.5,1 -t 'python score.py {path}' -o b.yaml
     """
-    from mergebench.merge.fit.grid import Trial, best_of
+    from mergebench.checkpoints.documents import write_text
+    from mergebench.merge.fit import tables
+    from mergebench.merge.fit.grid import Trial, best_of, record
     from mergebench.merge.fit.grid import grid as run
+    from mergebench.merge.fit.html import write_history
 
-    recipe = s.recipe_of(models, base, method, param, then, where, statistics)
+    recipe = s.recipe_of(models, base, method, param, then, where, statistics, include, exclude)
     s.check_free(out, force)
+    s.check_reports(html, png, markdown, force)
     scores = s.scores_of(task, base, limit, batch_size, timeout, on_error, no_cache)
     make, tell = s.maker(memory, workers), s.teller(quiet or as_json)
     trials = run(recipe, scores, select, make, tell)
@@ -64,6 +78,10 @@ def grid(
     with make(best.recipe, "the best") as candidate:
         final = Trial(best.label, best.recipe, tuple(scores.of(candidate, report_on, tell)))
         s.write(out, candidate.plan.variants[0].stored)
+    data = record(trials, best, [each.name for each in scores.tasks], select)
+    if markdown is not None:
+        write_text(markdown, tables.trials(data).markdown())
+    write_history(data, html, png)
     if as_json:
         console.say_json(
             {

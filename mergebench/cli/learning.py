@@ -24,6 +24,8 @@ def atlas(
     models: o.Models,
     task: s.Tasks = None,
     base: o.Base = None,
+    include: o.Include = None,
+    exclude: o.Exclude = None,
     setting: Annotated[
         str | None,
         typer.Option(
@@ -94,7 +96,8 @@ def atlas(
     asked = descent.Asked(
         models, task, base, learn_on, select, report_on, device, out, force, limit, batch_size,
         memory, workers, as_json, quiet, forget=forget or [], parts=parts, blocks=blocks,
-        budget=None if budget is None else o.size("--budget", budget),
+        budget=None if budget is None else o.size("--budget", budget), include=include,
+        exclude=exclude,
     )  # fmt: skip
     given = {"objective": objective, "compat": compat, "shots": shots, "epochs": epochs,
              "rate": rate, "l1": l1, "l2": l2, "patience": patience, "seed": seed,
@@ -106,6 +109,8 @@ def adamerging(
     models: o.Models,
     task: s.Tasks = None,
     base: o.Base = None,
+    include: o.Include = None,
+    exclude: o.Exclude = None,
     by: Annotated[
         str, typer.Option("--by", help="One coefficient per model and tensor, or per model: task.")
     ] = "tensor",
@@ -150,7 +155,7 @@ def adamerging(
     method, params = PLUS if plus else METHOD
     asked = descent.Asked(
         models, task, base, learn_on, select, report_on, device, out, force, limit, batch_size,
-        memory, workers, as_json, quiet,
+        memory, workers, as_json, quiet, include=include, exclude=exclude,
     )  # fmt: skip
     given = {"steps": steps, "rate": rate, "patience": patience, "seed": seed,
              "precision": precision}  # fmt: skip
@@ -180,7 +185,10 @@ def _settings(published: Settings, given: dict[str, Any]) -> Settings:
 def _learn(asked: descent.Asked, settings: Settings, method: str, params: list[str]) -> None:
     from mergebench.merge.fit.mixture import load_mixture
 
-    recipe = s.recipe_of(asked.models, asked.base, method, params, None, None)
+    recipe = s.recipe_of(
+        asked.models, asked.base, method, params, None, None,
+        include=asked.include, exclude=asked.exclude,
+    )  # fmt: skip
     scores = descent.checked(asked)
     make = s.maker(asked.memory, asked.workers)
     with make(recipe, "task vectors") as candidate, descent.advised(asked.device):

@@ -96,9 +96,13 @@ class Nested:
         return _fitted(found)
 
     def _key(self, entry: Entry) -> str:
-        with self._make(replace(self._recipe, base=None), "models") as candidate:
+        plain = replace(self._recipe, base=None, include=(), exclude=())
+        with self._make(plain, "models") as candidate:
             key = candidate.key
-        given = {name: self._given[name] for name in ("base", "select", "report_on", "limit")}
+        given = {
+            name: self._given[name]
+            for name in ("base", "select", "report_on", "limit", "include", "exclude")
+        }
         about = [_VERSION, list(entry.fit), key, [task.spec for task in self._scores.tasks], given]
         return hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
 
@@ -121,7 +125,8 @@ class Nested:
             if name not in known or name in said or value is None or value is False:
                 continue
             option = known[name].opts[0]
-            words += [option] if value is True else [option, str(value)]
+            for each in value if isinstance(value, list) else [value]:
+                words += [option] if each is True else [option, str(each)]
         with TemporaryDirectory(prefix="mergebench-fit-") as folder:
             out = Path(folder) / "fit.yaml"
             text, started = io.StringIO(), perf_counter()

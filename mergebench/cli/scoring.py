@@ -57,6 +57,8 @@ def recipe_of(
     then: list[str] | None,
     where: list[str] | None,
     statistics: list[str] | None = None,
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
 ) -> Recipe:
     """The recipe that options describe."""
     from mergebench.cli.merging import parse_params, with_statistics
@@ -71,6 +73,8 @@ def recipe_of(
         params=parse_params(param or []),
         then=tuple(parse_op(each) for each in then or []),
         base=base,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
     )
     return with_rules(recipe, where or ())
 
@@ -138,6 +142,18 @@ def check_free(path: Path, force: bool) -> None:
 
     if path.exists() and not (force and path.is_file()):
         raise ParameterError(f"{path} exists", fix="give another -o, or --force to replace it")
+
+
+def check_reports(html: Path | None, png: Path | None, markdown: Path | None, force: bool) -> None:
+    """Refuse a page, a picture or a table that could not be written, before anything is scored."""
+    from mergebench.pages import check_page, check_picture
+
+    if markdown is not None:
+        check_free(markdown, force)
+    if html is not None:
+        check_page(html, force)
+    if png is not None:
+        check_picture(png, force)
 
 
 def write(path: Path, recipe: Recipe, form: str = "auto") -> None:

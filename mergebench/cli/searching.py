@@ -37,6 +37,8 @@ def search(
     ] = None,
     then: o.Then = None,
     compat: o.Compat = None,
+    include: o.Include = None,
+    exclude: o.Exclude = None,
     trials: Annotated[int, typer.Option("--trials", "-n", min=1, help="Trials in all.")] = 50,
     sampler: Annotated[str, typer.Option("--sampler", help="tpe or random.")] = "tpe",
     seed: Annotated[int, typer.Option("--seed", help="Of the sampler.")] = 0,
@@ -99,7 +101,7 @@ def search(
     ):
         if value not in known:
             raise ParameterError(f"{name}: {value!r}", fix=did_you_mean(value, known))
-    recipe = s.recipe_of(models, base, method, None, then, None)
+    recipe = s.recipe_of(models, base, method, None, then, None, None, include, exclude)
     recipe = replace(recipe, params=_ranges(param or []), compat=compat)
     recipe, dimensions = fixed_and_free(recipe)
     dimensions = dimensions or numbers_of(recipe)

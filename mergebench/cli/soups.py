@@ -19,6 +19,8 @@ def soup(
     models: o.Models,
     task: s.Tasks = None,
     base: o.Base = None,
+    include: o.Include = None,
+    exclude: o.Exclude = None,
     kind: Annotated[
         str,
         typer.Option(
@@ -70,7 +72,12 @@ def soup(
     ):
         if value not in choices:
             raise ParameterError(f"{option}: {value!r}", fix=did_you_mean(value, choices))
+    filtered = bool(include or exclude)
     if kind == "learned":
+        if filtered:
+            raise ParameterError(
+                "--kind learned: weighs all tensors", fix="leave out --include and --exclude"
+            )
         asked = descent.Asked(
             models, task, base, select, None, report_on, device, out, force, limit, batch_size,
             memory, workers, as_json, quiet,
@@ -79,7 +86,8 @@ def soup(
         return
     from mergebench.merge.fit.soups import greedy_soup, soup_of
 
-    recipe = s.recipe_of(models, None, "linear", None, None, None)
+    under = base if filtered else None
+    recipe = s.recipe_of(models, under, "linear", None, None, None, None, include, exclude)
     s.check_free(out, force)
     scores = s.scores_of(task, base, limit, batch_size, timeout, on_error, no_cache)
     make, tell = s.maker(memory, workers), s.teller(quiet or as_json)

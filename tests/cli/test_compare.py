@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.fit.support import save_model, task_file
+from tests.helpers.files import read
 from tests.helpers.running import START, Ran, assert_done, assert_refused, call
 
 TARGET = [[1.5, 0.0], [0.25, 1.0]]
@@ -96,6 +97,33 @@ def test_fits_that_learn_choose_no_epoch_by_scores(scene: Path) -> None:
 
     assert all(numbers(plain))
     assert not any(numbers(watched))
+
+
+def test_tensors_left_out(scene: Path) -> None:
+    """Of every merge, fits among them; what was left out is the base's. Models stay as they are."""
+    for name in ("one", "two"):
+        save_model(scene / name, read(scene / name)["w"], (4.0, -4.0))
+    text = (scene / "near.py").read_text()
+    both = text.replace('return {"near"', 'b = float((model.arrays()["b"] ** 2).sum())\n'
+                        '        return {"b": b, "near"')  # fmt: skip
+    (scene / "near.py").write_text(both)
+    lines = ("linear", "task_arithmetic:lam=0.5", "ties+lines", "fit soup", "fit atlas --epochs 2")
+    words = [word for line in lines for word in ("-m", line)]
+
+    def found(*more: str) -> dict[str, float]:
+        ran = assert_done(run(scene, *COMPARE, *words, *more, "--json"))
+        return {each["model"]: each["tasks"][0]["scores"]["b"] for each in ran.json}
+
+    whole, without = found(), found("--exclude", "b")
+    assert {name: whole[name] for name in ("base", "one", "two")} == {
+        "base": 0.0, "one": 32.0, "two": 32.0,
+    }  # fmt: skip
+    assert all(whole[line] > 0 for line in lines[:-1])
+    assert without == {**{name: whole[name] for name in ("base", "one", "two")},
+                       **dict.fromkeys(lines, 0.0)}  # fmt: skip
+    assert found("--include", "w") == without
+    assert_refused(run(scene, *COMPARE, "--exclude", "nothing", "-m", "linear", "--on-error",
+                       "stop"), "nothing matches no tensor")  # fmt: skip
 
 
 def test_what_is_written(scene: Path) -> None:

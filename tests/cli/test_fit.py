@@ -49,6 +49,73 @@ def test_grid(scene: Path) -> None:
     np.testing.assert_array_equal(read(scene / "out")["w"], np.array(TARGET, np.float32))
 
 
+def test_reports_of_a_grid(scene: Path) -> None:
+    """A page, a picture and a table of all that was tried; never over what is there."""
+    args = ("fit", "grid", "one", "two", "-b", "base", "-m", "ties", "-p", "lam=0.25,0.5,1", "-p",
+            "density=0.5,1", "--then", "lines:beta=0.5", "--task", "near.py")  # fmt: skip
+    out = ("--html", "g.html", "--png", "g.png", "--markdown", "g.md", "-o", "best.yaml")
+    ran = assert_done(run(scene, *args, *out, "--json"))
+
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (scene / "g.md").read_text().splitlines()
+    ]
+    assert rows[0] == ["trial", "state", "lam", "density", "near", "mean", "seconds"]
+    tried = {(float(row[2]), float(row[3])): row for row in rows[2:]}
+    assert set(tried) == {(lam, density) for lam in (0.25, 0.5, 1.0) for density in (0.5, 1.0)}
+    for each in ran.json["val"]:
+        lam, density = (float(pair.partition("=")[2]) for pair in each["label"].split(","))
+        row = tried[lam, density]
+        assert float(row[5]) == pytest.approx(each["value"], rel=1e-3)
+        assert row[1] == ("best" if each["label"] == ran.json["chosen"] else "done")
+    page = (scene / "g.html").read_text()
+    assert "Grid of ties: 6 trials" in page
+    assert "Scores of near on val." in page
+    assert "sampled by" not in page
+    assert ran.json["chosen"] in page
+    assert (scene / "g.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for option, name in zip(out[::2][:3], out[1::2], strict=False):
+        refused = run(scene, *args, option, name, "-o", "other.yaml")
+        assert_refused(refused, name, "exists", "--force")
+    assert_done(run(scene, *args, *out, "--force"))
+    # What fails is told, with nothing chosen from it.
+    text = (scene / "near.py").read_text()
+    text = text.replace('w = np.asarray(model', 'assert "lam=1" not in model.label\n        '
+                        "w = np.asarray(model")  # fmt: skip
+    (scene / "near.py").write_text(text)
+    more = ("--on-error", "skip", "--html", "h.html", "-o", "h.yaml")
+    ran = assert_done(run(scene, *args[:-4], "--task", "near.py", *more, "--json"))
+    assert [each["value"] is None for each in ran.json["val"]] == [False] * 4 + [True] * 2
+    assert "AssertionError" in (scene / "h.html").read_text()
+
+
+def test_tensors_left_out(scene: Path) -> None:
+    """Every fit takes the filters of `merge`; what they leave out is the base's."""
+    for name, w, b in (("one", [[3.0, 0.0], [0.0, 0.0]], (4.0, 0.0)),
+                       ("two", [[0.0, 0.0], [0.5, 2.0]], (0.0, 4.0))):  # fmt: skip
+        save_model(scene / name, w, b)
+    common = ("one", "two", "-b", "base", "--task", "near.py", "--exclude", "b")
+    fits = {
+        "grid": ("-m", "task_arithmetic", "-p", "lam=0.25,0.5"),
+        "search": ("-m", "task_arithmetic", "-p", "lam=0:1", "-n", "3"),
+        "soup": (),
+        "atlas": ("--epochs", "3"),
+        "adamerging": ("--steps", "3"),
+    }
+    for name, options in fits.items():
+        assert_done(run(scene, "fit", name, *common, *options, "-o", f"{name}.yaml"))
+        assert yaml.safe_load((scene / f"{name}.yaml").read_text())["exclude"] == ["b"]
+        assert_done(run(scene, "run", f"{name}.yaml", "-o", f"out-{name}"))
+        made = read(scene / f"out-{name}")
+        np.testing.assert_array_equal(made["b"], read(scene / "base")["b"])
+        assert made["w"].any()
+    learned = run(scene, "fit", "soup", *common, "--kind", "learned", "-o", "l.yaml")
+    assert_refused(learned, "weighs all tensors", "--exclude")
+    for option in ("--include", "--exclude"):
+        refused = run(scene, "fit", "grid", *common, option, "nothing", "-o", "n.yaml")
+        assert_refused(refused, "nothing matches no tensor")
+
+
 def test_soup(scene: Path) -> None:
     """Greedy: here both together are nearest."""
     ran = assert_done(

@@ -121,7 +121,7 @@ def test_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert needed(plan, 100) == 12 * size + 100
     check_room(plan, "cpu")
     monkeypatch.setattr(memory, "there", lambda device: 12 * size + 99)
-    with pytest.raises(MergebenchError, match="learning needs at least .* on cpu, got") as error:
+    with pytest.raises(MergebenchError, match=r"learning needs at least .* on cpu, got") as error:
         check_room(plan, "cpu", 100)
     assert "--budget" in error.value.fix
 

@@ -65,7 +65,9 @@ def entry_of(
     first, *ops = text.split("+")
     method = parse_op(first)
     declared = METHODS[method.name]
-    based = models.base if declared.space != "weight" or ops else None
+    # What filters leave out comes from the base, whatever the method.
+    filtered = bool(models.include or models.exclude)
+    based = models.base if declared.space != "weight" or ops or filtered else None
     required = any(each.required for each in declared.params.values())
     wanted = None if required else collects_of(declared())
     recipe = replace(

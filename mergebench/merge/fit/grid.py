@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import product
+from typing import Any
 
 from mergebench.core.errors import ParameterError
+from mergebench.core.schedule import to_plain
 from mergebench.merge.fit.scores import Outcome, Scores, mean_value
 from mergebench.merge.fit.soups import Make
 from mergebench.merge.fit.space import fixed_and_free, variants_of
@@ -23,11 +27,14 @@ class Trial:
     recipe : Recipe
     outcomes : tuple of Outcome
         One per task.
+    values : mapping of parameter to value
+        Those that were listed.
     """
 
     label: str
     recipe: Recipe
     outcomes: tuple[Outcome, ...]
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def value(self) -> float | None:
@@ -92,8 +99,41 @@ def grid(
         _ = candidate.plan
     if not (dimensions or alone):
         return [Trial(label, each, ()) for label, each, _ in candidates]
+    listed = product(*(each.listed for each in dimensions))
+    names = [each.name for each in dimensions]
     trials = []
-    for label, each, candidate in candidates:
+    for (label, each, candidate), values in zip(candidates, listed, strict=True):
         with candidate:
-            trials.append(Trial(label, each, tuple(scores.of(candidate, split, tell))))
+            outcomes = tuple(scores.of(candidate, split, tell))
+        trials.append(Trial(label, each, outcomes, dict(zip(names, values, strict=True))))
     return trials
+
+
+def record(
+    trials: Sequence[Trial], best: Trial, tasks: Sequence[str], split: str
+) -> dict[str, Any]:
+    """Plain data, as :meth:`mergebench.merge.fit.search.Found.to_json` has them of a search."""
+    return {
+        "mergebench": version("mergebench"),
+        "method": best.recipe.method,
+        "tasks": list(tasks),
+        "select": split,
+        "sampler": "grid",
+        "seed": 0,
+        "chosen": best.label or "merge",
+        "log": [],
+        "trials": [
+            {
+                "number": number,
+                "label": each.label or "merge",
+                "values": {name: to_plain(value) for name, value in each.values.items()},
+                "state": "failed" if each.value is None else "done",
+                "value": each.value,
+                "tasks": {outcome.task: outcome.value for outcome in each.outcomes},
+                "seconds": each.seconds,
+                "problem": next((o.problem for o in each.outcomes if o.problem), ""),
+            }
+            for number, each in enumerate(trials)
+        ],
+        "recipe": best.recipe.to_dict(),
+    }

@@ -26,9 +26,9 @@ _WORDS = (
 _ASKED = re.compile(r"(?:[Tt]ried|Unable) to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB|TiB)")
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 ADVICE = (
-    "hold fewer blocks with --budget SIZE or --blocks N, give adapters (held as factors) in place "
-    "of full fine-tunes (`mergebench edit extract-lora`), a smaller --batch-size, or "
-    "--precision bfloat16"
+    "hold fewer blocks with --budget SIZE or --blocks N, leave tensors out with --exclude "
+    "SELECTOR, give adapters (held as factors) in place of full fine-tunes (`mergebench edit "
+    "extract-lora`), a smaller --batch-size, or --precision bfloat16"
 )
 STATISTICS = (
     "leave tensors out with --exclude SELECTOR (merges average them), such as class=head or the "

@@ -83,6 +83,21 @@ def costs(data: Record) -> Table:
     return Table(titles, 1, tuple(rows))
 
 
+def trials(data: Record) -> Table:
+    """Of a search or a grid: values, scores and seconds of every trial."""
+    names = list(data["trials"][0]["values"])
+    rows = []
+    for each in data["trials"]:
+        values = [str(each["values"][name]) for name in names]
+        tasks = [number(each["tasks"].get(task)) for task in data["tasks"]]
+        mean = [number(each["value"])]
+        state = "best" if each["label"] == data["chosen"] else each["state"]
+        rows.append((str(each["number"] + 1), state, *values, *tasks, *mean,
+                     seconds(each["seconds"])))  # fmt: skip
+    titles = ("trial", "state", *names, *data["tasks"], "mean", "seconds")
+    return Table(titles, 2, tuple(rows))
+
+
 def _named(line: Record) -> tuple[str, str]:
     return line["model"], line["chosen"]
 

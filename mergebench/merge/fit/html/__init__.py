@@ -38,7 +38,7 @@ def write_comparison(
 def write_history(
     data: Mapping[str, Any], page: Path | None = None, picture: Path | None = None
 ) -> None:
-    """Write the history of a search, as ``Found.to_json`` gives it.
+    """Write what a search has tried, as ``Found.to_json`` gives it, or a grid, as ``record`` does.
 
     Parameters
     ----------

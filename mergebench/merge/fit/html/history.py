@@ -9,7 +9,8 @@ import yaml
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from mergebench.merge.fit.tables import Record, Table, number, seconds
+from mergebench.merge.fit import tables
+from mergebench.merge.fit.tables import Record, number, seconds
 from mergebench.pages.drawing import GRID, INK, PAPER, SCREEN, SERIES, plain_name, plain_style, png
 from mergebench.pages.shell import render
 from mergebench.pages.svg import inline_svg
@@ -24,7 +25,8 @@ def history_page(data: Record) -> str:
     Parameters
     ----------
     data : mapping
-        As :meth:`mergebench.merge.fit.search.Found.to_json` gives it.
+        As :meth:`mergebench.merge.fit.search.Found.to_json` gives it, or
+        :func:`mergebench.merge.fit.grid.record`.
 
     Returns
     -------
@@ -33,16 +35,17 @@ def history_page(data: Record) -> str:
     """
     trials = data["trials"]
     names = ", ".join(data["tasks"])
+    about = "Grid" if data["sampler"] == "grid" else "Search"
+    how = f", sampled by {data['sampler']} with seed {data['seed']}" if about == "Search" else ""
     values = {
         "data": data,
-        "title": f"Search of {data['method']}: {len(trials)} trials",
-        "lead": f"Scores of {names} on {data['select']}, sampled by {data['sampler']} with seed "
-        f"{data['seed']}.",
+        "title": f"{about} of {data['method']}: {len(trials)} trial{'s'[: len(trials) != 1]}",
+        "lead": f"Scores of {names} on {data['select']}{how}.",
         "said": sentences(data),
         "problems": [(f"{each['number'] + 1}, {each['label']}", each["problem"])
                      for each in trials if each["problem"]],
         "figures": list(_figures(data)),
-        "table": _table(data),
+        "table": tables.trials(data),
         "recipe": yaml.safe_dump(data["recipe"], sort_keys=False, allow_unicode=True).splitlines(),
         "newline": Markup("\n"),
     }  # fmt: skip
@@ -84,20 +87,6 @@ def sentences(data: Record) -> list[str]:
     spent = sum(each["seconds"] for each in trials)
     said.append(f"Merging and scoring took {seconds(spent)} s.")
     return said
-
-
-def _table(data: Record) -> Table:
-    names = list(data["trials"][0]["values"])
-    rows = []
-    for each in data["trials"]:
-        values = [str(each["values"][name]) for name in names]
-        tasks = [number(each["tasks"].get(task)) for task in data["tasks"]]
-        mean = [number(each["value"])]
-        state = "best" if each["label"] == data["chosen"] else each["state"]
-        rows.append((str(each["number"] + 1), state, *values, *tasks, *mean,
-                     seconds(each["seconds"])))  # fmt: skip
-    titles = ("trial", "state", *names, *data["tasks"], "mean", "seconds")
-    return Table(titles, 2, tuple(rows))
 
 
 def _parameters(data: Record) -> list[str]:
