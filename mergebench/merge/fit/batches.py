@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +51,18 @@ def batches_of(task: Task, split: str, most: int | None) -> list[Any]:
     ParameterError
         If there is none.
     """
-    found = list(islice(task.scorer.batches(split), most))
-    if not found:
+    return checked_batches(task, split, islice(task.scorer.batches(split), most))
+
+
+def checked_batches(task: Task, split: str, batches: Iterable[Any]) -> list[Any]:
+    """Batches of a split as a list.
+
+    Raises
+    ------
+    ParameterError
+        If there is none.
+    """
+    if not (found := list(batches)):
         raise ParameterError(f"task {task.name}: split {split!r} is empty", fix="name another one")
     return found
 

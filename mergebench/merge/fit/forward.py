@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 from mergebench.core.errors import ParameterError
 from mergebench.core.tensor import Tensor, size_of
 from mergebench.merge.api import to_torch
-from mergebench.merge.fit.batches import instead_of, on
+from mergebench.merge.fit.batches import (
+    batches_of,
+    checked_batches,
+    instead_of,
+    on,
+    outputs_of,
+)
 from mergebench.merge.fit.live import names_in
 from mergebench.merge.fit.settings import Settings
 from mergebench.merge.fit.task import Classifies, FewShot, Learnable, Task
@@ -47,14 +53,7 @@ class Forward:
     def outputs(self, place: int, batch: Any) -> tuple[Any, Any]:
         """What the module returns for a batch of a task, and the batch where the module is."""
         batch = on(batch, self.device)
-        scorer = self.tasks[place].scorer
-        if hasattr(scorer, "forward"):
-            return scorer.forward(self.module, batch), batch
-        if isinstance(batch, Mapping):
-            return self.module(**batch), batch
-        if isinstance(batch, (tuple, list)):
-            return self.module(*batch), batch
-        return self.module(batch), batch
+        return outputs_of(self.tasks[place], self.module, batch), batch
 
     def logits(self, place: int, batch: Any) -> torch.Tensor:
         """(examples, classes) in float32."""
@@ -167,17 +166,9 @@ def _fill(module: Any, names: Mapping[str, str], plan: Plan) -> None:
 
 
 def _batches(task: Task, settings: Settings, split: str) -> list[Any]:
-    found = (
-        task.scorer.batches(split)
-        if settings.shots is None
-        else task.scorer.few(split, settings.shots, settings.seed)
-    )
-    batches = list(found)
-    if not batches:
-        raise ParameterError(
-            f"task {task.name}: split {split!r} is empty", fix="name another split"
-        )
-    return batches
+    if settings.shots is None:
+        return batches_of(task, split, None)
+    return checked_batches(task, split, task.scorer.few(split, settings.shots, settings.seed))
 
 
 def rows_of(batch: Any, count: int, rows: torch.Tensor) -> Any:
