@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -25,12 +25,13 @@ from .task import write_tasks
 
 
 def lines(settings: Settings) -> dict[str, str]:
-    """Title of every data-free merge -> what ``compare -m`` is told."""
+    """Title of every merge that only scores choose, if anything does -> what ``-m`` is told."""
     sums, ties, means = (
         "/".join(grid) for grid in (settings.sum_grid, settings.ties_grid, settings.mean_grid)
     )
     return {
         "Uniform soup": "linear",
+        "Greedy soup": SOUP,
         "Task arithmetic": f"task_arithmetic:lam={sums}",
         "TIES": f"ties:density=0.2,lam={ties}",
         "Breadcrumbs": f"breadcrumbs:lam={sums}",
@@ -41,6 +42,7 @@ def lines(settings: Settings) -> dict[str, str]:
     }
 
 
+SOUP = "fit soup"
 #: Title of merges by statistics -> the method, and the kind of statistics that it needs.
 BY_STATISTICS = {"Fisher": ("fisher", "fisher"), "RegMean": ("regmean", "gram")}
 
@@ -50,17 +52,17 @@ def by_statistics() -> dict[str, tuple[str, str]]:
     return {title: each for title, each in BY_STATISTICS.items() if each[0] in METHODS}
 
 
-def learned(few: bool = False) -> dict[str, tuple[str, list[str]]]:
-    """Title of every learned merge -> (what it needs, what ``mergebench fit`` is told)."""
+def learned(few: bool = False) -> dict[str, tuple[str, str]]:
+    """Title of every learned merge -> (what it needs, what ``-m`` is told)."""
     # Ten times the published rate: these splits have twelve batches, and steps take time.
-    rate, steps = ["--rate", "0.01"], ["--steps", "10" if few else "240"]
-    epochs = ["--epochs", "20"]
+    steps = f"--steps {10 if few else 240} --rate 0.01"
+    epochs = "--epochs 20 --rate 0.01"
     every = {
-        "AdaMerging, task-wise": (TEXTS, ["adamerging", "--by", "task", *steps, *rate]),
-        "AdaMerging": (TEXTS, ["adamerging", *steps, *rate]),
-        "AdaMerging++": (TEXTS, ["adamerging", "--plus", *steps, *rate]),
-        "aTLAS, test-time": (TEXTS, ["atlas", "--setting", "test-time", *epochs, *rate]),
-        "aTLAS": (LABELS, ["atlas", *epochs, *rate]),
+        "AdaMerging, task-wise": (TEXTS, f"fit adamerging --by task {steps}"),
+        "AdaMerging": (TEXTS, f"fit adamerging {steps}"),
+        "AdaMerging++": (TEXTS, f"fit adamerging --plus {steps}"),
+        "aTLAS, test-time": (TEXTS, f"fit atlas --setting test-time {epochs}"),
+        "aTLAS": (LABELS, f"fit atlas {epochs}"),
     }
     return {"AdaMerging": every["AdaMerging"]} if few else every
 
@@ -89,7 +91,7 @@ def compare(settings: Settings, work: Path, out: Path, few: bool = False) -> Non
 
 
 def measure(settings: Settings, work: Path, seed: int, few: bool = False) -> list[Line]:
-    """Every line of the table for one seed."""
+    """Every line of the table for one seed: one ``compare``, once statistics are collected."""
     base = Expert(seed).folder(settings, work)
     experts = expert_folders(settings, work, seed, None)
     place = work / "fitted" / f"seed{seed}"
@@ -97,37 +99,30 @@ def measure(settings: Settings, work: Path, seed: int, few: bool = False) -> lis
     common = [*map(str, experts.values()), "--base", str(base), "--json"]
     for domain, file in tasks.items():
         common += ["--task", f"{domain}={file}"]
-    grid = lines(settings) | {title: method for title, (method, _) in by_statistics().items()}
-    asked = [part for spec in grid.values() for part in ("-m", spec)]
+    needed = {title: needs for title, (needs, _) in learned(few).items()}
+    asked = lines(settings) | {title: spec for title, (_, spec) in learned(few).items()}
+    asked |= {title: method for title, (method, _) in by_statistics().items()}
+    words = [part for spec in asked.values() for part in ("-m", spec)]
     for file in collected(experts, base, tasks, place):
-        asked += ["--statistics", file]
-    compared = _said("compare", *common, *asked)
-    alone = dict(zip(experts, compared[1:], strict=False))
-    own = {domain: _values(alone[domain])[domain] for domain in experts}
-    soup_place = ["-o", str(place / "soup.yaml"), "--force"]
-    # A soup has no base; tasks that read arrays need none either.
-    without = [each for each in common if each not in ("--base", str(base))]
-    soup = _said("fit", "soup", *without, *soup_place)
-    values = {Path(step["model"]).name: step["alone"] for step in soup["steps"]}
-    best = max(experts, key=lambda domain: values[experts[domain].name])
+        words += ["--statistics", file]
+    first, *compared = _said("compare", *common, *words)
+    alone, merged = compared[: len(experts)], compared[len(experts) :]
+    by_title = dict(zip(asked, merged, strict=True))
+    # A greedy soup has scored every expert by itself on validation.
+    chosen = {each["label"]: each["value"] for each in by_title["Greedy soup"]["selection"]}
+    best = max(experts, key=lambda domain: chosen[str(experts[domain])])
+    own = {d: _values(each)[d] for d, each in zip(experts, alone, strict=True)}
     found = [
-        Line("Base", "base", _values(compared[0])),
+        Line("Base", "base", _values(first)),
         Line("Experts, each in its own domain", "experts", own),
-        Line("Best single expert", "single", _values(alone[best]), LABELS, best),
+        Line("Best single expert", "single", _values(alone[[*experts].index(best)]), LABELS, best),
     ]
-    found += [
-        Line(title, "merge", _values(each), _needs(title, each["chosen"]), each["chosen"],
-             each["seconds"])
-        for title, each in zip(grid, compared[1 + len(experts):], strict=True)
-    ]  # fmt: skip
-    taken = sum(step["accepted"] for step in soup["steps"])
-    found.insert(4, Line("Greedy soup", "merge", _outcomes(soup["test"]), LABELS, f"{taken} of 6"))
-    for title, (needs, options) in learned(few).items():
-        recipe = place / f"{title.lower().replace(', ', '-')}.yaml"
-        started = perf_counter()
-        made = _said("fit", options[0], *common, *options[1:], "-o", str(recipe), "--force")
-        seconds = perf_counter() - started
-        found.append(Line(title, "merge", _outcomes(made["test"]), needs, "", seconds))
+    for title, each in by_title.items():
+        (place / f"{title.lower().replace(',', '').replace(' ', '-')}.json").write_text(
+            json.dumps(each["recipe"])
+        )
+        needs = needed.get(title) or _needs(title, each["chosen"])
+        found.append(Line(title, "merge", _values(each), needs, each["chosen"], each["seconds"]))
     return found
 
 
@@ -152,11 +147,7 @@ def _needs(title: str, chosen: str) -> str:
 
 
 def _values(each: Mapping[str, Any]) -> dict[str, float]:
-    return _outcomes(each["tasks"])
-
-
-def _outcomes(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    return {each["task"]: each["scores"]["accuracy"] for each in outcomes}
+    return {task["task"]: task["scores"]["accuracy"] for task in each["tasks"]}
 
 
 def _said(*line: str) -> Any:

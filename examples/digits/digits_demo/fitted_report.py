@@ -21,7 +21,8 @@ CAPTION = (
     "Test accuracy in %, mean ± standard deviation over {seeds} seed(s). *Needs*: what of the "
     "validation split a merge was made with, its labels or its images alone. Experts are measured "
     "each in its own domain; normalised is the mean over the six domains of accuracy / accuracy "
-    "of that domain's expert. Seconds: choosing or learning, with starting the command."
+    "of that domain's expert. Seconds: choosing or learning, and merging; statistics are collected "
+    "before."
 )
 CLAIMS = (
     Claim("2203.05482", "Greedy soup", "Best single expert"),
