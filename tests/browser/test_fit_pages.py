@@ -1,4 +1,4 @@
-"""``compare --html`` and ``fit search --html`` in Chromium: quiet, fitting, accessible, sorted."""
+"""Pages of ``compare``, ``fit search`` and ``fit grid`` in Chromium: quiet, fitting, accessible."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tests.fit.support import save_model, task_file
 from tests.helpers.running import assert_done, call
 
 Pages = dict[str, Page]
+NAMES = ("compare", "search", "grid")
 SIZES = [(390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")]
 #: Names that would run, close an element or be a formula if they were not text.
 HOSTILE = "<img src=x onerror=window.ran=1>$\\frac{1}{2}$\u202egnp"
@@ -24,7 +25,7 @@ LINES = ("linear", "task_arithmetic:lam=0.25/0.5/1", "ties:lam=0.5/1+lines", "fi
 
 @pytest.fixture(scope="session")
 def fit_pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
-    """A comparison and a search of two models and two tasks, one of them with a hostile name."""
+    """A comparison, a search and a grid of two models and tasks, one with a hostile name."""
     folder = tmp_path_factory.mktemp("fits")
     save_model(folder / "base", np.zeros((2, 2)))
     save_model(folder / "one", [[3.0, 0.0], [0.0, 0.0]])
@@ -36,7 +37,9 @@ def fit_pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
     lines = [word for line in LINES for word in ("-m", line)]
     search = ("fit", "search", *shared, "-m", "ties", "-p", "density=0.05:1:log", "-p", "lam=0:2",
               "-n", "25", "-o", "a.yaml")  # fmt: skip
-    for name, words in (("compare", ("compare", *shared, *lines)), ("search", search)):
+    grid = ("fit", "grid", *shared, "-m", "ties", "-p", "density=0.5,1", "-p", "scope=row,tensor",
+            "--then", "lines:beta=0.5/1", "-o", "b.yaml")  # fmt: skip
+    for name, words in zip(NAMES, (("compare", *shared, *lines), search, grid), strict=True):
         page = folder / f"{name}.html"
         env = {"XDG_CACHE_HOME": str(folder / "cache")}
         ran = assert_done(call(*words, "--html", str(page), cwd=folder, env=env))
@@ -46,7 +49,7 @@ def fit_pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
 
 
 @pytest.mark.parametrize(("width", "scheme"), SIZES)
-@pytest.mark.parametrize("name", ["compare", "search"])
+@pytest.mark.parametrize("name", NAMES)
 def test_quiet_fitting_and_accessible(
     view: View, fit_pages: Pages, name: str, width: int, scheme: str
 ) -> None:
@@ -136,7 +139,28 @@ def test_the_search_is_all_there(view: View, fit_pages: Pages) -> None:
     assert f"lam: {trials[states.index('best')]['values']['lam']}\n" in recipe
 
 
-@pytest.mark.parametrize("name", ["compare", "search"])
+def test_the_grid_is_all_there(view: View, fit_pages: Pages) -> None:
+    """Every combination in its row; values that are no numbers have a column and no picture."""
+    data = fit_pages["grid"].data
+    view.open(fit_pages["grid"].path)
+
+    trials = data["val"]
+    assert len(trials) == 8
+    assert view.find("h1").text == "Grid of ties: 8 trials"
+    assert view.texts("figcaption") == ["By trial", "density", "lines.beta"]
+    assert column(view, "trials", "mean") == [number(each["value"]) for each in trials]
+    said = [dict(pair.split("=") for pair in each["label"].split(",")) for each in trials]
+    for name in ("density", "scope", "lines.beta"):
+        shown = column(view, "trials", name)
+        assert [text.removesuffix(".0") for text in shown] == [each[name] for each in said]
+    states = column(view, "trials", "state")
+    assert [each["label"] for each, state in zip(trials, states, strict=True)
+            if state == "best"] == [data["chosen"]]  # fmt: skip
+    (recipe,) = view.texts("pre")
+    assert "scope: " in recipe
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_without_scripts_everything_is_there(view: View, fit_pages: Pages, name: str) -> None:
     """Tables and pictures are plain HTML; what would do nothing is hidden."""
     view.open(fit_pages[name].path)
@@ -150,7 +174,7 @@ def test_without_scripts_everything_is_there(view: View, fit_pages: Pages, name:
     view.scripts(True)
 
 
-@pytest.mark.parametrize("name", ["compare", "search"])
+@pytest.mark.parametrize("name", NAMES)
 def test_on_paper(view: View, fit_pages: Pages, name: str) -> None:
     """Light, and no wider than A4."""
     view.open(fit_pages[name].path, 700, "dark", media="print")
