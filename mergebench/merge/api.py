@@ -141,8 +141,8 @@ def merge_models(
     """
     if isinstance(models, (str, Mapping)) or not models:
         raise MergebenchError("models: a list of at least one", got=type(models).__name__)
-    chosen = Where(executor, scheduler, worker, wait)
-    if out is None and chosen != Where(wait=wait):
+    chosen = Where(executor, scheduler, worker, wait, device)
+    if out is None and chosen != Where(wait=wait, device=device):
         raise MergebenchError("out: many processes write to a disk", fix="give out=")
     pairs = [_pair(each) for each in models]
     files = [None] * len(pairs) if statistics is None else list(statistics)
