@@ -140,21 +140,25 @@ def threads(args: argparse.Namespace) -> bool:
             {**task_of(args, method, base, tuned, count), "written": False} for count in (1, 2)
         ]
     walls: dict[str, list[list[float]]] = {name: [[], []] for name in tasks}
+    cpus: dict[str, list[list[float]]] = {name: [[], []] for name in tasks}
     for _ in range(args.rounds):
         for name, pair in tasks.items():
             for count, task in enumerate(pair):
-                walls[name][count].append(run(task)["wall"])
+                found = run(task)
+                walls[name][count].append(found["wall"])
+                cpus[name][count].append(found["cpu"])
+                print(f"{name}, {count + 1}: {found}", file=sys.stderr, flush=True)
     shutil.rmtree(args.data)
     title = f"1 → 2 threads, base + {args.models} × {args.size}; least of {args.rounds}"
     table = Table(title=title)
-    for heading in ("", "wall s, 1", "wall s, 2", "speed-up", "÷ bare loop"):
+    for heading in ("", "wall s, 1", "wall s, 2", "speed-up", "÷ bare loop", "CPU, 2 ÷ 1"):
         table.add_column(heading, justify="left" if not heading else "right")
     held, own = True, 0.0
     for name, (one, two) in walls.items():
         gain = min(one) / min(two)
         own = own or gain
         held &= gain >= SHARE * own
-        cells = (min(one), min(two), gain, gain / own)
+        cells = (min(one), min(two), gain, gain / own, min(cpus[name][1]) / min(cpus[name][0]))
         table.add_row(name, *(f"{each:.2f}" for each in cells))
     Console(width=100).print(table)
     return held
