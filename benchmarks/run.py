@@ -42,13 +42,18 @@ CASES: dict[str, dict[str, Any]] = {
     "breadcrumbs, per tensor": {
         "method": "breadcrumbs", "params": {"scope": "tensor"}, "must": 6, "aim": 3
     },
+    "ties, per row": {
+        "method": "ties", "params": {"scope": "row", "tie": "plus"}, "must": 6, "aim": 3
+    },
+    "ties, per row, signs of the model": {
+        "method": "ties", "params": {"scope": "row"}, "must": 8, "aim": 4.5
+    },
+    "breadcrumbs, per row": {"method": "breadcrumbs", "must": 6, "aim": 3},
     "della, per row": {"method": "della", "params": {"tie": "plus"}, "must": 6, "aim": 3},
     "ties, whole model": {"method": "ties", "must": 8, "aim": 4.5},
     "slerp": {"method": "slerp", "models": 2, "must": 3, "aim": 2},
     "model_stock": {"method": "model_stock", "must": 3, "aim": 2},
     "karcher": {"method": "karcher", "must": 3, "aim": 2},
-    "ties, per row": {"method": "ties", "params": {"scope": "row"}},
-    "breadcrumbs, per row": {"method": "breadcrumbs"},
     "dare, L1 norm": {"method": "dare", "params": {"rescale": "l1"}},
     "consensus": {"method": "consensus_ta"},
     "sce, a tenth": {"method": "sce", "params": {"select_topk": 0.1}},

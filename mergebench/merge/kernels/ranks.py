@@ -24,7 +24,7 @@ _SAMPLE = 64
 #: Entries that are looked at together.
 _SOME = 64
 #: Moves that a radix sort is worth, beside one for four entries, and rows that then follow it.
-_WORTH, _FOLLOW = 1024, 15
+_WORTH, _FOLLOW = 256, 15
 #: Bits of a digit of the radix sort, and how many digits 31 bits have.
 _DIGIT, _TURNS = 11, 3
 #: What a number in the lower half of 64 bits is multiplied by to be a share.
@@ -102,9 +102,10 @@ def _inserted(pairs: Any, places: Any, n: Any, most: Any) -> Any:
     moves = 0
     for begin in range(0, n, _SOME):
         first, end = max(begin, 1), min(begin + _SOME, n)
-        mixed = False
-        for r in range(first, end):
-            mixed |= pairs[r] < pairs[r - 1]
+        # From zero on, so that several are compared at once.
+        part, mixed = pairs[first - 1 : end], np.uint64(0)
+        for r in range(len(part) - 1):
+            mixed |= np.uint64(part[r + 1] < part[r])
         if not mixed:
             continue
         for r in range(first, end):
