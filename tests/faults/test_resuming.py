@@ -415,7 +415,7 @@ def test_a_disk_without_locks_is_written_all_the_same(
 ) -> None:
     """Under a name of its own for every run, and without resuming."""
 
-    def refuse(fd: int) -> bool:
+    def refuse(fd: int, shared: bool) -> bool:
         raise OSError(number, "No locks available")
 
     monkeypatch.setattr(locks, "_lock", refuse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from unittest.mock import patch
 import pytest
 
 import mergebench as mb
+from mergebench.checkpoints import locks
 from mergebench.core.errors import MergebenchError, ResourceError
 from mergebench.merge.engine import execute
 from mergebench.merge.many import numbered
@@ -357,6 +359,22 @@ def test_nobody_shows_files_that_others_have_begun(inputs: Path, tmp_path: Path)
         true(*late[0])
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["aside"]
+
+
+def test_a_disk_without_locks_is_refused(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There nobody could tell whose the work of a common name is."""
+
+    def refuse(fd: int, shared: bool) -> bool:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks, "_lock", refuse)
+
+    refused = call(*arguments("ties", inputs, tmp_path), "--worker", "0/2", cwd=tmp_path)
+
+    assert_refused(refused, "out: workers cannot share a disk without locks")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_result_is_made_again(inputs: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from mergebench.core.errors import MergebenchError, ParameterError, did_you_mean
-from mergebench.merge.engine import Progress, check_outputs, execute
+from mergebench.merge import engine
+from mergebench.merge.engine import Progress
 from mergebench.merge.many.numbered import WAIT, execute_as_worker, parse_seat
 from mergebench.merge.many.standing import standing
 from mergebench.merge.outcome import Written
@@ -87,7 +88,7 @@ class Where:
         MergebenchError
         """
         try:
-            check_outputs(plan, force=force)
+            engine.check_outputs(plan, force=force)
         except MergebenchError:
             if self.worker is None or standing(plan) is None:
                 raise
@@ -120,10 +121,10 @@ class Where:
                 wait=self.wait,
             )  # fmt: skip
         if self.executor == "threads":
-            return execute(plan, force=force, progress=progress, note=note)
+            return engine.execute(plan, force=force, progress=progress, note=note)
         from mergebench.merge.many.cluster import ClusterRun, check_inputs, connected
 
         check_inputs(plan)
         with connected(self.scheduler) as client:
             run = ClusterRun(client, memory, stream, self.wait)
-            return execute(plan, force=force, progress=progress, note=note, run=run)
+            return engine.execute(plan, force=force, progress=progress, note=note, run=run)
