@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from mergebench.core.task_vector import TaskVector
     from mergebench.merge.api import merge_models
     from mergebench.merge.apply import apply
+    from mergebench.merge.chains import chain
     from mergebench.merge.method import METHODS as methods  # noqa: N811
     from mergebench.merge.op import OPS as ops  # noqa: N811
-    from mergebench.merge.op import chain
     from mergebench.recipe import Recipe
     from mergebench.ship.compress import compress
     from mergebench.ship.decompress import decompress
@@ -26,7 +26,7 @@ _HOMES = {
     "Recipe": ("mergebench.recipe", "Recipe"),
     "TaskVector": ("mergebench.core.task_vector", "TaskVector"),
     "apply": ("mergebench.merge.apply", "apply"),
-    "chain": ("mergebench.merge.op", "chain"),
+    "chain": ("mergebench.merge.chains", "chain"),
     "compress": ("mergebench.ship.compress", "compress"),
     "decompress": ("mergebench.ship.decompress", "decompress"),
     "load": ("mergebench.sources", "load"),

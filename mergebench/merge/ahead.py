@@ -19,8 +19,8 @@ from mergebench.core.extents import Extent, Store, extents
 from mergebench.core.tensor import Tensor, nbytes, size_of
 
 if TYPE_CHECKING:
+    from mergebench.merge.item import Item
     from mergebench.merge.plan import Plan
-    from mergebench.merge.stream import Item
 
 #: Bytes, over all inputs, that are asked for before they are read; and at a time.
 WINDOW, PIECE = 1 << 25, 1 << 23

@@ -24,9 +24,9 @@ from mergebench.core.site import (
 from mergebench.core.tensor import FLOATING, Tensor
 from mergebench.merge.contributions import in_spaces
 from mergebench.merge.held import Table, check_added, keep_replacements, own_values
+from mergebench.merge.item import Item
 from mergebench.merge.names import check_names, is_optional
 from mergebench.merge.spaces import Spaces
-from mergebench.merge.stream import Item
 from mergebench.sources import Source
 
 

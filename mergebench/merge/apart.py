@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergebench.core.errors import ParameterError, did_you_mean
-from mergebench.merge.op import At, Chain, Op, OpSpec, Stack
+from mergebench.merge.at import At, Stack
+from mergebench.merge.op import Chain, Op, OpSpec
 
 _UNSAFE = re.compile(r"[^\w.=+~-]+|^\.+")
 

@@ -14,17 +14,10 @@ from mergebench.compute.select import as_numpy
 from mergebench.core.errors import MismatchError
 from mergebench.core.site import make_sites, parse_pattern
 from mergebench.core.tensor import FLOATING, dtype_name
+from mergebench.merge.at import At, Stack
+from mergebench.merge.chains import check_models, collects_of, combines, needs_base
 from mergebench.merge.collected import collected_of_arrays, slices_of
-from mergebench.merge.op import (
-    At,
-    Chain,
-    Op,
-    Stack,
-    check_models,
-    collects_of,
-    combines,
-    needs_base,
-)
+from mergebench.merge.op import Chain, Op
 
 R = TypeVar("R")
 

@@ -20,8 +20,8 @@ from mergebench.core.site import is_constant, is_counter, is_statistic
 from mergebench.core.tensor import FLOATING, Array, Tensor
 from mergebench.merge.align import Aligned
 from mergebench.merge.averaged import OWN, Mean, average
+from mergebench.merge.item import Item
 from mergebench.merge.spaces import Spaces
-from mergebench.merge.stream import Item
 from mergebench.sources import Source
 
 

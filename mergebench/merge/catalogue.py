@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mergebench.core.params import Param
+from mergebench.merge.chains import collects_of, granularity_of, needs_base
 from mergebench.merge.method import METHODS, Method
-from mergebench.merge.op import OPS, OpSpec, collects_of, granularity_of, needs_base
+from mergebench.merge.op import OPS, OpSpec
 
 _HEAD = """\
 # Methods

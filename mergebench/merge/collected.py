@@ -19,7 +19,8 @@ from mergebench.checkpoints.reader import open_safetensors
 from mergebench.core.errors import FormatError, MergebenchError, MismatchError, ParameterError
 from mergebench.core.plain import parse_json
 from mergebench.core.tensor import FLOATING, Array, ArrayTensor, Tensor, size_of
-from mergebench.merge.op import Op, collects_of
+from mergebench.merge.chains import collects_of
+from mergebench.merge.op import Op
 from mergebench.sources import STATISTICS, Source, fingerprint
 
 #: Where a file says what it is, and the version of what is said there.

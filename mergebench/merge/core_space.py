@@ -16,8 +16,10 @@ import numpy as np
 from mergebench.compute.spectra import spectrum, svd_bytes
 from mergebench.core.delta import LowRank, factors
 from mergebench.core.tensor import Array, ArrayTensor
-from mergebench.merge.op import At, Chain, Sides, is_linear, sides_of
-from mergebench.merge.stream import Item, nonfinite
+from mergebench.merge.at import At
+from mergebench.merge.chains import is_linear, sides_of
+from mergebench.merge.item import Item, nonfinite
+from mergebench.merge.op import Chain, Sides
 
 _WIDE = np.dtype(np.float64)
 #: Columns that depend on the others to float64's precision add nothing to a basis.

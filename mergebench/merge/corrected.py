@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from mergebench.core.tensor import Array
-from mergebench.merge.op import Chain, Corrected, Op, coefficients, combines
-from mergebench.merge.stream import Item
+from mergebench.merge.at import Corrected
+from mergebench.merge.chains import coefficients, combines
+from mergebench.merge.item import Item
+from mergebench.merge.op import Chain, Op
 
 Pair = tuple[Array, Array]
 

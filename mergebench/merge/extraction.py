@@ -11,9 +11,9 @@ from mergebench.core.delta import Difference, LowRank
 from mergebench.core.site import Site
 from mergebench.core.tensor import Tensor, size_of
 from mergebench.merge.align import Aligned
-from mergebench.merge.op import rank_of
+from mergebench.merge.chains import rank_of
+from mergebench.merge.item import Item
 from mergebench.merge.partition import selected
-from mergebench.merge.stream import Item
 from mergebench.merge.variants import Variant
 from mergebench.recipe import Recipe
 

@@ -16,12 +16,14 @@ from mergebench.compute.decompose import (
 from mergebench.compute.rounding import round_to
 from mergebench.core.delta import LowRank, factors
 from mergebench.core.tensor import DTYPES, Array
+from mergebench.merge.chains import coefficients, granularity_of, is_linear, needs_base
 from mergebench.merge.core_space import fits, merged_factors
 from mergebench.merge.corrected import begins_at, corrected
 from mergebench.merge.extraction import is_low
-from mergebench.merge.op import Chain, coefficients, granularity_of, is_linear, needs_base
+from mergebench.merge.item import Item, load, located, nonfinite, opened
+from mergebench.merge.op import Chain
 from mergebench.merge.stacked import stacked
-from mergebench.merge.stream import Evaluator, Item, load, located, nonfinite, opened
+from mergebench.merge.stream import Evaluator
 
 if TYPE_CHECKING:
     from mergebench.merge.lora_layout import Module

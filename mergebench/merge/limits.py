@@ -12,10 +12,11 @@ from mergebench.core.delta import LowRank
 from mergebench.core.errors import MergebenchError, ParameterError, ResourceError
 from mergebench.core.tensor import DTYPES
 from mergebench.merge.align import Aligned
+from mergebench.merge.chains import collects_of, granularity_of, workspace_of
 from mergebench.merge.core_space import core_bytes, fits
-from mergebench.merge.op import Chain, Granularity, collects_of, granularity_of, workspace_of
+from mergebench.merge.item import Item
+from mergebench.merge.op import Chain, Granularity
 from mergebench.merge.package import Package
-from mergebench.merge.stream import Item
 from mergebench.merge.variants import Variant
 from mergebench.sources import Source, paths_of
 

@@ -19,11 +19,11 @@ from mergebench.core.delta import LowRank
 from mergebench.core.errors import MismatchError
 from mergebench.core.site import kind_of
 from mergebench.merge.align import Aligned
+from mergebench.merge.chains import coefficients, is_linear, rank_of
 from mergebench.merge.core_space import fits
 from mergebench.merge.corrected import added_rank, corrects
 from mergebench.merge.extraction import is_bounded, is_low
-from mergebench.merge.op import coefficients, is_linear, rank_of
-from mergebench.merge.stream import Item
+from mergebench.merge.item import Item
 from mergebench.merge.variants import Variant
 from mergebench.recipe import Recipe
 from mergebench.sources import Applied, Source

@@ -20,11 +20,13 @@ from mergebench.compute.threads import one_thread
 from mergebench.core.errors import MergebenchError, ParameterError
 from mergebench.core.tensor import dtype_name
 from mergebench.merge.apart import names_of
+from mergebench.merge.chains import needs_base
 from mergebench.merge.engine import Progress
+from mergebench.merge.item import Item, load, located, opened
 from mergebench.merge.limits import DEFAULT_MEMORY
-from mergebench.merge.op import Chain, Op, needs_base
+from mergebench.merge.op import Chain, Op
 from mergebench.merge.plan import Plan, make_plan
-from mergebench.merge.stream import Evaluator, Item, load, located, opened
+from mergebench.merge.stream import Evaluator
 from mergebench.recipe import Recipe
 
 

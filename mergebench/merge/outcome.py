@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self, TypeVar
 
-from mergebench.merge.op import Reading
+from mergebench.merge.at import Reading
 from mergebench.merge.plan import Plan
 from mergebench.merge.resume import Ledger
 

@@ -30,7 +30,9 @@ from mergebench.manifest import (
     no_digests,
 )
 from mergebench.merge.align import Aligned
+from mergebench.merge.chains import tolerance_of
 from mergebench.merge.collected import Collected, named
+from mergebench.merge.item import Item
 from mergebench.merge.lora_layout import (
     STORED,
     Module,
@@ -40,8 +42,6 @@ from mergebench.merge.lora_layout import (
     stored_dtype,
 )
 from mergebench.merge.method import METHODS
-from mergebench.merge.op import tolerance_of
-from mergebench.merge.stream import Item
 from mergebench.merge.template import with_template
 from mergebench.merge.variants import Variant
 from mergebench.recipe import Recipe

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mergebench.core.delta import Dense, Difference
+from mergebench.merge.item import Item
 from mergebench.merge.lora_layout import stored_dtype
 from mergebench.merge.spaces import Spaces
-from mergebench.merge.stream import Item
 
 #: Bits behind the point.
 _DIGITS = {"F8_E5M2": 2, "F8_E4M3": 3, "BF16": 7, "F16": 10, "F32": 23, "F64": 52}

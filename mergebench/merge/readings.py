@@ -8,9 +8,9 @@ from typing import Any
 
 from mergebench.core.errors import ParameterError
 from mergebench.core.tensor import Array
+from mergebench.merge.at import Reading
 from mergebench.merge.engine import Progress, execute_into
 from mergebench.merge.limits import DEFAULT_MEMORY
-from mergebench.merge.op import Reading
 from mergebench.merge.plan import Plan, make_plan
 from mergebench.recipe import ModelRef, OpRef, Recipe
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from mergebench.core.errors import MergebenchError
 from mergebench.core.tensor import nbytes
+from mergebench.merge.chains import is_linear, tolerance_of
 from mergebench.merge.compared import Comparison
-from mergebench.merge.engine import Progress, execute_into, targets_of
+from mergebench.merge.engine import Progress, execute_into
 from mergebench.merge.inputs import check_input, find_input
 from mergebench.merge.limits import DEFAULT_MEMORY
 from mergebench.merge.made import Finding, Made, read_made
-from mergebench.merge.op import is_linear, tolerance_of
+from mergebench.merge.one_tensor import targets_of
 from mergebench.merge.plan import Plan, make_plan
 from mergebench.merge.verify import tensor_digest
 from mergebench.recipe import Recipe, recipe_from_dict

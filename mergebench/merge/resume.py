@@ -17,7 +17,8 @@ from mergebench.checkpoints.tokenizers import FILES as TOKENS
 from mergebench.checkpoints.writer import Output
 from mergebench.compute.select import Cut
 from mergebench.core.tensor import Tensor, size_of
-from mergebench.merge.op import Chain, Reading
+from mergebench.merge.at import Reading
+from mergebench.merge.op import Chain
 from mergebench.merge.plan import Plan
 from mergebench.merge.variants import Variant
 from mergebench.sources import Source

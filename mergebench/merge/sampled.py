@@ -13,7 +13,7 @@ from mergebench.adapters_zoo.scattered import Scattered
 from mergebench.core.delta import Delta, Dense, Difference, LowRank, factors, reads, resident
 from mergebench.core.site import kind_of
 from mergebench.core.tensor import FLOATING, Array, Tensor, size_of
-from mergebench.merge.stream import Item
+from mergebench.merge.item import Item
 from mergebench.sources import Applied
 
 #: Entries of a run: one read of 1 KiB (bf16) to 4 KiB (float64), a page of a file or less.

@@ -12,10 +12,11 @@ from mergebench.core.schedule import is_schedule, names, selectors, value_at
 from mergebench.core.site import Site, make_sites, parse_pattern
 from mergebench.core.tensor import Tensor
 from mergebench.merge.align import Aligned
+from mergebench.merge.chains import check_models, coefficients, is_linear, needs_base
+from mergebench.merge.item import Item
 from mergebench.merge.mismatch import Evened
-from mergebench.merge.op import Chain, check_models, coefficients, is_linear, needs_base
+from mergebench.merge.op import Chain
 from mergebench.merge.partition import assign, check_matches, selected, spelled
-from mergebench.merge.stream import Item
 from mergebench.merge.variants import Variant, build
 from mergebench.recipe import Recipe
 from mergebench.sources import Source

@@ -9,8 +9,9 @@ import numpy as np
 from mergebench.compute.rounding import round_to
 from mergebench.core.delta import LowRank
 from mergebench.core.tensor import DTYPES, Array, Tensor
-from mergebench.merge.op import Chain, coefficients
-from mergebench.merge.stream import Item, nonfinite
+from mergebench.merge.chains import coefficients
+from mergebench.merge.item import Item, nonfinite
+from mergebench.merge.op import Chain
 
 _BF16 = DTYPES["BF16"]
 #: All bits of a bfloat16's exponent, twice: infinite or not a number.

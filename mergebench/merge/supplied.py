@@ -8,6 +8,7 @@ from typing import Any
 
 from mergebench.core.errors import MismatchError, ParameterError
 from mergebench.merge.align import Aligned
+from mergebench.merge.chains import without_collected
 from mergebench.merge.collected import (
     Collected,
     check_kind,
@@ -16,7 +17,7 @@ from mergebench.merge.collected import (
     needed_kind,
     slices_of,
 )
-from mergebench.merge.op import Chain, Op, without_collected
+from mergebench.merge.op import Chain, Op
 from mergebench.merge.variants import Variant
 from mergebench.sources import Source
 

@@ -14,9 +14,11 @@ from mergebench.core.errors import ParameterError
 from mergebench.core.params import ALIASES
 from mergebench.core.schedule import is_schedule, leaves, value_at
 from mergebench.core.site import Site
+from mergebench.merge.abreast import abreast
 from mergebench.merge.apart import chosen, names_of, pick
+from mergebench.merge.chains import chain, combines, is_apart
 from mergebench.merge.method import METHODS, Method
-from mergebench.merge.op import OPS, Chain, Op, abreast, chain, combines, is_apart
+from mergebench.merge.op import OPS, Chain, Op
 from mergebench.merge.partition import expanded_op, expanded_part
 from mergebench.recipe import ModelRef, OpRef, Part, Recipe
 from mergebench.sources import Source

@@ -8,10 +8,10 @@ from dataclasses import replace
 from mergebench.adapters_zoo.kinds.delta import delta_metadata
 from mergebench.core.delta import Delta, Difference
 from mergebench.core.tensor import Array, ArrayTensor, nbytes
+from mergebench.merge.item import Item, load, opened
 from mergebench.merge.limits import DEFAULT_MEMORY
 from mergebench.merge.plan import Plan, make_plan
 from mergebench.merge.sparse import check_extra, whole_values
-from mergebench.merge.stream import Item, load, opened
 from mergebench.recipe import ModelRef, Recipe
 from mergebench.ship.pieces import (
     Contents,

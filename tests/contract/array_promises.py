@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from mergebench.merge.chains import tolerance_of
 from mergebench.merge.method import METHODS
-from mergebench.merge.op import tolerance_of
 
 from .assertions import assert_close, assert_same_values, assert_within_ulps
 from .promises import Params

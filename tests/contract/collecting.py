@@ -10,9 +10,11 @@ import numpy as np
 
 import mergebench
 from mergebench.core.site import Site
+from mergebench.merge.at import Collects
+from mergebench.merge.chains import collects_of
 from mergebench.merge.collected import Collected, collected_of_arrays
 from mergebench.merge.method import METHODS
-from mergebench.merge.op import OPS, Collects, Op, collects_of
+from mergebench.merge.op import OPS, Op
 
 
 def wanted(method: str, then: Iterable[str] = ()) -> Collects | None:

@@ -17,9 +17,9 @@ from mergebench.core.errors import MergebenchError, MismatchError
 from mergebench.core.tensor import ArrayTensor
 from mergebench.merge.align import draw_keys
 from mergebench.merge.apart import place_of
+from mergebench.merge.chains import is_apart
 from mergebench.merge.engine import execute_in_memory
 from mergebench.merge.method import METHODS
-from mergebench.merge.op import is_apart
 from mergebench.merge.plan import Plan, make_plan
 from mergebench.recipe import ModelRef, Recipe
 from mergebench.sources import source_of_arrays

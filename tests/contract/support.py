@@ -21,8 +21,9 @@ import mergebench
 from mergebench.core.errors import ParameterError
 from mergebench.core.params import Param
 from mergebench.core.registry import Registry
+from mergebench.merge.chains import check_models
 from mergebench.merge.method import METHODS
-from mergebench.merge.op import OPS, Chain, check_models
+from mergebench.merge.op import OPS, Chain
 
 from . import collecting, exemptions
 

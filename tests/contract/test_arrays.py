@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergebench.core.errors import MergebenchError
+from mergebench.merge.chains import tolerance_of
 from mergebench.merge.method import METHODS
-from mergebench.merge.op import tolerance_of
 
 from .array_promises import assert_gradients, assert_homogeneous, assert_torch_agrees
 from .assertions import assert_same_values

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from mergebench.compute.tiles import Tiling
+from mergebench.merge.at import At, Stack
+from mergebench.merge.chains import chain
 from mergebench.merge.method import METHODS, merge_method
-from mergebench.merge.op import OPS, At, Chain, Stack, chain, op
+from mergebench.merge.op import OPS, Chain, op
 from mergebench.merge.ops.scale import scale
 from mergebench.merge.ops.sum import sum_
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from mergebench.core.errors import MergebenchError
+from mergebench.merge.chains import is_apart
 from mergebench.merge.method import METHODS
-from mergebench.merge.op import OPS, is_apart
+from mergebench.merge.op import OPS
 
 from .support import apply_each, merge_each
 

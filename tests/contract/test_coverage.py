@@ -12,8 +12,9 @@ import pytest
 
 from mergebench import merge_models
 from mergebench.core.registry import Registry
+from mergebench.merge.chains import chain
 from mergebench.merge.method import METHODS, merge_method
-from mergebench.merge.op import OPS, Chain, chain
+from mergebench.merge.op import OPS, Chain
 from mergebench.merge.ops.sum import sum_
 
 from .exemptions import CONTRACTS, METHODS_EXEMPT, NEUTRAL, OPS_EXEMPT, neutral

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from mergebench import apply, merge_models
 from mergebench.core.site import Site
-from mergebench.merge.op import OPS, At, Op, chain, op, sides_of, tolerance_of, workspace_of
+from mergebench.merge.at import At
+from mergebench.merge.chains import chain, sides_of, tolerance_of, workspace_of
+from mergebench.merge.op import OPS, Op, op
 from mergebench.merge.ops.scale import scale
 from mergebench.merge.ops.sum import sum_
 from mergebench.merge.ops.svc import svc

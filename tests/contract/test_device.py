@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mergebench.merge.chains import tolerance_of
 from mergebench.merge.method import METHODS
-from mergebench.merge.op import tolerance_of
 
 from .assertions import assert_close, assert_same_bits, assert_within_ulps
 from .support import BF16, F16, F32, FEW, GENERIC, Case, cases, drawn, every_method, merged, taken

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from mergebench.core.errors import MergebenchError
+from mergebench.merge.chains import is_linear, needs_base, tolerance_of
 from mergebench.merge.method import METHODS
-from mergebench.merge.op import is_linear, needs_base, tolerance_of
 
 from .assertions import assert_close, assert_same_bits
 from .promises import assert_factored_is_dense

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from mergebench.compute.tiles import Tiling
 from mergebench.core.site import make_sites
 from mergebench.core.tensor import ArrayTensor
+from mergebench.merge.at import Statistic
+from mergebench.merge.chains import coefficients
 from mergebench.merge.engine import execute_in_memory
-from mergebench.merge.op import OPS, Op, Statistic, coefficients
+from mergebench.merge.op import OPS, Op
 from mergebench.merge.plan import make_plan
 from mergebench.recipe import ModelRef, OpRef, Recipe
 from mergebench.sources import source_of_arrays

@@ -10,8 +10,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from mergebench.compute.tiles import Tiling
+from mergebench.merge.chains import granularity_of
 from mergebench.merge.method import METHODS
-from mergebench.merge.op import granularity_of
 
 from .assertions import assert_same_bits
 from .promises import (

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergebench.core.errors import MergebenchError
+from mergebench.merge.chains import tolerance_of
 from mergebench.merge.method import METHODS
-from mergebench.merge.op import tolerance_of
 
 from .array_promises import assert_homogeneous
 from .assertions import assert_close

@@ -11,8 +11,9 @@ import pytest
 from mergebench import apply, merge_models
 from mergebench.core.errors import MismatchError, ParameterError
 from mergebench.core.site import make_sites
+from mergebench.merge.chains import chain
 from mergebench.merge.method import METHODS
-from mergebench.merge.op import OPS, chain
+from mergebench.merge.op import OPS
 from mergebench.merge.ops.emr import elected
 from mergebench.merge.ops.flexmerge import block_of
 

@@ -11,7 +11,7 @@ import pytest
 from mergebench import apply, merge_models, methods
 from mergebench.core.errors import MergebenchError, ParameterError
 from mergebench.core.site import Site
-from mergebench.merge.op import At
+from mergebench.merge.at import At
 
 
 def merged(method: str, thetas: Any, statistics: Any, **params: Any) -> list[float]:

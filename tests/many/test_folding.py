@@ -16,7 +16,7 @@ from mergebench.compute.seen import Seen, fold_of
 from mergebench.compute.select import _Survey, _Target, bits, kth_magnitudes
 from mergebench.compute.sums import totals
 from mergebench.core.site import Site
-from mergebench.merge.op import At
+from mergebench.merge.at import At
 from tests.unit.sweeps import Tables, assert_exact
 
 

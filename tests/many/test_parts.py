@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from mergebench.checkpoints.locks import TakenError, acquire
 from mergebench.compute.select import Cut, Found
 from mergebench.core.errors import MergebenchError
+from mergebench.merge.at import Reading
 from mergebench.merge.many import leases
 from mergebench.merge.many.board import Board
 from mergebench.merge.many.codec import pack, unpack
 from mergebench.merge.many.labour import Merged
 from mergebench.merge.many.leases import Lease, Watch, beat_of, came, read_beat
 from mergebench.merge.many.units import Unit, owners, units_of
-from mergebench.merge.op import Reading
 from mergebench.merge.outcome import Outcome
 from mergebench.merge.plan import make_plan
 from mergebench.recipe import ModelRef, Recipe

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from mergebench import apply
 from mergebench.core.site import make_sites
-from mergebench.merge.op import OPS, At
+from mergebench.merge.at import At
+from mergebench.merge.op import OPS
 from tests.oracle import orthogonal
 from tests.oracle.test_spectral import (
     CASES,

@@ -320,7 +320,7 @@ def test_signs_of_singular_vectors_are_immaterial(method: str, data: st.DataObje
 def test_left_and_right_are_told_apart() -> None:
     """In weights stored input × output the left singular vectors are those of the output side."""
     from mergebench.core.site import make_sites
-    from mergebench.merge.op import At
+    from mergebench.merge.at import At
 
     random = np.random.default_rng(0)
     for name, params in (

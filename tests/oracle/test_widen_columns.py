@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mergebench import merge_models
 from mergebench.core.site import make_sites
-from mergebench.merge.op import OPS, At
+from mergebench.merge.at import At
+from mergebench.merge.op import OPS
 from tests.oracle.columns import widen
 from tests.oracle.test_spectral import CASES, Arrays, assert_close
 

@@ -16,7 +16,8 @@ from torch import nn
 from mergebench import merge_models
 from mergebench.compute.backend import lapack
 from mergebench.manifest import MANIFEST
-from mergebench.merge.op import OPS, rank_of
+from mergebench.merge.chains import rank_of
+from mergebench.merge.op import OPS
 from tests.helpers.adapters import Factors, factors, product, save_delta, save_peft
 from tests.helpers.compare import assert_close
 from tests.helpers.files import F32, F64, Array, read

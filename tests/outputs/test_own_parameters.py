@@ -13,8 +13,8 @@ from mergebench.core.params import bind
 from mergebench.core.schedule import Cases, Gradient, parse_schedule, to_plain, value_at
 from mergebench.core.selector import Selector
 from mergebench.core.site import make_sites
+from mergebench.merge.abreast import Abreast, abreast
 from mergebench.merge.method import METHODS
-from mergebench.merge.op import Abreast, abreast
 from mergebench.recipe import recipe_from_dict
 from tests.helpers.files import read, tree, write
 from tests.helpers.running import assert_done, assert_refused, call

@@ -17,6 +17,7 @@ from mergebench.core.delta import Dense
 from mergebench.core.errors import MismatchError
 from mergebench.core.site import Site
 from mergebench.core.tensor import ArrayTensor
+from mergebench.merge.item import Item
 from mergebench.merge.origin import UNRELATED, tells
 from mergebench.merge.sampled import (
     FEW,
@@ -29,7 +30,6 @@ from mergebench.merge.sampled import (
     runs,
     task_norms,
 )
-from mergebench.merge.stream import Item
 from tests.helpers.adapters import factors, product, save_peft
 from tests.helpers.compare import assert_same
 from tests.helpers.files import F32, Array, listing, read

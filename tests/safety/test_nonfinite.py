@@ -17,9 +17,9 @@ from mergebench.core.delta import Dense
 from mergebench.core.errors import MergebenchError
 from mergebench.core.site import Site
 from mergebench.merge.engine import execute
+from mergebench.merge.item import Item, load
 from mergebench.merge.method import METHODS
 from mergebench.merge.plan import make_plan
-from mergebench.merge.stream import Item, load
 from mergebench.recipe import ModelRef, Recipe
 from tests.contract.collecting import statistics_of, wanted
 from tests.helpers.adapters import factors, save_peft

@@ -13,8 +13,8 @@ import pytest
 from mergebench import merge_models
 from mergebench.core.errors import MergebenchError
 from mergebench.core.site import is_constant, kind_of
+from mergebench.merge.chains import is_apart
 from mergebench.merge.method import METHODS
-from mergebench.merge.op import is_apart
 from tests.helpers.adapters import factors, save_delta, save_peft
 from tests.helpers.compare import assert_close, assert_same
 from tests.helpers.files import BF16, F16, F32, F64, Array, listing, read, write

@@ -9,7 +9,7 @@ import numpy as np
 
 from mergebench.compute.select import Cut
 from mergebench.core.site import Site
-from mergebench.merge.op import At
+from mergebench.merge.at import At
 
 
 class Tables:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mergebench.compute.gram import BLOCK, block_sums, combined, gram, row_inner_products
 from mergebench.core.errors import MergebenchError
 from mergebench.core.site import Site
-from mergebench.merge.op import At
+from mergebench.merge.at import At
 
 
 @dataclass

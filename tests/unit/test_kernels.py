@@ -20,17 +20,17 @@ from mergebench.core.delta import Dense, Difference, LowRank
 from mergebench.core.errors import MergebenchError
 from mergebench.core.site import Site
 from mergebench.core.tensor import ArrayTensor
+from mergebench.merge.chains import chain
 from mergebench.merge.engine import execute_in_memory
+from mergebench.merge.item import Item, load
 from mergebench.merge.kernels import fuse, ready
 from mergebench.merge.kernels.running import Buffers, Looking
-from mergebench.merge.op import chain
 from mergebench.merge.ops.clip import clip
 from mergebench.merge.ops.mean import mean
 from mergebench.merge.ops.scale import scale
 from mergebench.merge.ops.sum import sum_
 from mergebench.merge.ops.weigh import weigh
 from mergebench.merge.plan import make_plan
-from mergebench.merge.stream import Item, load
 from mergebench.recipe import ModelRef, Recipe
 from mergebench.sources import source_of_arrays
 

@@ -18,20 +18,20 @@ from mergebench.core.errors import MergebenchError
 from mergebench.core.schedule import Gradient
 from mergebench.core.site import Site
 from mergebench.core.tensor import ArrayTensor
+from mergebench.merge.chains import chain
 from mergebench.merge.foreseen import foresee, looks_at_rows
+from mergebench.merge.item import Item
 from mergebench.merge.kernels import codes, fuse, ready
 from mergebench.merge.kernels.program import program
 from mergebench.merge.kernels.ranks import _radix, ranked
 from mergebench.merge.kernels.running import Looking
 from mergebench.merge.kernels.stages import Draw, Multiply, RowDraw, RowWindow, side_by_side
 from mergebench.merge.kernels.thresholds import window_rows
-from mergebench.merge.op import chain
 from mergebench.merge.ops.band import band
 from mergebench.merge.ops.magprune import magprune
 from mergebench.merge.ops.scale import scale
 from mergebench.merge.ops.sum import sum_
 from mergebench.merge.ops.trim import trim
-from mergebench.merge.stream import Item
 from mergebench.recipe import ModelRef, Recipe
 
 from .test_kernels import BF16, F16, F32, ROWS, assert_kernels_equal_ops, entries, had, merged

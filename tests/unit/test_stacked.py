@@ -13,12 +13,12 @@ from mergebench.core.delta import LowRank
 from mergebench.core.errors import MergebenchError
 from mergebench.core.site import Site
 from mergebench.core.tensor import DTYPES, Array, ArrayTensor
-from mergebench.merge.op import chain
+from mergebench.merge.chains import chain
+from mergebench.merge.item import Item
 from mergebench.merge.ops.scale import scale
 from mergebench.merge.ops.sum import sum_
 from mergebench.merge.ops.weigh import weigh
 from mergebench.merge.stacked import stacked
-from mergebench.merge.stream import Item
 
 OPS = chain(weigh(), sum_(), scale(0.5))
 SHAPE = (5, 7)

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from mergebench.compute.masking import moved
 from mergebench.core.errors import ResourceError
 from mergebench.core.tensor import Array
+from mergebench.merge.at import At
 from mergebench.merge.device.choose import Device
 from mergebench.merge.device.lane import STORED, Lane, origin_of
-from mergebench.merge.op import At, Chain
+from mergebench.merge.op import Chain
 
 #: ``(ops, at, stack, memo) -> stack``.
 Run = Callable[[Chain, At, Any, dict[Chain, Any] | None], Any]

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mergebench.core.errors import ParameterError
+from mergebench.merge.chains import collects_of
 from mergebench.merge.fit.space import check_known, with_values
 from mergebench.merge.method import METHODS
-from mergebench.merge.op import collects_of
 from mergebench.recipe import ModelRef, Recipe, parse_op, read_recipe
 
 _RECIPES = (".yaml", ".yml", ".json")

@@ -13,11 +13,13 @@ from mergebench.core.errors import ParameterError
 from mergebench.core.schedule import ByName
 from mergebench.core.tensor import Array
 from mergebench.merge.api import to_torch
+from mergebench.merge.chains import needs_base
 from mergebench.merge.fit.vectors import Factored, Vector, Whole, vector_of, whole_of
-from mergebench.merge.op import Chain, needs_base
+from mergebench.merge.item import Item, load, located
+from mergebench.merge.op import Chain
 from mergebench.merge.ops.scale_parts import partition
 from mergebench.merge.plan import Plan
-from mergebench.merge.stream import Evaluator, Item, load, located
+from mergebench.merge.stream import Evaluator
 from mergebench.recipe import Recipe
 
 if TYPE_CHECKING:

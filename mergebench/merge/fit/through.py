@@ -25,9 +25,9 @@ from mergebench.merge.fit.statistics import (
     wanted_in,
 )
 from mergebench.merge.fit.task import Task
+from mergebench.merge.item import load
 from mergebench.merge.op import OPS
 from mergebench.merge.plan import Plan
-from mergebench.merge.stream import load
 
 if TYPE_CHECKING:
     import torch

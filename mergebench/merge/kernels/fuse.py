@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from mergebench.core.tensor import Array
+from mergebench.merge.at import At
 from mergebench.merge.kernels import codes as c
 from mergebench.merge.kernels.program import Program, program
 from mergebench.merge.kernels.running import Buffers, Kernels, Looking, Stored, stored
 from mergebench.merge.kernels.stages import Stage
-from mergebench.merge.op import At, Chain
+from mergebench.merge.op import Chain
 
 #: ``(ops up to and including one that measures) -> what it has measured``.
 Known = Callable[[Chain], Any]

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from mergebench.checkpoints.writer import Output
 from mergebench.core.errors import MergebenchError, ParameterError
-from mergebench.merge.engine import Progress, fuses, targets_of, workers
+from mergebench.merge.at import At, Stack
+from mergebench.merge.engine import Progress, fuses, workers
 from mergebench.merge.many.agree import marks_of
 from mergebench.merge.many.hands import Hands
 from mergebench.merge.many.labour import Merged, measure_whole, seen, whole_only
 from mergebench.merge.many.units import Unit, units_of
-from mergebench.merge.op import At, Stack
+from mergebench.merge.one_tensor import targets_of
 from mergebench.merge.outcome import Found, earlier, record
 from mergebench.merge.plan import Plan
 from mergebench.merge.resume import Ledger
-from mergebench.merge.stream import Evaluator, ItemSweep, Scope
+from mergebench.merge.stream import Evaluator
+from mergebench.merge.sweep import ItemSweep, Scope
 
 if TYPE_CHECKING:
     from distributed import Client

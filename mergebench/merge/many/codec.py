@@ -10,8 +10,8 @@ import numpy as np
 import xxhash
 
 from mergebench.compute.select import Cut, Found
+from mergebench.merge.at import Reading
 from mergebench.merge.many.labour import Merged
-from mergebench.merge.op import Reading
 from mergebench.merge.outcome import Outcome
 
 _CLASSES: dict[str, type[Any]] = {

@@ -15,12 +15,14 @@ from distributed import Worker, WorkerPlugin, get_worker
 from mergebench.checkpoints.placed import Staged
 from mergebench.checkpoints.placement import Layout
 from mergebench.core.errors import MergebenchError
+from mergebench.merge.at import At, Stack
 from mergebench.merge.engine import fuses, workers
 from mergebench.merge.many.agree import Marks, check_alike, marks_of
 from mergebench.merge.many.labour import Look, Merged, look, merge_unit
-from mergebench.merge.op import At, Chain, Stack
+from mergebench.merge.op import Chain
 from mergebench.merge.plan import Plan, make_plan
-from mergebench.merge.stream import Evaluator, Scope
+from mergebench.merge.stream import Evaluator
+from mergebench.merge.sweep import Scope
 from mergebench.recipe import Recipe
 
 Known = Mapping[tuple[Chain, str], Any]

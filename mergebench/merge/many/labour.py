@@ -10,11 +10,13 @@ from typing import Any
 from mergebench.checkpoints.placed import Placed, Staged
 from mergebench.checkpoints.placement import Layout
 from mergebench.compute.seen import fold_of
-from mergebench.merge.engine import merge_tensor, targets_of
-from mergebench.merge.op import At, Chain, Stack
+from mergebench.merge.at import At, Stack
+from mergebench.merge.one_tensor import merge_tensor, targets_of
+from mergebench.merge.op import Chain
 from mergebench.merge.outcome import Outcome
 from mergebench.merge.plan import Plan
-from mergebench.merge.stream import Evaluator, ItemSweep
+from mergebench.merge.stream import Evaluator
+from mergebench.merge.sweep import ItemSweep
 
 #: ``(tensor, first entry, entry after the last, result of a visitor)``.
 Look = tuple[str, int, int, Any]

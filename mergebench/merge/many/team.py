@@ -9,15 +9,16 @@ from typing import Any
 
 from mergebench.checkpoints.placed import Staged
 from mergebench.core.errors import ResourceError
+from mergebench.merge.at import At, Stack
 from mergebench.merge.engine import Progress, fuses, workers
 from mergebench.merge.many.board import Board
 from mergebench.merge.many.labour import Merged, look, measure_whole, merge_unit, seen
 from mergebench.merge.many.leases import Watch, beat_of
 from mergebench.merge.many.units import Unit, owners, units_of
-from mergebench.merge.op import At, Stack
 from mergebench.merge.outcome import Found
 from mergebench.merge.plan import Plan
-from mergebench.merge.stream import Evaluator, ItemSweep, Scope
+from mergebench.merge.stream import Evaluator
+from mergebench.merge.sweep import ItemSweep, Scope
 
 #: Seconds between looks at what others have done: at first, and after some waiting.
 _LOOKS = 0.02, 1.0

@@ -8,8 +8,9 @@ from typing import Annotated
 from mergebench.core.errors import ParameterError
 from mergebench.core.params import Examples
 from mergebench.core.unet import Net
+from mergebench.merge.chains import chain
 from mergebench.merge.method import merge_method
-from mergebench.merge.op import Chain, chain
+from mergebench.merge.op import Chain
 from mergebench.merge.ops.block_weights import block_weights
 from mergebench.merge.ops.sum import sum_
 from mergebench.merge.ops.weigh import weigh

@@ -6,8 +6,9 @@ from typing import Annotated
 
 from annotated_types import Ge
 
+from mergebench.merge.chains import chain
 from mergebench.merge.method import merge_method
-from mergebench.merge.op import Chain, chain
+from mergebench.merge.op import Chain
 from mergebench.merge.ops.keep_important import keep_important
 from mergebench.merge.ops.scale import scale
 from mergebench.merge.ops.sum import sum_

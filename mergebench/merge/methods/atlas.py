@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 from mergebench.core.params import Examples, Seed
+from mergebench.merge.chains import chain
 from mergebench.merge.method import merge_method
-from mergebench.merge.op import Chain, chain
+from mergebench.merge.op import Chain
 from mergebench.merge.ops.scale_parts import scale_parts
 from mergebench.merge.ops.sum import sum_
 from mergebench.merge.ops.weigh import weigh

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
+from mergebench.merge.chains import chain
 from mergebench.merge.method import merge_method
-from mergebench.merge.op import Chain, chain
+from mergebench.merge.op import Chain
 from mergebench.merge.ops.band import band
 from mergebench.merge.ops.mean import mean
 from mergebench.merge.ops.scale import scale

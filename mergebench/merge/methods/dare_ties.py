@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from mergebench.core.params import Seed
+from mergebench.merge.chains import chain
 from mergebench.merge.method import merge_method
-from mergebench.merge.op import Chain, chain
+from mergebench.merge.op import Chain
 from mergebench.merge.ops.disjoint_mean import disjoint_mean
 from mergebench.merge.ops.drop import drop
 from mergebench.merge.ops.elect_sign import elect_sign

@@ -9,8 +9,9 @@ from annotated_types import Interval
 from mergebench.compute.intruders import Side
 from mergebench.compute.removal import Control
 from mergebench.core.params import Examples
+from mergebench.merge.chains import chain
 from mergebench.merge.method import merge_method
-from mergebench.merge.op import Chain, chain
+from mergebench.merge.op import Chain
 from mergebench.merge.ops.deintrude import Kinds
 from mergebench.merge.ops.deintrude import deintrude as deintrude_op
 from mergebench.merge.ops.sum import sum_

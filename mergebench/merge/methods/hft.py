@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from mergebench.core.params import Seed
+from mergebench.merge.chains import chain
 from mergebench.merge.method import merge_method
-from mergebench.merge.op import Chain, chain
+from mergebench.merge.op import Chain
 from mergebench.merge.ops.reset_half import reset_half
 from mergebench.merge.ops.scale import scale
 from mergebench.merge.ops.sum import sum_

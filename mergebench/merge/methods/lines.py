@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 from mergebench.core.params import Examples
+from mergebench.merge.chains import chain
 from mergebench.merge.method import merge_method
-from mergebench.merge.op import Chain, chain
+from mergebench.merge.op import Chain
 from mergebench.merge.ops.lines import lines as scale_by_depth
 from mergebench.merge.ops.scale import scale
 from mergebench.merge.ops.sum import sum_

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+from mergebench.merge.chains import chain
 from mergebench.merge.method import merge_method
-from mergebench.merge.op import Chain, chain
+from mergebench.merge.op import Chain
 from mergebench.merge.ops.mean import mean
 from mergebench.merge.ops.stock_ratio import stock_ratio
 

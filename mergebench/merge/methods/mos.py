@@ -6,8 +6,9 @@ from typing import Annotated
 
 from annotated_types import Interval
 
+from mergebench.merge.chains import chain
 from mergebench.merge.method import merge_method
-from mergebench.merge.op import Chain, chain
+from mergebench.merge.op import Chain
 from mergebench.merge.ops.blend_last import blend_last
 from mergebench.merge.ops.scale import scale
 from mergebench.merge.ops.weigh import weigh

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from mergebench.merge.chains import chain
 from mergebench.merge.method import merge_method
-from mergebench.merge.op import Chain, chain
+from mergebench.merge.op import Chain
 from mergebench.merge.ops.scale import scale as scale_
 from mergebench.merge.ops.sum import sum_
 from mergebench.merge.ops.weigh import weigh

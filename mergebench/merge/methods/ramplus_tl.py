@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
+from mergebench.merge.chains import chain
 from mergebench.merge.method import merge_method
-from mergebench.merge.op import Chain, chain
+from mergebench.merge.op import Chain
 from mergebench.merge.ops.disjoint_mean import disjoint_mean
 from mergebench.merge.ops.drop_small import drop_small
 from mergebench.merge.ops.scale import scale

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+from mergebench.merge.chains import chain
 from mergebench.merge.method import merge_method
-from mergebench.merge.op import Chain, chain
+from mergebench.merge.op import Chain
 from mergebench.merge.ops.scale import scale
 from mergebench.merge.ops.singular_vectors import singular_vectors
 from mergebench.merge.ops.weigh import weigh

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
+from mergebench.merge.chains import chain
 from mergebench.merge.method import merge_method
-from mergebench.merge.op import Chain, chain
+from mergebench.merge.op import Chain
 from mergebench.merge.ops.descend_wudi import descend_wudi
 from mergebench.merge.ops.scale import scale
 from mergebench.merge.ops.weigh import weigh

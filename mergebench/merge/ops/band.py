@@ -10,8 +10,9 @@ from annotated_types import Interval
 from mergebench.compute.keep import keep_mask, row_ranks_mask
 from mergebench.compute.masking import silence
 from mergebench.compute.select import Cut, kth_magnitudes
+from mergebench.merge.at import At, Stack, Statistic, Sweep
 from mergebench.merge.kernels.stages import RowWindow, Stages, Window
-from mergebench.merge.op import At, Granularity, Stack, Statistic, Sweep, op
+from mergebench.merge.op import Granularity, op
 
 Scope = Literal["row", "tensor", "model"]
 Count = Literal["exact", "at_least_one"]

@@ -6,7 +6,8 @@ from typing import Annotated
 
 from annotated_types import Interval
 
-from mergebench.merge.op import At, Stack, op
+from mergebench.merge.at import At, Stack
+from mergebench.merge.op import op
 
 
 @op(linear=True, reduces=True, ordered=True)

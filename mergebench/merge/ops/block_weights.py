@@ -12,7 +12,8 @@ from mergebench.core.errors import MismatchError, ParameterError, did_you_mean
 from mergebench.core.params import Examples
 from mergebench.core.site import Site
 from mergebench.core.unet import INPUTS, Net, unet_block
-from mergebench.merge.op import At, Stack, op
+from mergebench.merge.at import At, Stack
+from mergebench.merge.op import op
 
 _DIFFUSION = re.compile(
     r"^(model\.diffusion_model|model_ema|cond_stage_model|conditioner|first_stage_model|embedder)\."

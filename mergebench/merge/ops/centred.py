@@ -16,7 +16,8 @@ from mergebench.compute.matrices import (
 )
 from mergebench.compute.namespace import namespace
 from mergebench.compute.spectra import TOLERANCE, Over, dimension, spectrum, svd_bytes
-from mergebench.merge.op import At, Stack, op
+from mergebench.merge.at import At, Stack
+from mergebench.merge.op import op
 
 
 def _workspace(models: int, rows: int, columns: int) -> int:

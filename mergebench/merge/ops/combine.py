@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from mergebench.compute.matrices import Kernels, is_matrix, mean_rows, sum_rows
-from mergebench.merge.op import At, Stack, op
+from mergebench.merge.at import At, Stack
+from mergebench.merge.op import op
 
 
 @op(linear=True, reduces=True)

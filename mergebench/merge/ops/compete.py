@@ -13,7 +13,8 @@ from mergebench.compute.namespace import namespace
 from mergebench.compute.scores import Mapped, extremes, kth_smallest
 from mergebench.compute.select import as_numpy
 from mergebench.compute.sums import totals
-from mergebench.merge.op import At, Stack, Statistic, Sweep, op
+from mergebench.merge.at import At, Stack, Statistic, Sweep
+from mergebench.merge.op import op
 
 Variant = Literal["code", "paper"]
 Known = dict[str, NDArray[Any]]

@@ -11,7 +11,8 @@ from mergebench.compute.spectra import TOLERANCE, spectrum, svd_bytes
 from mergebench.core.errors import ParameterError
 from mergebench.core.params import Examples
 from mergebench.core.site import Site
-from mergebench.merge.op import At, Stack, op
+from mergebench.merge.at import At, Stack
+from mergebench.merge.op import op
 
 #: The word for ``share`` that stands for one over the number of tasks.
 TASKS = "tasks"

@@ -11,7 +11,8 @@ from mergebench.compute.agreement import Divisor, agreed
 from mergebench.compute.matrices import Kernels, as_matrices, as_stack, is_matrix, mean_rows
 from mergebench.compute.namespace import namespace
 from mergebench.compute.spectra import TOLERANCE, Spectrum, spectrum, svd_bytes
-from mergebench.merge.op import At, Stack, op
+from mergebench.merge.at import At, Stack
+from mergebench.merge.op import op
 
 
 def _workspace(models: int, rows: int, columns: int) -> int:

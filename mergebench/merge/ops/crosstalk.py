@@ -7,7 +7,8 @@ from math import acos, degrees
 from mergebench.compute import crosstalk as between
 from mergebench.compute.matrices import Kernels, as_matrices, is_matrix
 from mergebench.compute.spectra import svd_bytes
-from mergebench.merge.op import At, Reading, Stack, op
+from mergebench.merge.at import At, Reading, Stack
+from mergebench.merge.op import op
 
 
 def _report(

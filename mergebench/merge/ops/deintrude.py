@@ -17,7 +17,8 @@ from mergebench.compute.spectra import TOLERANCE, svd_bytes
 from mergebench.core.errors import ParameterError
 from mergebench.core.params import Examples
 from mergebench.core.site import Site
-from mergebench.merge.op import At, Corrected, Reading, Stack, Statistic, Sweep, op
+from mergebench.merge.at import At, Corrected, Reading, Stack, Statistic, Sweep
+from mergebench.merge.op import op
 
 Kinds = Literal["linear", "every"]
 #: What is a linear layer or a kernel, as the papers look at them.

@@ -9,7 +9,8 @@ from annotated_types import Ge, Gt
 from mergebench.compute.matrices import Kernels, as_matrices, as_stack, is_matrix, mean_rows
 from mergebench.compute.namespace import namespace
 from mergebench.compute.spectra import TOLERANCE, spectrum, svd_bytes
-from mergebench.merge.op import At, Sides, Stack, op
+from mergebench.merge.at import At, Stack
+from mergebench.merge.op import Sides, op
 
 Solver = Literal["steps", "exact"]
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8

@@ -10,7 +10,8 @@ from mergebench.compute.matrices import as_matrices, as_stack
 from mergebench.compute.namespace import namespace
 from mergebench.compute.spectra import TOLERANCE
 from mergebench.core.site import Site
-from mergebench.merge.op import At, Stack, op
+from mergebench.merge.at import At, Stack
+from mergebench.merge.op import op
 
 
 def _workspace(models: int, rows: int, columns: int) -> int:

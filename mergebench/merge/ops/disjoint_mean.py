@@ -6,8 +6,9 @@ from typing import Literal
 
 from mergebench.compute.masking import silence
 from mergebench.compute.namespace import namespace
+from mergebench.merge.at import At, Stack
 from mergebench.merge.kernels.stages import Disjoint, Stages
-from mergebench.merge.op import At, Stack, op
+from mergebench.merge.op import op
 
 Divisor = Literal["count", "weights", "none", "max"]
 Cancelled = Literal["zero", "sum"]

@@ -13,8 +13,9 @@ from mergebench.compute.namespace import namespace
 from mergebench.compute.random import chosen, limit, stream_of
 from mergebench.compute.rescaling import norm_ratios, rescaled
 from mergebench.core.params import Seed
+from mergebench.merge.at import At, Stack, Statistic, Sweep
 from mergebench.merge.kernels.stages import Divide, Draw, Multiply, Stages
-from mergebench.merge.op import At, Stack, Statistic, Sweep, op
+from mergebench.merge.op import op
 
 Rescale = Literal["density", "l1", "none"]
 

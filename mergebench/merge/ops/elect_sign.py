@@ -11,8 +11,9 @@ import numpy as np
 from mergebench.compute.masking import silence
 from mergebench.compute.namespace import namespace
 from mergebench.compute.select import as_numpy
+from mergebench.merge.at import At, Stack, Statistic, Sweep
 from mergebench.merge.kernels.stages import Elect, Stages
-from mergebench.merge.op import At, Stack, Statistic, Sweep, op
+from mergebench.merge.op import op
 
 Rule = Literal["mass", "count"]
 Election = Literal["unweighted", "weighted"]

@@ -8,7 +8,8 @@ from mergebench.compute.masking import silence
 from mergebench.compute.matrices import sum_rows
 from mergebench.compute.namespace import namespace
 from mergebench.compute.sums import totals
-from mergebench.merge.op import At, Stack, Statistic, Sweep, op
+from mergebench.merge.at import At, Stack, Statistic, Sweep
+from mergebench.merge.op import op
 
 #: What counts alike in the means that rescale: every entry of the model, or every tensor.
 Over = Literal["entries", "tensors"]

@@ -7,7 +7,8 @@ from typing import Any, Literal
 from mergebench.compute.gram import block_sums
 from mergebench.compute.masking import silence
 from mergebench.compute.namespace import namespace
-from mergebench.merge.op import At, Stack, Statistic, Sweep, op
+from mergebench.merge.at import At, Stack, Statistic, Sweep
+from mergebench.merge.op import op
 
 Tie = Literal["zero", "plus", "minus"]
 

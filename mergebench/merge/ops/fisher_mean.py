@@ -15,7 +15,8 @@ from mergebench.compute.namespace import namespace
 from mergebench.compute.seen import Seen
 from mergebench.core.errors import ParameterError
 from mergebench.core.site import Site
-from mergebench.merge.op import At, Collects, Stack, Statistic, Sweep, op
+from mergebench.merge.at import At, Collects, Stack, Statistic, Sweep
+from mergebench.merge.op import op
 from mergebench.merge.ops.mean import mean
 
 R = TypeVar("R")

@@ -17,7 +17,8 @@ from mergebench.compute.namespace import namespace
 from mergebench.compute.seen import Seen
 from mergebench.compute.select import as_numpy
 from mergebench.core.site import Site
-from mergebench.merge.op import At, Stack, Statistic, Sweep, op
+from mergebench.merge.at import At, Stack, Statistic, Sweep
+from mergebench.merge.op import op
 
 #: What is merged as a whole: the parts of a numbered block (attention, MLP, each norm), the block,
 #: or every tensor alone. Outside of numbered blocks parts are modules.

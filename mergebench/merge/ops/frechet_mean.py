@@ -11,8 +11,9 @@ from mergebench.compute.gram import combined, gram
 from mergebench.compute.namespace import namespace
 from mergebench.compute.sphere import Directions
 from mergebench.core.errors import ParameterError
+from mergebench.merge.at import At, Stack, Statistic
 from mergebench.merge.kernels.stages import Stages, combination
-from mergebench.merge.op import At, Stack, Statistic, op
+from mergebench.merge.op import op
 
 
 def _check(weights: Sequence[float], max_iter: int, tol: float) -> None:

@@ -12,7 +12,8 @@ from mergebench.compute.namespace import namespace
 from mergebench.compute.normal import shrunk, solved
 from mergebench.compute.spectra import TOLERANCE
 from mergebench.core.site import Site
-from mergebench.merge.op import At, Collects, Stack, op
+from mergebench.merge.at import At, Collects, Stack
+from mergebench.merge.op import op
 from mergebench.merge.ops.fisher_mean import check_shares, weighted
 from mergebench.merge.ops.mean import mean
 

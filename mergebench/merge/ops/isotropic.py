@@ -5,7 +5,8 @@ from __future__ import annotations
 from mergebench.compute.matrices import Kernels, as_matrices, as_stack, is_matrix, matrix_shape
 from mergebench.compute.namespace import namespace
 from mergebench.compute.spectra import TOLERANCE, Over, spectrum, svd_bytes
-from mergebench.merge.op import At, Stack, op
+from mergebench.merge.at import At, Stack
+from mergebench.merge.op import op
 
 
 def _workspace(models: int, rows: int, columns: int) -> int:

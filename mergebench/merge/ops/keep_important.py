@@ -13,7 +13,8 @@ from annotated_types import Ge
 from mergebench.compute.masking import silence
 from mergebench.compute.namespace import namespace
 from mergebench.compute.select import as_numpy, kth_magnitudes
-from mergebench.merge.op import At, Stack, Statistic, Sweep, op
+from mergebench.merge.at import At, Stack, Statistic, Sweep
+from mergebench.merge.op import op
 
 R = TypeVar("R")
 #: Importances that are kept to be sorted; of more, thresholds are searched.

@@ -14,7 +14,8 @@ from mergebench.compute.namespace import namespace
 from mergebench.compute.random import chosen, stream_of
 from mergebench.compute.spectra import TOLERANCE, spectrum, svd_bytes
 from mergebench.core.params import Seed
-from mergebench.merge.op import At, Stack, op
+from mergebench.merge.at import At, Stack
+from mergebench.merge.op import op
 
 Prune = Literal["magnitude", "random"]
 

@@ -9,7 +9,8 @@ from mergebench.compute.matrices import as_matrices
 from mergebench.compute.namespace import namespace
 from mergebench.compute.select import as_numpy
 from mergebench.compute.spectra import TOLERANCE, svd_bytes
-from mergebench.merge.op import At, Stack, Statistic, Sweep, op
+from mergebench.merge.at import At, Stack, Statistic, Sweep
+from mergebench.merge.op import op
 
 Form = Literal["continuous", "tiers"]
 #: A spread of conflicts below this is rounding.

@@ -10,8 +10,9 @@ from mergebench.compute.sums import totals
 from mergebench.core.errors import ParameterError
 from mergebench.core.params import Examples
 from mergebench.core.site import Site
+from mergebench.merge.at import At, Stack, Statistic, Sweep
 from mergebench.merge.kernels.stages import Multiply, Stages
-from mergebench.merge.op import At, Stack, Statistic, Sweep, op
+from mergebench.merge.op import op
 
 #: Words for `alpha` beside numbers.
 NORMS, REST = "norms", "rest"

@@ -18,8 +18,9 @@ from mergebench.compute.rescaling import norm_ratios, rescaled
 from mergebench.core.errors import ParameterError
 from mergebench.core.params import Seed
 from mergebench.core.site import Site
+from mergebench.merge.at import At, Stack, Statistic, Sweep
 from mergebench.merge.kernels.stages import Divide, Draw, Multiply, RowDraw, Stage, Stages
-from mergebench.merge.op import At, Granularity, Stack, Statistic, Sweep, op
+from mergebench.merge.op import Granularity, op
 
 Rescale = Literal["probability", "l1", "none"]
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from mergebench.compute.masking import moved
 from mergebench.core.errors import ParameterError
+from mergebench.merge.at import At, Stack
 from mergebench.merge.kernels.stages import Stages, Step
-from mergebench.merge.op import At, Stack, op
+from mergebench.merge.op import op
 
 
 def _check(weights: Sequence[float]) -> None:

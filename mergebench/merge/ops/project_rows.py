@@ -11,7 +11,8 @@ from mergebench.compute import crosstalk as between
 from mergebench.compute.matrices import Kernels, as_matrices, as_stack, is_matrix
 from mergebench.compute.namespace import namespace
 from mergebench.compute.spectra import TOLERANCE, polar, svd_bytes
-from mergebench.merge.op import At, Reading, Stack, op
+from mergebench.merge.at import At, Reading, Stack
+from mergebench.merge.op import op
 
 Variant = Literal["sequential", "joint"]
 

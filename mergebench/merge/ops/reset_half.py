@@ -9,7 +9,8 @@ import numpy as np
 from mergebench.compute.random import stream_of, words
 from mergebench.core.params import Seed
 from mergebench.core.site import Site, is_constant, key_of, kind_of
-from mergebench.merge.op import At, Stack, op
+from mergebench.merge.at import At, Stack
+from mergebench.merge.op import op
 
 _ATTENTION = re.compile(r"(?i)attn|attention|(^|[._])(q|k|v|o|qkv)(_proj|$)")
 #: What no round of half fine-tuning freezes, and so nothing resets; and what is no parameter.

@@ -13,7 +13,8 @@ from mergebench.compute.random import parts, stream_of
 from mergebench.core.errors import ParameterError
 from mergebench.core.params import Examples, Seed
 from mergebench.core.site import Site
-from mergebench.merge.op import At, Stack, op
+from mergebench.merge.at import At, Stack
+from mergebench.merge.op import op
 
 #: The most parts of a tensor.
 MOST = 1 << 16

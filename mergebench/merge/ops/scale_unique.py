@@ -11,7 +11,8 @@ from annotated_types import Ge
 from mergebench.compute.namespace import namespace
 from mergebench.compute.select import as_numpy
 from mergebench.core.tensor import Array
-from mergebench.merge.op import At, Stack, Statistic, Sweep, op
+from mergebench.merge.at import At, Stack, Statistic, Sweep
+from mergebench.merge.op import op
 
 Scope = Literal["tensor", "model"]
 

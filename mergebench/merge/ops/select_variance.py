@@ -14,7 +14,8 @@ from mergebench.compute.keep import keep_mask
 from mergebench.compute.masking import silence
 from mergebench.compute.namespace import namespace
 from mergebench.compute.select import Cut, as_numpy, kth_magnitudes
-from mergebench.merge.op import At, Stack, Statistic, Sweep, op
+from mergebench.merge.at import At, Stack, Statistic, Sweep
+from mergebench.merge.op import op
 
 R = TypeVar("R")
 Count = Literal["exact", "nonzero"]

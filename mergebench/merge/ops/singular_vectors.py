@@ -21,7 +21,8 @@ from mergebench.compute.spectra import (
     spectrum,
     svd_bytes,
 )
-from mergebench.merge.op import At, Stack, op
+from mergebench.merge.at import At, Stack
+from mergebench.merge.op import op
 
 Keep = Literal["share", "all"]
 

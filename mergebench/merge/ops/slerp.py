@@ -10,8 +10,9 @@ from annotated_types import Interval
 from mergebench.compute.gram import combined, gram, row_inner_products
 from mergebench.compute.namespace import namespace
 from mergebench.core.errors import ParameterError
+from mergebench.merge.at import At, Stack, Statistic
 from mergebench.merge.kernels.stages import Stages, combination
-from mergebench.merge.op import At, Granularity, Stack, Statistic, op
+from mergebench.merge.op import Granularity, op
 
 Scope = Literal["row", "tensor"]
 

@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from mergebench.compute.gram import gram, row_inner_products
 from mergebench.compute.namespace import namespace
+from mergebench.merge.at import At, Stack, Statistic
 from mergebench.merge.kernels.stages import Multiply, Stages
-from mergebench.merge.op import At, Granularity, Stack, Statistic, op
+from mergebench.merge.op import Granularity, op
 
 Scope = Literal["row", "tensor"]
 #: A denominator this near to zero leaves the base.

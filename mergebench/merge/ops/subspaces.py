@@ -24,7 +24,8 @@ from mergebench.compute.spectra import (
     spectrum,
     svd_bytes,
 )
-from mergebench.merge.op import At, Stack, op
+from mergebench.merge.at import At, Stack
+from mergebench.merge.op import op
 
 
 def _workspace(models: int, rows: int, columns: int) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from mergebench.merge.at import At, Stack
 from mergebench.merge.kernels.stages import Add
-from mergebench.merge.op import At, Stack, op
+from mergebench.merge.op import op
 
 
 @op(linear=True, reduces=True, fused=lambda at: (Add(),))

@@ -9,7 +9,8 @@ from annotated_types import Interval
 from mergebench.compute.matrices import Kernels, as_matrices, as_stack, is_matrix
 from mergebench.compute.namespace import namespace
 from mergebench.compute.spectra import RANK, TOLERANCE, spectrum, svd_bytes
-from mergebench.merge.op import At, Stack, op
+from mergebench.merge.at import At, Stack
+from mergebench.merge.op import op
 
 
 def _workspace(models: int, rows: int, columns: int) -> int:

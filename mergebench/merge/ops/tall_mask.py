@@ -8,7 +8,8 @@ from annotated_types import Ge
 
 from mergebench.compute.masking import silence
 from mergebench.compute.namespace import namespace
-from mergebench.merge.op import At, Stack, op
+from mergebench.merge.at import At, Stack
+from mergebench.merge.op import op
 
 
 def _masks(stack: Stack, at: At, mask_lam: float) -> tuple[Stack, Stack, None]:

@@ -8,8 +8,9 @@ from typing import Any
 from mergebench.compute.gram import combined, gram
 from mergebench.compute.namespace import namespace
 from mergebench.compute.sphere import Directions, Tangent
+from mergebench.merge.at import At, Stack, Statistic
 from mergebench.merge.kernels.stages import Multiply, Stages, combination
-from mergebench.merge.op import At, Stack, Statistic, op
+from mergebench.merge.op import op
 from mergebench.merge.ops.slerp import check_total
 
 

@@ -1,0 +1,217 @@
+"""All tiles of some items, for what is measured before a chain can run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from mergebench.compute.select import as_numpy
+from mergebench.merge.at import At, Stack
+from mergebench.merge.chains import combines, needs_base
+from mergebench.merge.item import Item, load, located, opened
+from mergebench.merge.op import Chain
+from mergebench.merge.runner import Runner
+
+if TYPE_CHECKING:
+    from mergebench.merge.stream import Evaluator
+
+R = TypeVar("R")
+Tiles = Iterable[tuple[int, int]]
+#: Entries of a run that is sampled.
+_RUN = 1024
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a statistic of a whole model looks at, in words that another process understands.
+
+    Attributes
+    ----------
+    ops : Chain
+        Run before visitors look.
+    asking : Chain
+        The same and the op that asks.
+    part : str
+        Of the items.
+    row : int or None
+        The only model that is looked at, where each has an op of its own.
+    """
+
+    ops: Chain
+    asking: Chain
+    part: str
+    row: int | None = None
+
+
+@dataclass(eq=False)
+class ItemSweep:
+    """All tiles of some items, after the ops that come before a statistic.
+
+    Attributes
+    ----------
+    ops : Chain
+        Run before visitors look.
+    asking : Chain
+        The same and the op that asks, which decides what visitors can look at.
+    scope : Scope or None
+        Where the items are those of a whole model.
+    """
+
+    owner: Evaluator
+    ops: Chain
+    items: Sequence[Item]
+    asking: Chain
+    scope: Scope | None = None
+
+    @property
+    def models(self) -> int:
+        """Rows of the stacks given to visitors."""
+        if combines(self.ops):
+            return 1
+        return len(self.items[0].deltas) if self.items else 0
+
+    @property
+    def size(self) -> int:
+        """Entries per model."""
+        return sum(item.site.size for item in self.items)
+
+    @property
+    def inputs(self) -> int:
+        """Task vectors per item, before any op."""
+        return len(self.items[0].deltas) if self.items else 0
+
+    def __call__(self, visit: Callable[[Stack, At], R]) -> Iterator[tuple[At, R]]:
+        """Run ``visit`` on every tile; results in (tensor name, flat index) order."""
+        if self.scope is None or self.owner.spread is None:
+            return self.here(visit)
+        return self.owner.spread(self, self.scope, visit)
+
+    def here(self, visit: Callable[[Stack, At], R]) -> Iterator[tuple[At, R]]:
+        """The same in this process."""
+        ahead = self.owner.ahead
+        with ahead.along(self.items):
+            for results in self.owner.each_job(self._jobs(visit)):
+                self.owner.on_read(sum(at.stop - at.start for at, _ in results))
+                first, last = results[0][0], results[-1][0]
+                ahead.read(first.site.name, first.start, last.stop, last=False)
+                yield from results
+
+    def again(
+        self, visit: Callable[[Stack, At], R], spans: Collection[tuple[str, int, int]]
+    ) -> Iterator[tuple[At, R]]:
+        """Run ``visit`` on some of the tiles only, named by tensor and entries."""
+        for item in self.items:
+            own = [(start, stop) for name, start, stop in spans if name == item.site.name]
+            ready = opened(item) if own else item
+            for start, stop in own:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    for at, stack in self._by_ops(ready, [(start, stop)]):
+                        yield at, visit(stack, at)
+
+    def _jobs(self, visit: Callable[[Stack, At], R]) -> Iterator[Callable[[], list[tuple[At, R]]]]:
+        for item in self.items:
+            self.owner.prepare(self.ops, item)
+            unit, jobs = self.owner.pieces([self.asking], item)
+            ready = opened(item)
+            fused = self._fused(ready, unit)
+            for start, stop in jobs:
+                self.owner.ahead.comes(item.site.name, start, stop)
+                tiles = partial(self.owner.tiling.tiles, start, stop, unit)
+                if fused is None:
+                    yield partial(self._ops_job, visit, ready, tiles)
+                else:
+                    yield partial(self._fused_job, visit, ready, fused, unit, (start, stop))
+
+    # What overflows is found, and refused, where it is rounded.
+    @np.errstate(over="ignore", invalid="ignore")
+    def _ops_job(
+        self, visit: Callable[[Stack, At], R], item: Item, tiles: Callable[[], Tiles]
+    ) -> list[tuple[At, R]]:
+        return [(at, visit(stack, at)) for at, stack in self._by_ops(item, tiles())]
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def _fused_job(
+        self,
+        visit: Callable[[Stack, At], R],
+        item: Item,
+        fused: Runner,
+        unit: int,
+        job: tuple[int, int],
+    ) -> list[tuple[At, R]]:
+        by_kernel = getattr(visit, "by_kernel", None)
+        narrow, found = self.owner.tiling.tile, []
+        wide = fused.tile(narrow, unit)
+        room = fused.buffers(wide)
+        looking = fused.looking(room)
+        for begin in range(*job, wide):
+            end = min(begin + wide, job[1])
+            at = self.after(item.at(begin, end))
+            room.read(begin, end)
+            result = None if by_kernel is None else by_kernel(looking, at)
+            if result is not None:
+                found.append((at, result))
+                continue
+            stack = fused.stack(room)
+            if stack is None:
+                tiles = self.owner.tiling.tiles(begin, end, unit)
+                found += [(at, visit(stack, at)) for at, stack in self._by_ops(item, tiles)]
+            else:
+                at = at if self.ops else replace(at, models=stack)
+                found.append((at, visit(stack, at)))
+        return found
+
+    def _fused(self, item: Item, unit: int) -> Runner | None:
+        """What comes before the statistic, for kernels; ``None`` where more is looked at."""
+        spec = self.asking[-1].spec
+        more = spec.needs_base or (spec.needs_models and self.ops) or item.collected is not None
+        if more:
+            return None
+        return self.owner.fused([self.ops], item, unit, ends=False)
+
+    def _by_ops(self, item: Item, tiles: Tiles) -> Iterator[tuple[At, Stack]]:
+        for begin, end in tiles:
+            raw, base = load(item, begin, end)
+            at = located(item, begin, end, base, needs_base(self.asking))
+            stack = self.owner.run(self.ops, item, at, raw)
+            yield replace(self.after(at), models=raw), stack
+
+    def after(self, at: At) -> At:
+        """A place as it is once the ops have run."""
+        found = at
+        for each in self.ops:
+            found = found.after(each, at)
+        return found
+
+    def sample(self, count: int) -> Stack:
+        """Runs of entries, evenly spread over the scope."""
+        runs = max(count // _RUN, 1)
+        stride = max(self.size / runs, 1.0)
+        parts, offset, wanted = [], 0, 0.0
+        for item in self.items:
+            unit, _ = self.owner.pieces([self.asking], item)
+            size = item.site.size
+            if wanted < offset + size:
+                self.owner.prepare(self.ops, item)
+            ready = opened(item) if wanted < offset + size else item
+            fused = self._fused(ready, unit) if wanted < offset + size else None
+            run = max(_RUN // unit, 1) * unit
+            room = None if fused is None else fused.buffers(run)
+            while wanted < offset + size:
+                begin = int(wanted - offset) // unit * unit
+                end = min(begin + run, size)
+                parts.append(self._run(ready, begin, end, fused, room))
+                wanted += stride
+            offset += size
+        return np.concatenate(parts, axis=1)
+
+    def _run(self, item: Item, begin: int, end: int, fused: Runner | None, room: Any) -> Stack:
+        if fused is not None and room is not None:
+            room.read(begin, end)
+            if (stack := fused.stack(room)) is not None:
+                return as_numpy(stack)
+        ((_, stack),) = self._by_ops(item, [(begin, end)])
+        return stack
