@@ -12,8 +12,9 @@ from mergebench.core.tensor import Array
 from mergebench.merge.at import At
 from mergebench.merge.kernels import codes as c
 from mergebench.merge.kernels.program import Program, program
-from mergebench.merge.kernels.running import Buffers, Kernels, Looking, Stored, stored
+from mergebench.merge.kernels.running import Buffers, Kernels, Looking
 from mergebench.merge.kernels.stages import Stage
+from mergebench.merge.kernels.stored import Stored, stored
 from mergebench.merge.op import Chain
 
 #: ``(ops up to and including one that measures) -> what it has measured``.
@@ -68,7 +69,7 @@ class Fused:
 
     def buffers(self, tile: int) -> Buffers:
         """Room for one worker."""
-        return self.source.buffers(tile, self.programs)
+        return Buffers(self.source, tile, self.programs)
 
     def merge(
         self, room: Buffers, span: tuple[int, int], dtype: str, outs: Sequence[Array]

@@ -20,8 +20,9 @@ from mergebench.core.errors import ParameterError
 from mergebench.core.site import Site
 from mergebench.core.tensor import ArrayTensor
 from mergebench.merge.kernels.program import program
-from mergebench.merge.kernels.running import Kernels, Looking, stored
+from mergebench.merge.kernels.running import Buffers, Kernels, Looking
 from mergebench.merge.kernels.stages import Add, RowWindow
+from mergebench.merge.kernels.stored import stored
 
 #: Whether kernels are used: auto, for merges of some size; on, for all; off, for none.
 VARIABLE = "MERGEBENCH_KERNELS"
@@ -79,7 +80,7 @@ def _compiled(rows: bool) -> Kernels:
     assert source is not None
     first = (RowWindow((0,), (1,), (False,)),) if rows else ()
     steps, left = program((*first, Add()), 1, site), 1 if rows else 2
-    room = source.buffers(2, [steps])
+    room = Buffers(source, 2, [steps])
     room.read(0, 2)
     out = np.empty(2, np.float32)
     right = room.merge(found, steps, "F32", out) and out.sum() == left
