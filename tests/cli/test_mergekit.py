@@ -107,7 +107,7 @@ def test_errors_are_one_line(scene: Scene) -> None:
 
 def test_what_would_be_no_recipe_is_refused(scene: Scene) -> None:
     """Values of their own in more layers than a recipe can hold."""
-    weight = [{"filter": f"part{number}", "value": [0, 1]} for number in range(20)]
+    weight = [{"filter": f"part{number}", "value": [0, 1]} for number in range(200)]
     sources = [{"model": "ft1", "layer_range": [0, 800]}]
     slices = [{"sources": sources, "parameters": {"weight": [*weight, {"value": 1}]}}] * 2
     text = yaml.safe_dump({"merge_method": "linear", "slices": slices})
