@@ -5,6 +5,8 @@ from __future__ import annotations
 from math import isfinite
 from typing import Annotated, Any
 
+import numpy as np
+
 from mergebench.compute.namespace import namespace
 from mergebench.compute.sums import totals
 from mergebench.core.errors import ParameterError
@@ -115,5 +117,8 @@ def lines(
     if first is not None:
         return stack * (first + slope)
     xp = namespace(stack)
-    measured = xp.asarray(at.value, device=stack.device)
+    measured = at.value
+    if isinstance(measured, np.ndarray):
+        # Measured on the host; what comes from another library may carry gradients.
+        measured = xp.asarray(measured, device=stack.device)
     return stack * xp.astype(measured + slope, stack.dtype)[:, None]
