@@ -28,8 +28,6 @@ PUT = os.O_WRONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _CALL = 1 << 30
 _PREADV: Any = getattr(os, "preadv", None)
 _PWRITE: Any = getattr(os, "pwrite", None)
-# Reading only what is in the page cache: Linux.
-_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
 
 
 class _Slot:
@@ -253,16 +251,3 @@ class Handle:
         if hasattr(os, "posix_fadvise") and length > 0:
             with self.borrow() as fd, suppress(OSError):
                 os.posix_fadvise(fd, offset, length, getattr(os, flag))
-
-    def ready(self, offset: int) -> bool | None:
-        """Whether a byte is in the page cache; ``None`` where the system does not tell."""
-        if _NOWAIT is None:
-            return None
-        try:
-            with self.borrow() as fd:
-                os.preadv(fd, [bytearray(1)], offset, _NOWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return None
-        return True

@@ -146,10 +146,6 @@ class RemoteHandle:
         elif offset < stop:
             _FETCHING.run(lambda: self._bring(offset, stop))
 
-    def ready(self, offset: int) -> bool:
-        """Whether a byte has come."""
-        return _BLOCKS.get(self._key, offset) is not None
-
     def _bring(self, start: int, stop: int) -> None:
         # Whoever reads it asks again, and hears what is wrong.
         with suppress(Exception):

@@ -21,10 +21,6 @@ class Store(Protocol):
         """Tell that a span is ``"willneed"`` soon, or ``"dontneed"`` any more."""
         ...
 
-    def ready(self, offset: int) -> bool | None:
-        """Whether a byte could be read without waiting; ``None`` where nobody can tell."""
-        ...
-
 
 class Extent(NamedTuple):
     """``length`` bytes of a store from ``offset`` on."""

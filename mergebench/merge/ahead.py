@@ -1,8 +1,7 @@
 """What is asked for before it is read, and let go after it was: the policy, without the calls.
 
 Inputs that come over a network are asked for ahead always. Files are, and are let go of, in runs
-that read and write more than the page cache should hold; of these, only what the system does
-not read ahead by itself is asked for.
+that read and write more than the page cache should hold.
 """
 
 from __future__ import annotations
@@ -26,10 +25,6 @@ if TYPE_CHECKING:
 WINDOW, PIECE = 1 << 25, 1 << 23
 #: Bytes of one file that are let go of at a time.
 STEP = 1 << 23
-#: How far into what is read next it is looked whether it is there already.
-_INSIDE = 1 << 19
-#: Jobs, more than those that found their bytes there, that had to wait until more is asked for.
-_LATE = 16
 _PAGE = 1 << 12
 
 
@@ -147,7 +142,6 @@ class Ahead:
         #: Bytes that stay for the last reading, by tensor.
         self._kept: dict[str, int] = {}
         self._held = 0
-        self._late: dict[Store, int] = {}
         #: What is done with: in the last reading, and in the one that goes on before it.
         self._done: dict[Store, _Done] = {}
         self._passed: dict[Store, _Done] = {}
@@ -175,26 +169,14 @@ class Ahead:
             self._lines.remove(line)
             _tell(self._passed)
 
-    def comes(self, name: str, start: int, stop: int) -> None:
-        """Say that entries ``start:stop`` of a tensor are about to be read."""
+    def comes(self, name: str, stop: int) -> None:
+        """Say that a tensor is about to be read up to entry ``stop``."""
         line = self._lines[-1]
-        if (step := line.by_name.get(name)) is None:
+        if name not in line.by_name:
             return
-        if start:
-            self._look(step, start, stop)
-        for each, begin, end in line.until(name, stop):
-            for extent in self._mine(each.lies(begin, end)):
-                if begin == 0 or extent.store.far or self._late.get(extent.store, 0) >= _LATE:
-                    extent.store.advise(extent.offset, extent.length, "willneed")
-
-    def _look(self, step: Step, start: int, stop: int) -> None:
-        """See whether the system has read ahead by itself."""
-        for store, offset, length in self._mine(step.lies(start, stop)):
-            late = self._late.get(store, 0)
-            if not store.far and late < _LATE:
-                there = store.ready(offset + min(length, _INSIDE) - 1)
-                # Systems that do not tell are asked: what is there costs nothing then.
-                self._late[store] = _LATE if there is None else max(late + (-1 if there else 1), 0)
+        for step, begin, end in line.until(name, stop):
+            for store, offset, length in self._mine(step.lies(begin, end)):
+                store.advise(offset, length, "willneed")
 
     def read(self, name: str, start: int, stop: int, *, last: bool) -> None:
         """Say that entries ``start:stop`` of a tensor have been read, maybe for the last time."""

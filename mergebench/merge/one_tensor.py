@@ -116,7 +116,7 @@ def pieces(plan: Plan, evaluator: Evaluator, item: Item) -> Iterator[tuple[int, 
 
     def coming() -> Iterator[Callable[[], tuple[int, list[Array], bool]]]:
         for start, stop in jobs:
-            ahead.comes(name, start, stop)
+            ahead.comes(name, stop)
             yield partial(work, start, stop)
 
     for start, outs, some in evaluator.each_job(coming()):
@@ -179,7 +179,7 @@ def _copy_of(
     itemsize = DTYPES[dtype].itemsize
     for start in range(0, size, plan.tiling.job):
         stop = min(start + plan.tiling.job, size)
-        ahead.comes(name, start, stop)
+        ahead.comes(name, stop)
         piece = np.ascontiguousarray(tensor.read(start, stop))
         if dtype != tensor.dtype:
             wide = np.float64 if tensor.dtype == "F64" else np.float32

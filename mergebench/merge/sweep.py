@@ -119,7 +119,7 @@ class ItemSweep:
             ready = opened(item)
             fused = self._fused(ready, unit)
             for start, stop in jobs:
-                self.owner.ahead.comes(item.site.name, start, stop)
+                self.owner.ahead.comes(item.site.name, stop)
                 tiles = partial(self.owner.tiling.tiles, start, stop, unit)
                 if fused is None:
                     yield partial(self._ops_job, visit, ready, tiles)

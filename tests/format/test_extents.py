@@ -116,14 +116,3 @@ def test_chunks_of_a_distributed_checkpoint(tmp_path: Path, how: str) -> None:
         assert parts[0].offset == chunk.offset
         assert parts[-1].end == chunk.end
         assert all(one.end == other.offset for one, other in pairwise(parts))
-
-
-def test_whether_bytes_are_there(tmp_path: Path) -> None:
-    """What was just written is; beyond the end nobody waits."""
-    path = tmp_path / "a"
-    path.write_bytes(bytes(10_000))
-    handle = Handle(path)
-
-    # Some file systems do not tell.
-    assert handle.ready(5_000) in (True, None)
-    assert Handle.far is False

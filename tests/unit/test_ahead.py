@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,13 +52,10 @@ class Recorded:
     ----------
     folder : Path
     events : list of Event
-    there : callable ``(file, offset) -> bool or None``
-        What the page cache is said to hold.
     """
 
     folder: Path
     events: list[Event] = field(default_factory=list)
-    there: Callable[[str, int], bool | None] = lambda file, offset: True
 
     def plan(self, method: str, **options: Any) -> Plan:
         """Small jobs, so that there are many."""
@@ -109,12 +106,8 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorded:
         found.events.append(Event(what, self.path.stem, offset, offset + length))
         true_advise(self, offset, length, advice)
 
-    def ready(self: Handle, offset: int) -> bool | None:
-        return found.there(self.path.stem, offset)
-
     monkeypatch.setattr(Handle, "read_at", read_at)
     monkeypatch.setattr(Handle, "advise", advise)
-    monkeypatch.setattr(Handle, "ready", ready)
     # A tensor and a half of all inputs ahead, in pieces of a job.
     monkeypatch.setattr(ahead, "WINDOW", 3 * SIZE * 3 // 2)
     monkeypatch.setattr(ahead, "PIECE", 3 * 2 * JOB)
@@ -154,8 +147,8 @@ def test_the_next_tensor_is_asked_for_before_it_is_read(
         assert any(e.what == "ask" and e.meets(place) for e in before) or name == opening, place
     early = {event for event in events[: min(begun.values())] if event.what == "ask"}
     asked = {key for key, place in places.items() if any(e.meets(place) for e in early)}
-    # The next one, which lies within the window, and not the one behind it.
-    assert len(asked) == 3
+    # The first and the next, which lie within the window, and not the one behind them.
+    assert len(asked) == 3 * 2
 
 
 def test_the_order_of_statistics_is_followed(
@@ -172,12 +165,12 @@ def test_the_order_of_statistics_is_followed(
         found = [name for (_, name), place in places.items() if event.meets(place)]
         if event.what == "ask" and event.file == "ft1":
             asked += [name for name in found if asked[-1:] != [name]]
-    # Each reading begins with its first tensor, which nobody could ask for earlier.
     in_file = sorted(NAMES, key=lambda name: places["ft1", name].start)
     assert in_file != sorted(NAMES)
-    readings = len(asked) // 3 - 1
+    readings = round(len(asked) / len(NAMES)) - 1
     assert readings >= 1
-    assert asked == [*(sorted(NAMES)[1:] * readings), *in_file[1:]]
+    expected = [*(sorted(NAMES) * readings), *in_file]
+    assert asked == [name for name, _ in groupby(expected)]
 
 
 def assert_read_after_no_drop(events: list[Event]) -> None:
@@ -299,7 +292,6 @@ class Tape:
 
     path: Path = Path("tape")
     far: bool = False
-    there: bool | None = True
     told: list[tuple[str, int, int]] = field(default_factory=list)
 
     def read_at(self, view: memoryview, offset: int) -> int:
@@ -308,9 +300,6 @@ class Tape:
     def advise(self, offset: int, length: int, advice: str) -> None:
         self.told.append((advice, offset, offset + length))
 
-    def ready(self, offset: int) -> bool | None:
-        return self.there
-
     def tensor(self, offset: int, entries: int) -> FileTensor:
         return FileTensor("t", "U8", (entries,), offset, self)
 
@@ -318,33 +307,25 @@ class Tape:
 def go_over(policy: Ahead, step: Step, job: int) -> None:
     """Read a tensor for the last time."""
     for start in range(0, step.size, job):
-        policy.comes(step.name, start, min(start + job, step.size))
+        policy.comes(step.name, min(start + job, step.size))
         policy.read(step.name, start, min(start + job, step.size), last=True)
     policy.finished(step.name)
 
 
-@pytest.mark.parametrize("there", [True, False, None])
-def test_the_system_is_left_to_read_ahead_where_it_does(
-    there: bool | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only beginnings are asked for; the rest once jobs have found their bytes missing."""
+def test_everything_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window beyond what is read; not what is being read already."""
     monkeypatch.setattr(ahead, "WINDOW", 30)
     monkeypatch.setattr(ahead, "PIECE", 10)
-    tape = Tape(there=there)
+    tape = Tape()
     steps = [Step(f"t{n}", 1000, (tape.tensor(n * 1000, 1000),)) for n in range(3)]
     policy = Ahead(steps, 0)
 
+    policy.comes("t0", 10)
+    assert tape.told == [("willneed", at, at + 10) for at in (10, 20, 30)]
     for step in steps:
         go_over(policy, step, 10)
-
     asked = [(start, stop) for what, start, stop in tape.told if what == "willneed"]
-    beginnings = [(1000, 1010), (2000, 2010)]
-    if there:
-        assert asked == beginnings
-    else:
-        late = 1 if there is None else 16
-        # A window beyond the job that was one too many.
-        assert asked == [(at, at + 10) for at in range(10 * late + 30, 3000, 10)]
+    assert asked == [(at, at + 10) for at in range(10, 3000, 10)]
 
 
 def test_what_comes_over_a_network_is_always_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +333,7 @@ def test_what_comes_over_a_network_is_always_asked_for(monkeypatch: pytest.Monke
     monkeypatch.setattr(ahead, "WINDOW", 60)
     monkeypatch.setattr(ahead, "PIECE", 20)
     monkeypatch.setattr(ahead, "STEP", 1)
-    remote, here = Tape(far=True, there=False), Tape(there=False)
+    remote, here = Tape(far=True), Tape()
     step = Step("t", 100, (remote.tensor(0, 100), here.tensor(0, 100)))
 
     with Ahead([step]) as policy:
@@ -404,7 +385,7 @@ def test_tensors_that_do_not_tell_where_they_lie() -> None:
     step = Step("t", 5, (tensor,))
     with Ahead([step], 0) as policy:
         go_over(policy, step, 2)
-        policy.comes("another", 0, 1)
+        policy.comes("another", 1)
         policy.read("another", 0, 1, last=True)
         policy.finished("another")
     assert Extent(Tape(), 3, 4).end == 7
