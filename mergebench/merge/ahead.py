@@ -210,8 +210,8 @@ class Ahead:
         if (step := self._lines[0].by_name.get(name)) is None:
             return
         self._held -= self._kept.pop(name, 0)
-        for extent in self._mine(step.whole()):
-            key = _key(extent)
+        # An adapter's base may be the base besides.
+        for key, extent in {_key(each): each for each in self._mine(step.whole())}.items():
             self._uses[key] -= 1
             if self._uses[key] == 0:
                 _add(extent, self._done)

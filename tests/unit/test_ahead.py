@@ -355,7 +355,8 @@ def test_what_several_tensors_are_made_from_stays_until_the_last(
     monkeypatch.setattr(ahead, "STEP", 1)
     tape = Tape()
     shared, other = tape.tensor(0, 100), tape.tensor(100, 50)
-    steps = [Step("a", 100, (shared,)), Step("b", 50, (other,)), Step("c", 100, (shared,))]
+    twice = (shared, tape.tensor(0, 100))
+    steps = [Step("a", 100, twice), Step("b", 50, (other,)), Step("c", 100, twice)]
 
     with Ahead(steps, 0) as policy:
         go_over(policy, steps[0], 10)
