@@ -6,12 +6,13 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints
 # Tests and benchmarks start many processes, which would each compile every module again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo demo-text test lint parity bench bench-scaling bench-reading bench-packing fuzz clean
+.PHONY: help demo demo-text test thorough lint parity bench bench-scaling bench-reading bench-packing fuzz clean
 
 help:
 	@echo "make demo    the digits example, from training to the table and the picture"
 	@echo "make demo-text  text tasks, from your files to the table: make demo-text ARGS='a.csv b.csv'"
 	@echo "make test    the whole test suite"
+	@echo "make thorough  the contracts of methods and ops, on ten times as many examples"
 	@echo "make lint    formatting, lint, types, import layers"
 	@echo "make parity  record mergekit's, FusionBench's and WeightWatcher's outputs again, in environments of their own"
 	@echo "make bench   cost of every method over the floor of the machine, and beside mergekit: make bench ARGS='--size 1GB'"
@@ -40,8 +41,14 @@ $(BROWSER): tests/browser/install.sh
 	tests/browser/install.sh
 	@mkdir -p $(@D) && touch $@
 
+# One more than there are cores: some tests wait for disks, servers and other processes.
+JOBS = $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
+
 test: $(VENV)/.test $(BROWSER)
-	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+thorough: $(VENV)/.test
+	MERGEBENCH_TEST_EXAMPLES=10 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/contract $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

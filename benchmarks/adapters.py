@@ -90,8 +90,8 @@ def make(folder: Path, count: int, rank: int, blocks: int) -> list[Path]:
 def merge(models: list[str], out: str, rank: int | None) -> None:
     """Σ ΔWᵢ as an adapter."""
     from mergebench.merge.engine import execute
-    from mergebench.merge.plan import make_plan
-    from mergebench.recipe import recipe_from_dict
+    from mergebench.merge.planning import make_plan
+    from mergebench.recipe.reading import recipe_from_dict
 
     recipe = {"models": models, "method": "task_arithmetic", "as": "lora", "out": out}
     if rank is not None:

@@ -119,8 +119,8 @@ def main() -> None:
     else:
         from mergebench.merge.engine import execute, execute_into
         from mergebench.merge.kernels import ready
-        from mergebench.merge.plan import make_plan
-        from mergebench.recipe import recipe_from_dict
+        from mergebench.merge.planning import make_plan
+        from mergebench.recipe.reading import recipe_from_dict
 
         # Compiled once on a machine, which is not part of what a merge costs.
         if ready.choice() != "off":

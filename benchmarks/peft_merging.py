@@ -27,7 +27,7 @@ from torch import nn
 import mergebench
 from mergebench.adapters_zoo.adapter import ReadOptions
 from mergebench.core.delta import Replacement, tile
-from mergebench.sources import open_source, with_base
+from mergebench.sources.opening import open_source, with_base
 
 SIZES = {"up": (96, 64), "down": (64, 96), "out": (48, 64)}
 RANK, ALPHA = 8, 16

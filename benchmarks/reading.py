@@ -84,8 +84,8 @@ def merge(task: dict[str, Any]) -> dict[str, float]:
     from mergebench.merge import ahead
     from mergebench.merge.engine import execute
     from mergebench.merge.kernels import ready
-    from mergebench.merge.plan import make_plan
-    from mergebench.recipe import recipe_from_dict
+    from mergebench.merge.planning import make_plan
+    from mergebench.recipe.reading import recipe_from_dict
 
     total = 0.0
     network = task.get("network")

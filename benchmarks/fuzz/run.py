@@ -46,7 +46,7 @@ def main() -> None:
 
         list(KINDS)
         list(CODECS)
-    findings, grown = given.findings / given.target, given.work / given.target
+    findings, grown = given.findings / given.target, given.running / given.target
     for folder in (findings, grown):
         folder.mkdir(parents=True, exist_ok=True)
     place = Path(
@@ -75,7 +75,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--target", required=True)
     parser.add_argument("--seconds", type=int, default=300)
     parser.add_argument("--findings", type=Path, default=HERE / "findings")
-    parser.add_argument("--work", type=Path, default=HERE / "work", help="where the corpus grows")
+    parser.add_argument(
+        "--running", type=Path, default=HERE / "running", help="where the corpus grows"
+    )
     parser.add_argument("--keep-going", action="store_true")
     parser.add_argument("--rss", type=int, default=3072, help="MiB of the process")
     parser.add_argument("--max-len", type=int, default=4096, help="bytes of an input")

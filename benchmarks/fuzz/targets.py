@@ -174,7 +174,7 @@ def recipe(data: bytes, folder: Path) -> bool:
     """A recipe, YAML or JSON; what is read is written and read again."""
     from itertools import islice
 
-    from mergebench.recipe import read_recipe
+    from mergebench.recipe.reading import read_recipe
 
     path = folder / "recipe.yaml"
     path.write_bytes(data)
@@ -194,7 +194,7 @@ def mergekit(data: bytes, folder: Path) -> bool:
     """A configuration of mergekit; the recipe that is made of it is written and read again."""
     from mergebench.merge.method import METHODS
     from mergebench.mergekit import read_either
-    from mergebench.recipe import read_recipe
+    from mergebench.recipe.reading import read_recipe
 
     path = folder / "mergekit.yaml"
     path.write_bytes(data)
@@ -291,7 +291,7 @@ def packed(data: bytes, folder: Path) -> bool:
     from mergebench.adapters_zoo.kinds.delta import delta_metadata
     from mergebench.adapters_zoo.packed_file import packed_metadata
     from mergebench.core.delta import Dense
-    from mergebench.sources import load
+    from mergebench.sources.opening import load
 
     data = sealed(data, "a.weight")
     entries = packed_metadata(delta_metadata(None), ["a.weight"], {"scheme": "ternary"})
@@ -346,7 +346,7 @@ def _source(path: Path, *, read: bool = False, based: bool = False) -> bool:
     from mergebench.adapters_zoo.adapter import ReadOptions
     from mergebench.core.tensor import ArrayTensor
     from mergebench.describe import describe
-    from mergebench.sources import open_source
+    from mergebench.sources.opening import open_source
 
     options = ReadOptions()
     if based:

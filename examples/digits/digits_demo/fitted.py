@@ -24,12 +24,12 @@ from .settings import Settings
 from .task import write_tasks
 
 
-def lines(settings: Settings) -> dict[str, str]:
+def lines(settings: Settings, few: bool = False) -> dict[str, str]:
     """Title of every merge that only scores choose, if anything does -> what ``-m`` is told."""
     sums, ties, means = (
         "/".join(grid) for grid in (settings.sum_grid, settings.ties_grid, settings.mean_grid)
     )
-    return {
+    every = {
         "Uniform soup": "linear",
         "Greedy soup": SOUP,
         "Task arithmetic": f"task_arithmetic:lam={sums}",
@@ -40,9 +40,12 @@ def lines(settings: Settings) -> dict[str, str]:
         "TSV-M": f"tsv_merge:lam={means}",
         "WUDI, closed form": f"wudi:solver=exact,lam={means}",
     }
+    return {title: every[title] for title in FEW} if few else every
 
 
 SOUP = "fit soup"
+#: Of which a quick run has one of each kind.
+FEW = ("Uniform soup", "Greedy soup", "Task arithmetic", "TIES")
 #: Title of merges by statistics -> the method, and the kind of statistics that it needs.
 BY_STATISTICS = {"Fisher": ("fisher", "fisher"), "RegMean": ("regmean", "gram")}
 
@@ -100,10 +103,10 @@ def measure(settings: Settings, work: Path, seed: int, few: bool = False) -> lis
     for domain, file in tasks.items():
         common += ["--task", f"{domain}={file}"]
     needed = {title: needs for title, (needs, _) in learned(few).items()}
-    asked = lines(settings) | {title: spec for title, (_, spec) in learned(few).items()}
+    asked = lines(settings, few) | {title: spec for title, (_, spec) in learned(few).items()}
     asked |= {title: method for title, (method, _) in by_statistics().items()}
     words = [part for spec in asked.values() for part in ("-m", spec)]
-    for file in collected(experts, base, tasks, place):
+    for file in collected(experts, base, tasks, place, few):
         words += ["--statistics", file]
     first, *compared = _said("compare", *common, *words)
     alone, merged = compared[: len(experts)], compared[len(experts) :]
@@ -127,7 +130,11 @@ def measure(settings: Settings, work: Path, seed: int, few: bool = False) -> lis
 
 
 def collected(
-    experts: Mapping[str, Path], base: Path, tasks: Mapping[str, Path], place: Path
+    experts: Mapping[str, Path],
+    base: Path,
+    tasks: Mapping[str, Path],
+    place: Path,
+    few: bool = False,
 ) -> list[str]:
     """Collect what merges by statistics need, on the validation images of each expert's domain."""
     files = []
@@ -135,6 +142,7 @@ def collected(
         line = [*map(str, experts.values()), "--base", str(base), "--json", "--kind", kind]
         for domain in experts:
             line += ["--task", f"{domain}={tasks[domain]}"]
+        line += ["--batches", "1"] if few else []
         made = _said("fit", "statistics", *line, "-o", str(place / kind), "--force")
         files += [each["path"] for each in made]
     return files

@@ -42,6 +42,11 @@ def train_all(pool: ProcessPoolExecutor, settings: Settings, work: Path, progres
     total = len(settings.seeds) + sum(map(len, waiting.values()))
 
     def submit(expert: Expert) -> Future[bool]:
+        if expert.folder(settings, work).exists():
+            # No process is started where there is nothing to train.
+            known: Future[bool] = Future()
+            known.set_result(False)
+            return known
         return pool.submit(make, expert, settings, work)
 
     pending = {submit(base): base for base in bases(settings)}

@@ -85,7 +85,7 @@ def compare(settings: Settings, work: Path, out: Path, few: bool = False) -> Non
     console = Console()
     started = perf_counter()
     settings = replace(settings, ranks=settings.ranks[-1:])
-    kinds = (settings.ranks[-1], None)
+    kinds, domains = (settings.ranks[-1], None), [*DOMAINS][: 3 if few else None]
     with workers() as pool:
         trained = train_all(pool, settings, work, lambda n, of: None)
         console.print(f"trained {trained} models, {perf_counter() - started:.0f} s")
@@ -93,7 +93,7 @@ def compare(settings: Settings, work: Path, out: Path, few: bool = False) -> Non
         jobs = {
             family(rank): [
                 [pool.submit(measure, settings, work, Expert(seed, domain, rank), ways)
-                 for domain in DOMAINS]
+                 for domain in domains]
                 for seed in settings.seeds
             ]
             for rank in kinds

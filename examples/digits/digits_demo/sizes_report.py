@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 ALLOWED = 1.0
 PLAIN, HALF = "float32, as trained", "bf16, not packed"
 _EXPLAINED = (
-    "Mean over {seeds} seed(s) and six domains, each expert on test digits of its own domain. "
+    "Mean over {seeds} seed(s) and the domains, each expert on test digits of its own domain. "
     "*kB*: thousands of bytes of the file on disk, header and all; *× bf16*: how many times "
     "smaller than the same {what} stored as bf16; *error*: ‖ΔW − ΔŴ‖ / ‖ΔW‖; *lost*: points of "
     "accuracy less than as trained, ± standard deviation over seeds. One test set has 359 digits, "
