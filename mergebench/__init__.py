@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mergebench.recipe import Recipe
     from mergebench.ship.compress import compress
     from mergebench.ship.decompress import decompress
-    from mergebench.sources import load
+    from mergebench.sources.opening import load
 
 _HOMES = {
     "MergebenchError": ("mergebench.core.errors", "MergebenchError"),
@@ -29,7 +29,7 @@ _HOMES = {
     "chain": ("mergebench.merge.chains", "chain"),
     "compress": ("mergebench.ship.compress", "compress"),
     "decompress": ("mergebench.ship.decompress", "decompress"),
-    "load": ("mergebench.sources", "load"),
+    "load": ("mergebench.sources.opening", "load"),
     "merge_models": ("mergebench.merge.api", "merge_models"),
     "methods": ("mergebench.merge.method", "METHODS"),
     "ops": ("mergebench.merge.op", "OPS"),

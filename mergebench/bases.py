@@ -18,10 +18,11 @@ import numpy as np
 
 from mergebench.adapters_zoo.adapter import ReadOptions
 from mergebench.adapters_zoo.pack import Factor, PackedLayout, pack_lora
+from mergebench.checkpoints.destination import check_destination, staged_bytes
 from mergebench.checkpoints.disk import check_space
 from mergebench.checkpoints.placement import PT, Layout, TensorSpec, plan_layout
-from mergebench.checkpoints.staging import check_destination, staged_bytes
-from mergebench.checkpoints.writer import Output, together
+from mergebench.checkpoints.together import together
+from mergebench.checkpoints.writer import Output
 from mergebench.compute.basis import (
     basis_columns,
     column_blocks,
@@ -36,7 +37,8 @@ from mergebench.core.errors import MismatchError, ParameterError, did_you_mean
 from mergebench.core.selector import Selector
 from mergebench.core.site import Site, conv1d_names, key_of, make_sites
 from mergebench.core.tensor import DTYPES as STORED
-from mergebench.sources import Source, open_source
+from mergebench.sources import Source
+from mergebench.sources.opening import open_source
 
 #: Metadata entry that says which basis, and which columns of it, a file holds.
 KEY = "mergebench_basis"

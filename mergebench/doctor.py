@@ -12,6 +12,7 @@ from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
+from mergebench.compute.machine import core_quota, cores, free_memory, memory, memory_limit
 from mergebench.core.errors import did_you_mean
 from mergebench.packages import broken_imports, install_line, installed, packages
 
@@ -32,7 +33,6 @@ def environment() -> dict[str, Any]:
     from threadpoolctl import threadpool_info
 
     del np, scipy
-    usable = _usable_cores()
     return {
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "executable": sys.executable,
@@ -40,9 +40,9 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "processor": _processor(),
         "cores": os.cpu_count() or 1,
-        "usable_cores": usable,
-        "core_quota": _quota(),
-        "memory": _memory(),
+        "usable_cores": cores(),
+        "core_quota": core_quota(),
+        "memory": {"total": memory(), "available": free_memory(), "limit": memory_limit()},
         "blas": [
             {
                 "library": each.get("internal_api", ""),
@@ -56,13 +56,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _usable_cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:
-        return os.cpu_count() or 1
-
-
 def _processor() -> str:
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -70,28 +63,6 @@ def _processor() -> str:
             if key.strip() in ("model name", "Model"):
                 return value.strip()
     return platform.processor()
-
-
-def _quota() -> float | None:
-    """Cores that the control group of a container grants; ``None`` for no limit."""
-    with suppress(OSError, ValueError, ZeroDivisionError):
-        given, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return None if given == "max" else int(given) / int(period)
-    return None
-
-
-def _memory() -> dict[str, int | None]:
-    found: dict[str, int | None] = {"total": None, "available": None, "limit": None}
-    with suppress(OSError, ValueError, AttributeError):
-        found["total"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError):
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        if match := re.search(r"MemAvailable:\s+(\d+) kB", text):
-            found["available"] = int(match[1]) * 1024
-    with suppress(OSError, ValueError):
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        found["limit"] = None if limit == "max" else int(limit)
-    return found
 
 
 def _owner(path: str) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import xxhash
 
 from mergebench.checkpoints.placement import Layout
 from mergebench.core.plain import parse_json
+from mergebench.core.version import own_version
 
 #: File names inside an output folder.
 MANIFEST, RECIPE, CARD = "mergebench_manifest.json", "mergebench_recipe.yaml", "README.md"
@@ -43,7 +43,7 @@ def manifest(
     return {
         "version": 1,
         "kind": kind,
-        "mergebench": version("mergebench"),
+        "mergebench": own_version(),
         "recipe": dict(recipe),
         "inputs": [dict(each) for each in inputs],
         "notes": list(notes),

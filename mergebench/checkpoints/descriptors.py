@@ -194,15 +194,18 @@ class Handle:
         done = 0
         if not len(view):
             return done
-        with self.borrow() as fd:
-            try:
-                while done < len(view):
-                    count = self._read(fd, view[done : done + _CALL], offset + done)
-                    if count == 0:
-                        break
-                    done += count
-            except OSError as error:
-                raise cannot(f"read at byte {offset + done}", self.path, error) from error
+        # Small reads are many: a context would take as long as the read.
+        fd = _POOL.acquire(self._slot)
+        try:
+            while done < len(view):
+                count = self._read(fd, view[done : done + _CALL], offset + done)
+                if count == 0:
+                    break
+                done += count
+        except OSError as error:
+            raise cannot(f"read at byte {offset + done}", self.path, error) from error
+        finally:
+            _POOL.release(self._slot)
         return done
 
     def _read(self, fd: int, view: memoryview, offset: int) -> int:

@@ -26,10 +26,10 @@ _LATER = "try again later: what is there is not transferred twice"
 
 def client() -> Any:
     """The client, which speaks only of what it could not do."""
-    from importlib.metadata import version
-
     from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    from mergebench.core.version import own_version
 
     # What it warns of while it tries again is no error, and errors are one line.
     if not any(name in os.environ for name in ("HF_HUB_VERBOSITY", "HF_DEBUG")):
@@ -37,7 +37,7 @@ def client() -> Any:
     # Its bars are for terminals; some of them it draws into files too.
     if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ and not sys.stderr.isatty():
         disable_progress_bars()
-    return HfApi(library_name="mergebench", library_version=version("mergebench"))
+    return HfApi(library_name="mergebench", library_version=own_version())
 
 
 def endpoint() -> str:

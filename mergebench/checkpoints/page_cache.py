@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
-from contextlib import suppress
-from pathlib import Path
 
 from mergebench.checkpoints.descriptors import Handle
 from mergebench.checkpoints.sizes import parse_size
+from mergebench.compute.machine import free_memory, memory_limit
 from mergebench.core.errors import MergebenchError, ParameterError
 
 #: A run that reads and writes more than this lets go of what it is done with: a size, or auto,
@@ -17,7 +15,16 @@ from mergebench.core.errors import MergebenchError, ParameterError
 VARIABLE = "MERGEBENCH_PAGE_CACHE"
 #: Written bytes of a file that may stand in the cache before they are let go.
 STEP = 1 << 23
+#: What lies closer together than this is in one page, or the next.
+PAGE = 1 << 12
 _SHARE = 2
+#: Bytes for which there is room everywhere: to ask takes longer than to merge them.
+LITTLE = 1 << 24
+
+
+def asked() -> bool:
+    """Whether the environment says how much a run may leave."""
+    return (os.environ.get(VARIABLE, "auto") or "auto") != "auto"
 
 
 def limit() -> int | None:
@@ -28,27 +35,21 @@ def limit() -> int | None:
     ParameterError
         If the environment asks for something else than a size.
     """
-    asked = os.environ.get(VARIABLE, "auto") or "auto"
-    if asked != "auto":
+    if asked():
+        size = os.environ[VARIABLE]
         try:
-            return parse_size(asked)
+            return parse_size(size)
         except MergebenchError as error:
-            raise ParameterError(VARIABLE, got=repr(asked), expected="auto or a size") from error
+            raise ParameterError(VARIABLE, got=repr(size), expected="auto or a size") from error
     found = available()
     return None if found is None else found // _SHARE
 
 
 def available() -> int | None:
     """Bytes of memory that programs and files can still take; ``None`` where nobody can tell."""
-    found = []
-    with suppress(OSError):
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        if match := re.search(r"MemAvailable:\s+(\d+) kB", text):
-            found.append(int(match[1]) * 1024)
-    with suppress(OSError, ValueError):
-        # Files count among the memory of a container.
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    return min(found, default=None)
+    # Files count among the memory of a container.
+    found = (free_memory(), memory_limit())
+    return min((each for each in found if each is not None), default=None)
 
 
 class Behind:

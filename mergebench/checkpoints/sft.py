@@ -2,20 +2,16 @@
 
 A pickle of ``{"diffs": {name: {"size", "index_steps", "values"}}, "abs": {name: tensor}}``. Places
 are those of the tensor flattened with its first dimension running fastest, each given as the step
-from the one before. What it names is never imported: fourteen names of torch, numpy and Python
-stand for functions of this module, which build lists, tuples and views of the stored bytes, and any
-other name is refused.
+from the one before.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import pickle
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,6 +21,7 @@ import numpy as np
 from mergebench.checkpoints.containers import SFT, Container, read_head
 from mergebench.checkpoints.header import MAX_HEADER
 from mergebench.checkpoints.pickle_scan import HostileError, check_pickle
+from mergebench.checkpoints.sft_pickle import DIMS, ENDLESS, ForeignError, Reader, Stored
 from mergebench.checkpoints.torch_files import AGAIN, hostile, refused
 from mergebench.core.errors import FormatError
 from mergebench.core.tensor import DTYPES, FLOATING, Array, ArrayTensor, Tensor
@@ -34,122 +31,8 @@ MOST = 2**31 - 1
 _KEY = "mergebench"
 _PARTS = {"diffs", "abs"}
 _ENTRY = {"size", "index_steps", "values"}
-_STORAGES = {
-    "FloatStorage": "F32",
-    "DoubleStorage": "F64",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-}
 # Bytes of the unpacked records per byte of the file.
 _RATIO, _SMALL = 16, 1 << 20
-_DIMS, _ENDLESS = 8, 1 << 62
-
-
-@dataclass(frozen=True)
-class _Storage:
-    dtype: str
-    key: str
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor that the pickle describes."""
-
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-class _Number:
-    """What stands for ``numpy.dtype``: 4 or 8 bytes of a little-endian integer."""
-
-    __slots__ = ("bytes",)
-
-    def __init__(self, code: Any, *_: Any) -> None:
-        if code not in ("i4", "i8"):
-            raise ValueError(f"a number of type {code!r}")
-        self.bytes = int(code[1])
-
-    def __setstate__(self, state: Any) -> None:
-        if not isinstance(state, tuple) or state[1] not in ("<", "="):
-            raise ValueError("a number of another byte order")
-
-
-def _integer(kind: Any, data: Any = b"") -> int:
-    if not isinstance(kind, _Number) or not isinstance(data, bytes) or len(data) != kind.bytes:
-        raise ValueError("a number without its bytes")
-    return int.from_bytes(data, "little", signed=True)
-
-
-def _encoded(text: Any, encoding: Any = "") -> bytes:
-    if encoding not in ("latin1", "latin-1") or not isinstance(text, str):
-        raise ValueError(f"a text encoded as {encoding!r}")
-    return text.encode("latin-1")
-
-
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Stored:
-    numbers = (offset, *size, *stride)
-    if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError("a tensor of no storage or shape")
-    if len(size) != len(stride) or len(size) > _DIMS or max(size, default=0) >= _ENDLESS:
-        raise ValueError(f"a tensor of shape {size}")
-    return _Stored(storage, offset, tuple(size), tuple(stride))
-
-
-def _parameter(data: Any, *_: Any) -> _Stored:
-    if not isinstance(data, _Stored):
-        raise ValueError("a parameter without its tensor")  # noqa: TRY004
-    return data
-
-
-def _number(*arguments: Any) -> _Number:
-    return _Number(*arguments)
-
-
-def _shape(items: Any = ()) -> tuple[Any, ...]:
-    return tuple(items)
-
-
-def _mapping(*_: Any) -> dict[Any, Any]:
-    return {}
-
-
-_FUNCTIONS: Mapping[tuple[str, str], Callable[..., Any]] = {
-    ("torch", "Size"): _shape,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("collections", "OrderedDict"): _mapping,
-    ("numpy.core.multiarray", "scalar"): _integer,
-    ("numpy._core.multiarray", "scalar"): _integer,
-    ("numpy", "dtype"): _number,
-    ("_codecs", "encode"): _encoded,
-}
-
-
-class _Reader(pickle.Unpickler):
-    """An unpickler that knows no name but those above."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        if (module, name) not in _FUNCTIONS:
-            raise _ForeignError(f"{module}.{name}")
-        return _FUNCTIONS[module, name]
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
-            raise ValueError("a storage that torch does not write")
-        _, dtype, key, _, _ = pid
-        if dtype not in DTYPES or not isinstance(key, str) or not key.isdecimal():
-            raise ValueError("a storage that torch does not write")
-        return _Storage(dtype, key)
-
-
-class _ForeignError(Exception):
-    """Names what is not on the list."""
 
 
 def open_sft(path: Path) -> Container:
@@ -199,7 +82,7 @@ def _damaged(where: str, reason: str) -> FormatError:
 
 def _loaded(
     where: str, archive: zipfile.ZipFile, size: int
-) -> tuple[Any, Callable[[_Stored, str], Array]]:
+) -> tuple[Any, Callable[[Stored, str], Array]]:
     """What the pickle holds, and a function that reads its tensors."""
     records = {record.filename: record for record in archive.infolist()}
     unpacked = sum(record.file_size for record in records.values())
@@ -215,10 +98,10 @@ def _loaded(
     text = archive.read(pickled)
     try:
         check_pickle(io.BytesIO(text))
-        found = _Reader(io.BytesIO(text)).load()
+        found = Reader(io.BytesIO(text)).load()
     except HostileError as error:
         raise hostile(where, error) from None
-    except _ForeignError as error:
+    except ForeignError as error:
         raise refused(where, [str(error)]) from None
     except MemoryError:
         raise hostile(where, HostileError("it asks for all memory")) from None
@@ -226,7 +109,7 @@ def _loaded(
     except Exception as error:
         raise _damaged(where, f"{type(error).__name__}: {error}") from None
 
-    def read(stored: _Stored, name: str) -> Array:
+    def read(stored: Stored, name: str) -> Array:
         dtype = DTYPES[stored.storage.dtype]
         record = records.get(f"{prefix}data/{stored.storage.key}")
         # Along a dimension of one entry any stride will do.
@@ -251,7 +134,7 @@ def _loaded(
 
 
 def _converted(
-    where: str, found: Any, read: Callable[[_Stored, str], Array]
+    where: str, found: Any, read: Callable[[Stored, str], Array]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata as files of the kind ``sparse`` have them."""
     if not isinstance(found, dict) or not found.keys() <= _PARTS or not found:
@@ -270,7 +153,7 @@ def _converted(
     for name, entry in diffs.items():
         if not isinstance(entry, dict) or entry.keys() != _ENTRY:
             raise _damaged(where, f"{name} is not made of size, index_steps and values")
-        if not isinstance(entry["values"], _Stored):
+        if not isinstance(entry["values"], Stored):
             raise _damaged(where, f"{name} has no values")
         shape = _size(where, name, entry["size"])
         places = _places(where, name, shape, entry["index_steps"])
@@ -287,7 +170,7 @@ def _converted(
         tensors[f"{name}.sparse_indices"] = ArrayTensor(places[order])
         tensors[f"{name}.sparse_values"] = ArrayTensor(values[order])
     for name, stored in whole.items():
-        if not isinstance(stored, _Stored) or stored.storage.dtype not in FLOATING:
+        if not isinstance(stored, Stored) or stored.storage.dtype not in FLOATING:
             raise _damaged(where, f"{name} holds no numbers")
         if name in shapes:
             raise FormatError(f"{where}: {name} is stored both sparse and whole")
@@ -298,10 +181,10 @@ def _converted(
 
 def _size(where: str, name: str, size: Any) -> tuple[int, ...]:
     fits = isinstance(size, list | tuple) and all(type(n) is int and n >= 0 for n in size)
-    if not fits or len(size) > _DIMS or max((1, *size)) >= _ENDLESS or prod(size) >= _ENDLESS:
+    if not fits or len(size) > DIMS or max((1, *size)) >= ENDLESS or prod(size) >= ENDLESS:
         raise FormatError(
             f"{where}: {name} has no shape",
-            expected=f"up to {_DIMS} whole numbers, fewer than 2^62 entries",
+            expected=f"up to {DIMS} whole numbers, fewer than 2^62 entries",
             got=repr(size)[:80],
         )
     return tuple(size)

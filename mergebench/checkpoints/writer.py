@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, ExitStack, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import xxhash
 
-from mergebench.checkpoints.descriptors import WRITE, Handle, cannot
+from mergebench.checkpoints.descriptors import WRITE, Handle
 from mergebench.checkpoints.disk import create, disk_errors, flush, holds, remove
 from mergebench.checkpoints.page_cache import Behind
 from mergebench.checkpoints.placed import Staged
-from mergebench.checkpoints.placement import (
-    PT,
-    Layout,
-    Place,
-    PlannedFile,
-    TensorSpec,
-    plan_layout,
-)
+from mergebench.checkpoints.placement import Layout, Place, PlannedFile
 from mergebench.checkpoints.recorder import Recorder
-from mergebench.checkpoints.sizes import parse_size
+from mergebench.checkpoints.side_files import check_side, content_of, write_side
 from mergebench.checkpoints.spans import Spans
-from mergebench.checkpoints.staging import Stage, check_destination
-from mergebench.core.errors import MergebenchError, ResourceError
+from mergebench.checkpoints.staging import Stage
+from mergebench.checkpoints.together import together
+from mergebench.core.errors import MergebenchError
 from mergebench.core.tensor import Array
-
-__all__ = [
-    "PT",
-    "Layout",
-    "Output",
-    "Place",
-    "TensorSpec",
-    "check_destination",
-    "parse_size",
-    "plan_layout",
-    "together",
-]
 
 
 class Output:
@@ -74,6 +55,8 @@ class Output:
 
     Attributes
     ----------
+    stage : Stage
+        Where it is being made.
     finished : mapping of tensor name to digest
         Tensors that an earlier run has finished; writing them again does nothing.
     settled : mapping of str to JSON value
@@ -116,7 +99,7 @@ class Output:
         self.beside: dict[str, str] = {}
         self.restarted = self.kept = False
         self._alone = ExitStack()
-        self._stage = Stage(self.destination, single_file=single_file, force=force, key=key)
+        self.stage = Stage(self.destination, single_file=single_file, force=force, key=key)
         self._recorder: Recorder | None = None
         self._handles: dict[str, Handle] = {}
         self._open = self._foreign = False
@@ -146,7 +129,7 @@ class Output:
 
     def enter(self) -> None:
         """Open the output; for :func:`together` and those who do the like."""
-        stage = self._stage
+        stage = self.stage
         stage.open(self.layout.total_bytes, self._intact)
         self.restarted = stage.restarted
         if stage.past is not None:
@@ -177,7 +160,7 @@ class Output:
             self._recorder = Recorder(stage.journal, self._sync)
 
     def _path(self, file: PlannedFile) -> Path:
-        return self._stage.part if self._single else self._stage.part / file.name
+        return self.stage.part if self._single else self.stage.part / file.name
 
     def _intact(self, root: Path) -> bool:
         """Whether a file or folder has the planned sizes and headers."""
@@ -219,7 +202,7 @@ class Output:
         stop = byte_start + len(view)
         if not 0 <= byte_start <= stop <= place.nbytes:
             raise ValueError(f"{name!r}: bytes {byte_start}:{stop} of {place.nbytes}")
-        if name in self.finished or self._stage.finished:
+        if name in self.finished or self.stage.finished:
             return
         with self._disk_errors():
             handle = self._handles[place.file]
@@ -269,11 +252,6 @@ class Output:
             self._foreign = True
         self.finish(name, digest)
 
-    @property
-    def stage(self) -> Stage:
-        """Where it is being made."""
-        return self._stage
-
     def staged_at(self, root: Path) -> Staged:
         """Its files as they are in a place, for other processes that write to them.
 
@@ -288,7 +266,7 @@ class Output:
     @property
     def staged(self) -> Staged:
         """The files of the open output."""
-        stage = self._stage
+        stage = self.stage
         return self.staged_at(stage.place if stage.finished else stage.part)
 
     def settle(self, name: str, value: Any) -> None:
@@ -322,7 +300,7 @@ class Output:
         if self._single or not self._open:
             raise ValueError("side files need an open output that is a folder")
         self._check_side(name)
-        if self._stage.finished:
+        if self.stage.finished:
             return
         self.record()
         self._add(name, content)
@@ -344,7 +322,7 @@ class Output:
         data = text.encode()
         if not self._open or not self._single or len(data) != stop - start:
             raise ValueError(f"{len(data)} bytes for {stop - start} of the header of one open file")
-        if not self._stage.finished:
+        if not self.stage.finished:
             if self._foreign:
                 self.record()
                 # Opened again, a network disk sees what others have written beside the header.
@@ -353,26 +331,15 @@ class Output:
                 self._handles[file.name].write_at(memoryview(data), start)
 
     def _check_side(self, name: str) -> None:
-        path = PurePosixPath(name)
-        taken = {file.name for file in self.layout.files} | {self.layout.index}
-        if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name:
-            raise ValueError(f"side file {name!r} is not inside the folder")
-        if name in taken:
-            raise ValueError(f"side file {name!r} has the name of a weights file")
+        check_side(name, {file.name for file in self.layout.files} | {self.layout.index})
 
     def _add(self, name: str, content: bytes | Path) -> None:
-        data = _content(content)
-        self.beside[name] = xxhash.xxh3_128_hexdigest(data)
-        path = self._stage.part / name
+        data = content_of(content)
         with self._disk_errors():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                file.write(data)
-                file.flush()
-                flush(file.fileno())
+            self.beside[name] = write_side(self.stage.part / name, data)
 
     def _missing(self, name: str, place: Place) -> tuple[int, int] | None:
-        if name in self.finished or self._stage.finished:
+        if name in self.finished or self.stage.finished:
             return None
         return self._spans.first_gap(name, place.nbytes)
 
@@ -400,11 +367,11 @@ class Output:
                     self._behind.drop(handle)
         self.record()
         self._close()
-        self._stage.seal()
+        self.stage.seal()
 
     def leave(self, *, resumable: bool) -> None:
         """Give up, keeping what a later run can use."""
-        past, recorder = self._stage.past, self._recorder
+        past, recorder = self.stage.past, self._recorder
         try:
             if resumable and recorder is not None and not recorder.broken:
                 with suppress(Exception):
@@ -413,7 +380,7 @@ class Output:
             self.kept = resumable and (earlier or (recorder is not None and recorder.recorded))
         finally:
             self._close()
-            self._stage.leave(keep=self.kept)
+            self.stage.leave(keep=self.kept)
 
     def _close(self) -> None:
         self._open = False
@@ -422,65 +389,6 @@ class Output:
         for handle in self._handles.values():
             handle.close()
         self._handles.clear()
-
-
-@contextmanager
-def together(outputs: Sequence[Output]) -> Iterator[None]:
-    """Open several outputs of one run, and let them appear once all of them are complete.
-
-    A run that is killed while they appear is recognised by the next one with the same keys,
-    which then shows the rest. An error after which that helps carries a note saying so.
-
-    Raises
-    ------
-    ResourceError, MergebenchError
-        As entering an output, and if the system refuses to write or to rename.
-    """
-    entered = False
-    try:
-        for output in outputs:
-            output.enter()
-        entered = True
-        yield
-        for output in outputs:
-            output.seal()
-        for output in outputs:
-            output.stage.swap()
-    except BaseException as error:
-        # An error before any work says nothing about what earlier runs have left.
-        resumable = not entered or is_resumable(error)
-        with ExitStack() as stack:
-            for output in outputs:
-                stack.callback(output.leave, resumable=resumable)
-        if any(output.kept for output in outputs):
-            error.add_note("what is done is kept: run the same command again to go on from there")
-        raise
-    try:
-        with ExitStack() as stack:
-            for output in outputs:
-                stack.callback(output.stage.forget)
-    except KeyboardInterrupt as error:
-        error.add_note("the output is complete")
-        raise
-
-
-def is_resumable(error: BaseException) -> bool:
-    """Whether the same command may succeed next time: not so if an input or the plan is wrong."""
-    outside = (OSError, ResourceError, MemoryError)
-    return (
-        not isinstance(error, Exception)
-        or isinstance(error, outside)
-        or isinstance(error.__cause__, OSError)
-    )
-
-
-def _content(source: bytes | Path) -> bytes:
-    if isinstance(source, bytes):
-        return source
-    try:
-        return source.read_bytes()
-    except OSError as error:
-        raise cannot("copied", source, error) from error
 
 
 def _bytes_of(data: bytes | memoryview | Array) -> memoryview:

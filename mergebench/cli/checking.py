@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergebench.cli import console
+from mergebench.cli import console, machine_options, options, recipe_options
+from mergebench.cli import machine_options as mo
 from mergebench.cli import options as o
 from mergebench.core.errors import EXIT_FINDINGS
 
@@ -31,8 +32,8 @@ def verify(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the choice.")] = 0,
     inputs: o.Inputs = None,
-    memory: o.Memory = "512MiB",
-    workers: o.Workers = None,
+    memory: mo.Memory = "512MiB",
+    workers: mo.Workers = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -131,7 +132,7 @@ def doctor(
     from mergebench.doctor import examine
 
     tried = None if disk is None else try_disk(disk, o.size("--disk-size", disk_size))
-    data = examine(os.environ, o.variables(), torch=torch)
+    data = examine(os.environ, variables(), torch=torch)
     if tried is not None:
         data["disk"] = tried
     if as_json:
@@ -196,3 +197,14 @@ def _health(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "disk", f"{free} free; {done} at {speeds[0]}, read at {speeds[1]}{cache}"
         for what in ("preallocation", "exchange", "locks"):
             yield "disk", f"{what}: {'yes' if disk[what] else 'no'}"
+
+
+def variables() -> list[str]:
+    """Environment variables that the command line reads."""
+    found = {"MERGEBENCH_DEBUG"}
+    for module in (options, recipe_options, machine_options):
+        for each in vars(module).values():
+            for option in getattr(each, "__metadata__", ()):
+                named = getattr(option, "envvar", None)
+                found.update([named] if isinstance(named, str) else named or [])
+    return sorted(found)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergebench.cli import console
+from mergebench.cli import machine_options as mo
 from mergebench.cli import options as o
+from mergebench.cli import recipe_options as ro
 from mergebench.cli import scoring as s
 
 if TYPE_CHECKING:
@@ -41,9 +43,9 @@ def compare(
             "lam=0.1:1.5:0.1, or lines.beta=0.2/0.4 of an op.",
         ),
     ] = None,
-    include: o.Include = None,
-    exclude: o.Exclude = None,
-    statistics: o.Statistics = None,
+    include: ro.Include = None,
+    exclude: ro.Exclude = None,
+    statistics: ro.Statistics = None,
     select: s.Select = "val",
     report_on: s.ReportOn = "test",
     markdown: Annotated[
@@ -59,8 +61,8 @@ def compare(
     timeout: s.Timeout = None,
     on_error: s.OnError = "skip",
     no_cache: s.NoCache = False,
-    memory: o.Memory = "512MiB",
-    workers: o.Workers = None,
+    memory: mo.Memory = "512MiB",
+    workers: mo.Workers = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:

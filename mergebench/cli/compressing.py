@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergebench.cli import console
+from mergebench.cli import machine_options as mo
 from mergebench.cli import options as o
+from mergebench.cli import recipe_options as ro
 from mergebench.cli import scoring as s
 from mergebench.cli.packed_scores import numbers, plain_choice, show_choice
 
@@ -65,18 +67,18 @@ def compress(
             help="Store these tensors of a model as they are, repeatable: class=head.",
         ),
     ] = None,
-    include: o.Include = None,
-    exclude: o.Exclude = None,
-    lora_alpha: o.LoraAlpha = None,
+    include: ro.Include = None,
+    exclude: ro.Exclude = None,
+    lora_alpha: ro.LoraAlpha = None,
     task: s.Tasks = None,
     select: s.Select = "val",
     limit: s.Limit = None,
     batch_size: s.Batch = 32,
     no_cache: s.NoCache = False,
-    allow_base_mismatch: o.AllowBaseMismatch = False,
+    allow_base_mismatch: ro.AllowBaseMismatch = False,
     force: o.Force = False,
-    memory: o.Memory = "512MiB",
-    workers: o.Workers = None,
+    memory: mo.Memory = "512MiB",
+    workers: mo.Workers = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -220,10 +222,10 @@ def decompress(
         str | None,
         typer.Option("--base", "-b", help="Write this checkpoint with the update on top."),
     ] = None,
-    target: o.Target = None,
+    target: ro.Target = None,
     force: o.Force = False,
-    memory: o.Memory = "512MiB",
-    workers: o.Workers = None,
+    memory: mo.Memory = "512MiB",
+    workers: mo.Workers = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergebench.cli import console
+from mergebench.cli import machine_options as mo
 from mergebench.cli import options as o
+from mergebench.cli import recipe_options as ro
 
 if TYPE_CHECKING:
     from mergebench.merge.deintruded import Matrix
@@ -70,16 +72,16 @@ def deintrude(
         str,
         typer.Option("--as", help="auto, model, lora or delta. auto: an adapter gives an adapter."),
     ] = "auto",
-    rank: o.Rank = None,
-    energy: o.Energy = None,
-    target: o.Target = None,
-    dtype: o.Dtype = "keep",
-    lora_alpha: o.LoraAlpha = None,
-    allow_base_mismatch: o.AllowBaseMismatch = False,
-    allow_nonfinite: o.AllowNonfinite = False,
+    rank: ro.Rank = None,
+    energy: ro.Energy = None,
+    target: ro.Target = None,
+    dtype: ro.Dtype = "keep",
+    lora_alpha: ro.LoraAlpha = None,
+    allow_base_mismatch: ro.AllowBaseMismatch = False,
+    allow_nonfinite: ro.AllowNonfinite = False,
     force: o.Force = False,
-    memory: o.Memory = "2GiB",
-    workers: o.Workers = None,
+    memory: mo.Memory = "2GiB",
+    workers: mo.Workers = None,
     dry_run: o.DryRun = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -98,7 +100,7 @@ def deintrude(
     from mergebench.merge.deintruded import deintruding, found_in
     from mergebench.merge.engine import check_outputs, execute
     from mergebench.merge.package import tolerances
-    from mergebench.merge.plan import make_plan
+    from mergebench.merge.planning import make_plan
 
     started = perf_counter()
     params = {"top": top, "k": k, "epsilon": epsilon, "side": side,
@@ -110,7 +112,7 @@ def deintrude(
     )  # fmt: skip
     made = make_plan(recipe, memory=o.size("--memory", memory), workers=workers)
     if dry_run:
-        from mergebench.cli.merging import show_plan
+        from mergebench.cli.plans import show_plan
 
         console.say_json(made.to_json()) if as_json else show_plan(made)
         return

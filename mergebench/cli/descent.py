@@ -40,7 +40,6 @@ Patience = Annotated[
 Seed = Annotated[
     int, typer.Option("--seed", min=0, help="Of the order of batches, and what else is drawn.")
 ]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:1.")]
 Precision = Annotated[
     str, typer.Option("--precision", help="Of forward passes: float32, bfloat16 or float16.")
 ]
@@ -80,10 +79,8 @@ class Asked:
 def checked(asked: Asked) -> Scores:
     """The tasks, and all that can be refused before a model is opened."""
     from mergebench.core.errors import ParameterError, did_you_mean
-    from mergebench.merge.fit.forward import check_device
 
     s.check_free(asked.out, asked.force)
-    check_device(asked.device)
     scores = s.scores_of(asked.task, asked.base, asked.limit, asked.batch_size, None, "stop", False)
     names = [each.name for each in scores.tasks]
     for name in asked.forget:
@@ -130,7 +127,7 @@ def check_size(mixture: Mixture) -> None:
     """Refuse coefficients that no recipe would hold."""
     from mergebench.core.errors import ParameterError
     from mergebench.core.plain import JSON_VALUES
-    from mergebench.recipe import LARGEST
+    from mergebench.recipe.reading import LARGEST
 
     # Numbers of float32 take fifteen characters at most, with what stands between them.
     each = 15 * mixture.parts + 32

@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from mergebench.cli import console
+from mergebench.cli import machine_options as mo
 from mergebench.cli import options as o
+from mergebench.cli import recipe_options as ro
 from mergebench.cli.deintruding import deintrude
 
 app = typer.Typer(
@@ -63,12 +65,12 @@ def extract_sparse(
         str,
         typer.Option("--format", help="safetensors, or sft: the published pytorch_diff.bin."),
     ] = "safetensors",
-    include: o.Include = None,
-    exclude: o.Exclude = None,
-    allow_base_mismatch: o.AllowBaseMismatch = False,
+    include: ro.Include = None,
+    exclude: ro.Exclude = None,
+    allow_base_mismatch: ro.AllowBaseMismatch = False,
     force: o.Force = False,
-    memory: o.Memory = "512MiB",
-    workers: o.Workers = None,
+    memory: mo.Memory = "512MiB",
+    workers: mo.Workers = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -139,14 +141,14 @@ def pack_tasks(
         str,
         typer.Option("--method", "-m", help="emr or tall_masks, or one before --then tall_mask."),
     ] = "emr",
-    param: o.Params = None,
-    then: o.Then = None,
-    include: o.Include = None,
-    exclude: o.Exclude = None,
-    allow_base_mismatch: o.AllowBaseMismatch = False,
+    param: ro.Params = None,
+    then: ro.Then = None,
+    include: ro.Include = None,
+    exclude: ro.Exclude = None,
+    allow_base_mismatch: ro.AllowBaseMismatch = False,
     force: o.Force = False,
-    memory: o.Memory = "512MiB",
-    workers: o.Workers = None,
+    memory: mo.Memory = "512MiB",
+    workers: mo.Workers = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -162,8 +164,9 @@ def pack_tasks(
       mergebench edit pack-tasks ft1 ft2 --base base -m tall_masks -o masks.safetensors
     """
     from mergebench.merge.masks import pack_tasks as pack
-    from mergebench.recipe import ModelRef, Recipe, parse_assignment, parse_op
-    from mergebench.sources import split_weight
+    from mergebench.recipe import ModelRef, Recipe
+    from mergebench.sources.references import split_weight
+    from mergebench.steps import parse_assignment, parse_op
 
     started = perf_counter()
     recipe = Recipe(
@@ -216,8 +219,8 @@ def extract_lora(
         str, typer.Option("--base", "-b", help="The checkpoint it was fine-tuned from.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder, or a .safetensors file.")],
-    rank: o.Rank = None,
-    energy: o.Energy = None,
+    rank: ro.Rank = None,
+    energy: ro.Energy = None,
     embeddings: Annotated[
         str,
         typer.Option(
@@ -226,15 +229,15 @@ def extract_lora(
             "base, left as in the base.",
         ),
     ] = "whole",
-    whole: o.Whole = None,
-    include: o.Include = None,
-    exclude: o.Exclude = None,
-    dtype: o.Dtype = "keep",
-    target: o.Target = None,
-    allow_base_mismatch: o.AllowBaseMismatch = False,
+    whole: ro.Whole = None,
+    include: ro.Include = None,
+    exclude: ro.Exclude = None,
+    dtype: ro.Dtype = "keep",
+    target: ro.Target = None,
+    allow_base_mismatch: ro.AllowBaseMismatch = False,
     force: o.Force = False,
-    memory: o.Memory = "512MiB",
-    workers: o.Workers = None,
+    memory: mo.Memory = "512MiB",
+    workers: mo.Workers = None,
     dry_run: o.DryRun = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -250,7 +253,7 @@ def extract_lora(
       mergebench edit extract-lora ft1 --base base --rank 4 -o adapter
       mergebench edit extract-lora ft1 --base base --energy 0.9 --embeddings lora -o adapter
     """
-    from mergebench.cli.merging import do
+    from mergebench.cli.executing import do
     from mergebench.merge.extract_lora import extraction
 
     recipe = extraction(

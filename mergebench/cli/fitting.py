@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from mergebench.cli import console
+from mergebench.cli import machine_options as mo
 from mergebench.cli import options as o
+from mergebench.cli import recipe_options as ro
 from mergebench.cli import scoring as s
 
 app = typer.Typer(
@@ -26,13 +28,13 @@ def grid(
     models: o.Models,
     task: s.Tasks = None,
     base: o.Base = None,
-    method: o.MethodName = None,
-    param: o.Params = None,
-    then: o.Then = None,
-    where: o.Where = None,
-    include: o.Include = None,
-    exclude: o.Exclude = None,
-    statistics: o.Statistics = None,
+    method: ro.MethodName = None,
+    param: ro.Params = None,
+    then: ro.Then = None,
+    where: ro.Where = None,
+    include: ro.Include = None,
+    exclude: ro.Exclude = None,
+    statistics: ro.Statistics = None,
     select: s.Select = "val",
     report_on: s.ReportOn = "test",
     html: Annotated[
@@ -49,8 +51,8 @@ def grid(
     timeout: s.Timeout = None,
     on_error: s.OnError = "stop",
     no_cache: s.NoCache = False,
-    memory: o.Memory = "512MiB",
-    workers: o.Workers = None,
+    memory: mo.Memory = "512MiB",
+    workers: mo.Workers = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergebench.cli import console
+from mergebench.cli import machine_options as mo
 from mergebench.cli import options as o
+from mergebench.cli import recipe_options as ro
 from mergebench.cli import scoring as s
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ def graft(
     l1: Annotated[
         float, typer.Option("--l1", min=0, help="Weight of the number of entries in the loss.")
     ] = 0.0,
-    include: o.Include = None,
+    include: ro.Include = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
@@ -46,15 +48,15 @@ def graft(
     ] = "val",
     report_on: s.ReportOn = "test",
     seed: Annotated[int, typer.Option("--seed", help="Of the start and the order of batches.")] = 0,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:1.")] = "cpu",
+    device: mo.Device = "cpu",
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The sparse difference, a .safetensors file.")
     ] = Path("graft.safetensors"),
     force: o.Force = False,
     limit: s.Limit = None,
     batch_size: s.Batch = 32,
-    memory: o.Memory = "512MiB",
-    workers: o.Workers = None,
+    memory: mo.Memory = "512MiB",
+    workers: mo.Workers = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -69,6 +71,7 @@ def graft(
       mergebench fit graft ft1 --base base --task eval.py --density 0.1 --epochs 2 -o c.safetensors
     """
     from mergebench.core.errors import ParameterError
+    from mergebench.merge.device.choose import torch_device
     from mergebench.merge.fit.graft import Settings, fixed
     from mergebench.merge.fit.graft import graft as run
     from mergebench.merge.sparse import check_place, write_sparse
@@ -80,6 +83,7 @@ def graft(
             f"--learn-on and --report-on are both {report_on!r}",
             fix="report on a split that nothing was learned from",
         )
+    device = torch_device(device)
     given = [model, *([] if base is None else [base])]
     check_place(out.expanduser(), "safetensors", force=force, inputs=given)
     scores = s.scores_of(task, base, limit, batch_size, None, "stop", False)

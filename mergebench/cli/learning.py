@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergebench.cli import console, descent
+from mergebench.cli import machine_options as mo
 from mergebench.cli import options as o
+from mergebench.cli import recipe_options as ro
 from mergebench.cli import scoring as s
 
 if TYPE_CHECKING:
@@ -24,8 +26,8 @@ def atlas(
     models: o.Models,
     task: s.Tasks = None,
     base: o.Base = None,
-    include: o.Include = None,
-    exclude: o.Exclude = None,
+    include: ro.Include = None,
+    exclude: ro.Exclude = None,
     setting: Annotated[
         str | None,
         typer.Option(
@@ -66,14 +68,14 @@ def atlas(
     patience: descent.Patience = 0,
     report_on: s.ReportOn = "test",
     seed: descent.Seed = 0,
-    device: descent.Device = "cpu",
+    device: mo.Device = "cpu",
     precision: descent.Precision = "float32",
     out: s.RecipeOut = Path("atlas.yaml"),
     force: o.Force = False,
     limit: s.Limit = None,
     batch_size: s.Batch = 128,
-    memory: o.Memory = "512MiB",
-    workers: o.Workers = None,
+    memory: mo.Memory = "512MiB",
+    workers: mo.Workers = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -86,6 +88,7 @@ def atlas(
       mergebench fit atlas ft1 ft2 --base base --task eval.py --setting test-time -o b.yaml
     """
     from mergebench.core.errors import ParameterError
+    from mergebench.merge.device.choose import torch_device
     from mergebench.merge.fit.atlas import SETTINGS
 
     name = setting or ("negation" if forget else "addition")
@@ -94,10 +97,10 @@ def atlas(
     if name == "negation" and not forget:
         raise ParameterError("--setting negation: no task to forget", fix="--forget TASK")
     asked = descent.Asked(
-        models, task, base, learn_on, select, report_on, device, out, force, limit, batch_size,
-        memory, workers, as_json, quiet, forget=forget or [], parts=parts, blocks=blocks,
-        budget=None if budget is None else o.size("--budget", budget), include=include,
-        exclude=exclude,
+        models, task, base, learn_on, select, report_on, torch_device(device), out, force, limit,
+        batch_size, memory, workers, as_json, quiet, forget=forget or [], parts=parts,
+        blocks=blocks, budget=None if budget is None else o.size("--budget", budget),
+        include=include, exclude=exclude,
     )  # fmt: skip
     given = {"objective": objective, "compat": compat, "shots": shots, "epochs": epochs,
              "rate": rate, "l1": l1, "l2": l2, "patience": patience, "seed": seed,
@@ -109,8 +112,8 @@ def adamerging(
     models: o.Models,
     task: s.Tasks = None,
     base: o.Base = None,
-    include: o.Include = None,
-    exclude: o.Exclude = None,
+    include: ro.Include = None,
+    exclude: ro.Exclude = None,
     by: Annotated[
         str, typer.Option("--by", help="One coefficient per model and tensor, or per model: task.")
     ] = "tensor",
@@ -130,14 +133,14 @@ def adamerging(
     patience: descent.Patience = 0,
     report_on: s.ReportOn = "test",
     seed: descent.Seed = 0,
-    device: descent.Device = "cpu",
+    device: mo.Device = "cpu",
     precision: descent.Precision = "float32",
     out: s.RecipeOut = Path("adamerging.yaml"),
     force: o.Force = False,
     limit: s.Limit = None,
     batch_size: s.Batch = 16,
-    memory: o.Memory = "512MiB",
-    workers: o.Workers = None,
+    memory: mo.Memory = "512MiB",
+    workers: mo.Workers = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -149,13 +152,14 @@ def adamerging(
       mergebench fit adamerging ft1 ft2 --base base --task eval.py -o learned.yaml
       mergebench fit adamerging ft1 ft2 --base base --task eval.py --plus -o b.yaml
     """
+    from mergebench.merge.device.choose import torch_device
     from mergebench.merge.fit.adamerging import METHOD, PLUS, SETTINGS
 
     _known("--by", by, SETTINGS)
     method, params = PLUS if plus else METHOD
     asked = descent.Asked(
-        models, task, base, learn_on, select, report_on, device, out, force, limit, batch_size,
-        memory, workers, as_json, quiet, include=include, exclude=exclude,
+        models, task, base, learn_on, select, report_on, torch_device(device), out, force, limit,
+        batch_size, memory, workers, as_json, quiet, include=include, exclude=exclude,
     )  # fmt: skip
     given = {"steps": steps, "rate": rate, "patience": patience, "seed": seed,
              "precision": precision}  # fmt: skip

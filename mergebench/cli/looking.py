@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergebench.cli import console
+from mergebench.cli import machine_options as mo
 from mergebench.cli import options as o
+from mergebench.cli import recipe_options as ro
 from mergebench.core.errors import EXIT_FINDINGS
 
 if TYPE_CHECKING:
@@ -19,9 +21,9 @@ def _open(
     reference: str, base: str | None, lora_alpha: float | None, cache: str = "keep"
 ) -> Source:
     from mergebench.adapters_zoo.adapter import ReadOptions
-    from mergebench.sources import open_source, with_base
+    from mergebench.sources.opening import open_source, with_base
 
-    options = ReadOptions(lora_alpha=lora_alpha, stream=o.streams(cache))
+    options = ReadOptions(lora_alpha=lora_alpha, stream=mo.streams(cache))
     if base is not None and (under := open_source(base, options).checkpoint) is not None:
         options = with_base(options, under)
     return open_source(reference, options)
@@ -31,8 +33,8 @@ def inspect(
     model: Annotated[str, typer.Argument(help="What to look at.", show_default=False)],
     tensors: Annotated[bool, typer.Option("--tensors", "-t", help="List every tensor.")] = False,
     base: o.Base = None,
-    lora_alpha: o.LoraAlpha = None,
-    cache: o.Cache = "keep",
+    lora_alpha: ro.LoraAlpha = None,
+    cache: mo.Cache = "keep",
     as_json: o.Json = False,
 ) -> None:
     """Say what a checkpoint, an adapter or a task vector is, from its headers.
@@ -77,7 +79,7 @@ def _described(
     """What is known of an input; of an adapter that lacks its base or α, what it says itself."""
     from mergebench.core.errors import MergebenchError
     from mergebench.describe import describe, describe_unread
-    from mergebench.sources import open_unread
+    from mergebench.sources.adapters import open_unread
 
     try:
         source = _open(model, base, lora_alpha, cache)
@@ -147,8 +149,8 @@ def diff(
     left: Annotated[str, typer.Argument(show_default=False)],
     right: Annotated[str, typer.Argument(show_default=False)],
     base: o.Base = None,
-    lora_alpha: o.LoraAlpha = None,
-    cache: o.Cache = "keep",
+    lora_alpha: ro.LoraAlpha = None,
+    cache: mo.Cache = "keep",
     top: Annotated[int, typer.Option("--top", min=1, help="How many tensors to show.")] = 20,
     as_json: o.Json = False,
     quiet: o.Quiet = False,

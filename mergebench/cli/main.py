@@ -31,6 +31,7 @@ from mergebench.cli import (
     trying,
     zoo,
 )
+from mergebench.cli.lazy import lazily
 from mergebench.core.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, MergebenchError
 
 _UNWRITABLE = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG)
@@ -96,9 +97,9 @@ app.add_typer(shelf.app, name="zoo")
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from mergebench.core.version import own_version
 
-        console.say(f"mergebench {version('mergebench')}")
+        console.say(f"mergebench {own_version()}")
         raise typer.Exit
 
 
@@ -122,7 +123,7 @@ def main() -> None:
     """
     state = ""
     try:
-        code = app(prog_name="mergebench", standalone_mode=False)
+        code = lazily(app)(prog_name="mergebench", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         code = EXIT_INTERRUPTED

@@ -107,7 +107,7 @@ class Nested:
         return hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
 
     def _run(self, entry: Entry, journal: Path) -> dict[str, Any]:
-        from mergebench.recipe import read_recipe
+        from mergebench.recipe.reading import read_recipe
 
         command = _command(entry)
         known = {each.name: each for each in command.params}
@@ -145,7 +145,7 @@ class Nested:
 
 def _fitted(data: Mapping[str, Any]) -> Fitted:
     from mergebench.merge.fit.compare import Fitted
-    from mergebench.recipe import recipe_from_dict
+    from mergebench.recipe.reading import recipe_from_dict
 
     trials = tuple((str(label), value) for label, value in data["trials"])
     return Fitted(recipe_from_dict(data["recipe"]), data["chosen"], data["seconds"], trials)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergebench.cli import console
+from mergebench.cli import machine_options as mo
 from mergebench.cli import options as o
+from mergebench.cli import recipe_options as ro
 
 if TYPE_CHECKING:
     from mergebench.merge.readings import Row
@@ -17,11 +19,11 @@ if TYPE_CHECKING:
 def crosstalk(
     models: o.Models,
     base: o.Base = None,
-    include: o.Include = None,
-    exclude: o.Exclude = None,
-    lora_alpha: o.LoraAlpha = None,
-    memory: o.Memory = "512MiB",
-    workers: o.Workers = None,
+    include: ro.Include = None,
+    exclude: ro.Exclude = None,
+    lora_alpha: ro.LoraAlpha = None,
+    memory: mo.Memory = "512MiB",
+    workers: mo.Workers = None,
     layers: Annotated[
         bool, typer.Option("--layers", "-l", help="Also list every tensor and pair.")
     ] = False,

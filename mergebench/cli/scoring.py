@@ -61,9 +61,10 @@ def recipe_of(
     exclude: list[str] | None = None,
 ) -> Recipe:
     """The recipe that options describe."""
-    from mergebench.cli.merging import parse_params, with_statistics
-    from mergebench.recipe import ModelRef, Recipe, parse_op, with_rules
-    from mergebench.sources import split_weight
+    from mergebench.cli.recipes import parse_params, with_statistics
+    from mergebench.recipe import ModelRef, Recipe, with_rules
+    from mergebench.sources.references import split_weight
+    from mergebench.steps import parse_op
 
     recipe = Recipe(
         models=with_statistics(
@@ -83,7 +84,7 @@ def statistics_by_kind(
     recipe: Recipe, given: Sequence[str] | None
 ) -> dict[str, tuple[ModelRef, ...]]:
     """The models with their statistics, once for every kind that there are files of."""
-    from mergebench.cli.merging import with_statistics
+    from mergebench.cli.recipes import with_statistics
     from mergebench.merge.collected import open_collected
 
     paths = [each.path for each in recipe.models]
@@ -125,9 +126,12 @@ def scores_of(
 def maker(memory: str, workers: int | None) -> Callable[[Recipe, str], Candidate]:
     """What makes candidates of recipes."""
     from mergebench.merge.fit.candidate import Candidate
+    from mergebench.merge.shared import Shared
 
-    budget = o.size("--memory", memory)
-    return lambda recipe, label: Candidate(recipe, label, memory=budget, workers=workers)
+    budget, shared = o.size("--memory", memory), Shared()
+    return lambda recipe, label: Candidate(
+        recipe, label, memory=budget, workers=workers, shared=shared
+    )
 
 
 def teller(quiet: bool) -> Callable[[str], None] | None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergebench.cli import console
+from mergebench.cli import machine_options as mo
 from mergebench.cli import options as o
+from mergebench.cli import recipe_options as ro
 from mergebench.cli import scoring as s
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ def search(
     models: o.Models,
     task: s.Tasks = None,
     base: o.Base = None,
-    method: o.MethodName = None,
+    method: ro.MethodName = None,
     param: Annotated[
         list[str] | None,
         typer.Option(
@@ -35,10 +37,10 @@ def search(
             "value fixes it. Without any, every number that method and ops declare.",
         ),
     ] = None,
-    then: o.Then = None,
-    compat: o.Compat = None,
-    include: o.Include = None,
-    exclude: o.Exclude = None,
+    then: ro.Then = None,
+    compat: ro.Compat = None,
+    include: ro.Include = None,
+    exclude: ro.Exclude = None,
     trials: Annotated[int, typer.Option("--trials", "-n", min=1, help="Trials in all.")] = 50,
     sampler: Annotated[str, typer.Option("--sampler", help="tpe or random.")] = "tpe",
     seed: Annotated[int, typer.Option("--seed", help="Of the sampler.")] = 0,
@@ -68,8 +70,8 @@ def search(
     timeout: s.Timeout = None,
     on_error: s.OnError = "stop",
     no_cache: s.NoCache = False,
-    memory: o.Memory = "512MiB",
-    workers: o.Workers = None,
+    memory: mo.Memory = "512MiB",
+    workers: mo.Workers = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -137,7 +139,7 @@ def search(
 
 def _ranges(texts: list[str]) -> dict[str, Any]:
     """Values of ``-p``; a name alone stands for all that is declared."""
-    from mergebench.cli.merging import parse_params
+    from mergebench.cli.recipes import parse_params
     from mergebench.core.errors import ParameterError
     from mergebench.merge.fit.ranges import DECLARED
 

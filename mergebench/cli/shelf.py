@@ -233,7 +233,8 @@ def rm(
       mergebench zoo rm one
       mergebench zoo rm two three --json
     """
-    from mergebench.ship.shelf import entry, take_off
+    from mergebench.ship.shelf import entry
+    from mergebench.ship.shelf_changes import take_off
 
     place = _shelf(shelf)
     for each in names:

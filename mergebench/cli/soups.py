@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergebench.cli import console, descent
+from mergebench.cli import machine_options as mo
 from mergebench.cli import options as o
+from mergebench.cli import recipe_options as ro
 from mergebench.cli import scoring as s
 
 if TYPE_CHECKING:
@@ -19,8 +21,8 @@ def soup(
     models: o.Models,
     task: s.Tasks = None,
     base: o.Base = None,
-    include: o.Include = None,
-    exclude: o.Exclude = None,
+    include: ro.Include = None,
+    exclude: ro.Exclude = None,
     kind: Annotated[
         str,
         typer.Option(
@@ -41,7 +43,7 @@ def soup(
     epochs: descent.Epochs = None,
     rate: descent.Rate = None,
     seed: descent.Seed = 0,
-    device: descent.Device = "cpu",
+    device: mo.Device = "cpu",
     precision: descent.Precision = "float32",
     out: s.RecipeOut = Path("soup.yaml"),
     force: o.Force = False,
@@ -50,8 +52,8 @@ def soup(
     timeout: s.Timeout = None,
     on_error: s.OnError = "stop",
     no_cache: s.NoCache = False,
-    memory: o.Memory = "512MiB",
-    workers: o.Workers = None,
+    memory: mo.Memory = "512MiB",
+    workers: mo.Workers = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -78,9 +80,11 @@ def soup(
             raise ParameterError(
                 "--kind learned: weighs all tensors", fix="leave out --include and --exclude"
             )
+        from mergebench.merge.device.choose import torch_device
+
         asked = descent.Asked(
-            models, task, base, select, None, report_on, device, out, force, limit, batch_size,
-            memory, workers, as_json, quiet,
+            models, task, base, select, None, report_on, torch_device(device), out, force, limit,
+            batch_size, memory, workers, as_json, quiet,
         )  # fmt: skip
         _learned(asked, by, {"epochs": epochs, "rate": rate, "seed": seed, "precision": precision})
         return

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergebench.cli import console
+from mergebench.cli import machine_options as mo
 from mergebench.cli import options as o
+from mergebench.cli import recipe_options as ro
 
 if TYPE_CHECKING:
     from mergebench.spectral.store import Store
@@ -94,7 +96,7 @@ def spectral(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace existing files.")] = False,
-    memory: o.Memory = "2GiB",
+    memory: mo.Memory = "2GiB",
     workers: Annotated[
         int | None,
         typer.Option(
@@ -119,7 +121,7 @@ def spectral(
         typer.Option("--cache-size", help="Most to keep there.", envvar="MERGEBENCH_CACHE_SIZE"),
     ] = "8GiB",
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep and use nothing.")] = False,
-    lora_alpha: o.LoraAlpha = None,
+    lora_alpha: ro.LoraAlpha = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -134,6 +136,7 @@ def spectral(
       mergebench spectral adapter --base base --only intruders --epsilon 0.3,0.5,0.7
       mergebench spectral ft1 ft2 --base base --json
     """
+    from mergebench.merge.kernels import ready
     from mergebench.pages import check_page, check_pictures
     from mergebench.spectral.against import changes, load_report
     from mergebench.spectral.engine import analyse, check_names
@@ -164,6 +167,7 @@ def spectral(
             workers=workers,
             store=store,
             progress=progress,
+            compiles=ready.wanted,
         )
     data = report.to_json()
     if earlier is not None:
@@ -189,10 +193,11 @@ def spectral(
 
 
 def _store(cache: Path | None, size: str, off: bool) -> Store | None:
-    from mergebench.spectral.store import Store, default_folder
+    from mergebench.core.cache_folder import cache_folder
+    from mergebench.spectral.store import Store
 
     limit = o.size("--cache-size", size)
-    return None if off else Store((cache or default_folder()).expanduser(), limit)
+    return None if off else Store((cache or cache_folder()).expanduser(), limit)
 
 
 def _params(texts: list[str] | tuple[()], **flags: Any) -> dict[str, dict[str, Any]]:

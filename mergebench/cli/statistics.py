@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergebench.cli import console
+from mergebench.cli import machine_options as mo
 from mergebench.cli import options as o
 from mergebench.cli import scoring as s
 
@@ -64,7 +65,7 @@ def statistics(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the classes that are drawn.")] = 0,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:1.")] = "cpu",
+    device: mo.Device = "cpu",
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="A .safetensors file; of several models a folder."),
@@ -72,8 +73,8 @@ def statistics(
     force: o.Force = False,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Most examples of each task.")] = 256,
     batch_size: s.Batch = 32,
-    memory: o.Memory = "512MiB",
-    workers: o.Workers = None,
+    memory: mo.Memory = "512MiB",
+    workers: mo.Workers = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -87,15 +88,17 @@ def statistics(
       mergebench fit statistics ft1 --base base --kind fisher --task eval.py -o one.safetensors
       mergebench fit statistics ft1 ft2 --kind fisher -t a=eval.py -t b=eval.py -o fishers
     """
-    from mergebench.checkpoints.staging import check_destination
+    from mergebench.checkpoints.destination import check_destination
     from mergebench.core.errors import ParameterError, did_you_mean
     from mergebench.merge.collected import KINDS
+    from mergebench.merge.device.choose import torch_device
     from mergebench.merge.fit.fishers import LABELS
     from mergebench.merge.fit.statistics import How, save
 
     for option, value, known in (("--kind", kind, KINDS), ("--labels", labels, LABELS)):
         if value not in known:
             raise ParameterError(f"{option}: {value!r}", fix=did_you_mean(value, known))
+    device = torch_device(device)
     places = _places(models, out)
     for place in places:
         check_destination(place, single_file=True, force=force)
@@ -163,7 +166,7 @@ def _collected(
     from mergebench.merge.fit.candidate import only
     from mergebench.merge.fit.statistics import collect
     from mergebench.merge.fit.through import collect_through
-    from mergebench.sources import split_weight
+    from mergebench.sources.references import split_weight
 
     make, made = s.maker(memory, workers), []
     if kind == "gram_pp":

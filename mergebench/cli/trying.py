@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mergebench.cli import console
+from mergebench.cli import machine_options as mo
 from mergebench.cli import options as o
+from mergebench.cli import recipe_options as ro
 from mergebench.core.errors import EXIT_FINDINGS
 
 if TYPE_CHECKING:
@@ -48,8 +50,8 @@ def check(
     stride: Annotated[
         int | None, typer.Option("--stride", min=1, help="Tokens from window to window.")
     ] = None,
-    lora_alpha: o.LoraAlpha = None,
-    workers: o.Workers = None,
+    lora_alpha: ro.LoraAlpha = None,
+    workers: mo.Workers = None,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from mergebench.cli import console
 from mergebench.cli import options as o
+from mergebench.cli import recipe_options as ro
 
 
 def adapters(
@@ -109,8 +110,8 @@ def make_basis(
     seed: Annotated[
         int, typer.Option("--seed", help="Names the bases: the same for all that are to be added.")
     ] = 0,
-    include: o.Include = None,
-    exclude: o.Exclude = None,
+    include: ro.Include = None,
+    exclude: ro.Exclude = None,
     dtype: Annotated[str, typer.Option("--dtype", help="f32, f64, bf16 or f16.")] = "f32",
     force: o.Force = False,
     as_json: o.Json = False,

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from mergebench.compute.cut import Cut
 from mergebench.compute.namespace import namespace
-from mergebench.compute.select import Cut
 
 
 def keep_mask(stack: Any, cuts: Sequence[Cut], name: str, start: int) -> Any:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mergebench.compute.namespace import as_numpy
 from mergebench.compute.seen import Seen
-from mergebench.compute.select import as_numpy, kth_magnitudes
+from mergebench.compute.select import kth_magnitudes
 
 Change = Callable[[Any], NDArray[Any]]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Iterator
 from importlib.metadata import entry_points
@@ -15,7 +16,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Named entries, filled by importing every module of a leaf folder once.
+    """Named entries, filled by importing the modules of a leaf folder when they are asked for.
 
     Parameters
     ----------
@@ -46,24 +47,41 @@ class Registry(Generic[T]):
             if self._loaded:
                 return
             self._loaded = True
-            package = importlib.import_module(self.package)
-            for module in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{self.package}.{module.name}")
-            for point in entry_points(group=self.group):
-                point.load()
+            try:
+                package = importlib.import_module(self.package)
+                for module in pkgutil.iter_modules(package.__path__):
+                    importlib.import_module(f"{self.package}.{module.name}")
+                for point in entry_points(group=self.group):
+                    point.load()
+            except BaseException:
+                # What is wrong with one is said again, rather than that the others are unknown.
+                self._loaded = False
+                raise
+
+    def _find(self, name: str) -> T | None:
+        # The smallest merge asks hundreds of times.
+        if (found := self._entries.get(name)) is not None:
+            return found
+        with self._loading:
+            if not self._loaded and isinstance(name, str) and name.isidentifier():
+                # Nearly all stand in a module of their name, and importing all takes long.
+                where = f"{self.package}.{name}"
+                if importlib.util.find_spec(where) is not None:
+                    importlib.import_module(where)
+            if name not in self._entries:
+                self._load()
+        return self._entries.get(name)
 
     def __getitem__(self, name: str) -> T:
-        self._load()
-        try:
-            return self._entries[name]
-        except KeyError:
+        found = self._find(name)
+        if found is None:
             raise ParameterError(
-                f"no {self.noun} {name!r}", fix=did_you_mean(name, self._entries)
-            ) from None
+                f"no {self.noun} {name!r}", fix=did_you_mean(str(name), self._entries)
+            )
+        return found
 
     def __contains__(self, name: str) -> bool:
-        self._load()
-        return name in self._entries
+        return self._find(name) is not None
 
     def __iter__(self) -> Iterator[str]:
         self._load()

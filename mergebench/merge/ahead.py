@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 WINDOW, PIECE = 1 << 25, 1 << 23
 #: Bytes of one file that are let go of at a time.
 STEP = 1 << 23
-_PAGE = 1 << 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,7 +236,7 @@ class _Done:
         self.start = self.stop = self.told = start
 
     def add(self, extent: Extent) -> None:
-        if not self.start <= extent.offset <= self.stop + _PAGE:
+        if not self.start <= extent.offset <= self.stop + page_cache.PAGE:
             self.tell()
             self.start = self.stop = self.told = extent.offset
         self.stop = max(self.stop, extent.end)
@@ -268,15 +267,15 @@ def _key(extent: Extent) -> tuple[int, int]:
 
 def room_of(plan: Plan) -> int | None:
     """Bytes of the page cache that a large run may take; ``None`` for a run it has room for."""
-    room = page_cache.limit()
-    if room is not None and plan.read_bytes + plan.write_bytes <= room:
+    moved = plan.read_bytes + plan.write_bytes
+    if moved <= page_cache.LITTLE and not page_cache.asked():
         return None
-    return room
+    room = page_cache.limit()
+    return None if room is not None and moved <= room else room
 
 
-def ahead_of(plan: Plan) -> Ahead:
-    """The policy of a run."""
-    room = room_of(plan)
+def ahead_of(plan: Plan, room: int | None) -> Ahead:
+    """The policy of a run that has this room (:func:`room_of`)."""
     items, copies, own = plan.aligned.items, plan.aligned.copies, plan.aligned.own
     steps = []
     for name in plan.aligned.order:

@@ -19,15 +19,12 @@ from mergebench.merge.engine import Progress, execute_in_memory
 from mergebench.merge.limits import DEFAULT_MEMORY
 from mergebench.merge.many.numbered import WAIT
 from mergebench.merge.many.where import Where
-from mergebench.merge.plan import Plan, make_plan
-from mergebench.recipe import ModelRef, OpRef, Part, Recipe, parse_op, part_in, with_rules
-from mergebench.sources import (
-    Source,
-    fingerprint,
-    source_of_arrays,
-    source_of_deltas,
-    split_weight,
-)
+from mergebench.merge.plan import Plan
+from mergebench.merge.planning import make_plan
+from mergebench.recipe import ModelRef, Recipe, with_rules
+from mergebench.sources import Source, fingerprint, source_of_arrays, source_of_deltas
+from mergebench.sources.references import split_weight
+from mergebench.steps import OpRef, Part, parse_op, part_in
 
 #: What may stand for a model: a reference, a state dict, or one of them with a weight.
 Model = str | PathLike[str] | Mapping[str, Any] | Checkpoint | tuple[Any, float]

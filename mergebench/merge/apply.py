@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mergebench.compute.namespace import namespace
-from mergebench.compute.select import as_numpy
+from mergebench.compute.namespace import as_numpy, namespace
 from mergebench.core.errors import MismatchError
 from mergebench.core.site import make_sites, parse_pattern
 from mergebench.core.tensor import FLOATING, dtype_name

@@ -15,7 +15,8 @@ from mergebench.loading.report import Loaded, NotCheckedError, without_inherited
 from mergebench.merge.drift import Drift, Progress, drift
 from mergebench.merge.inputs import check_input
 from mergebench.merge.made import read_made
-from mergebench.sources import Source, open_source, with_base
+from mergebench.sources import Source
+from mergebench.sources.opening import open_source, with_base
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from mergebench.core.schedule import Cases
 from mergebench.core.selector import Selector
 from mergebench.merge.outcome import Written
 from mergebench.recipe import ModelRef, Recipe
-from mergebench.sources import open_source
+from mergebench.sources.opening import open_source
 
 #: Numbers of one direction, by what the op calls them.
 _DIRECTION = {

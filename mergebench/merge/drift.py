@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 
 from mergebench.checkpoints.layout import Checkpoint
+from mergebench.checkpoints.passing import Passing
+from mergebench.compute.entrywise import SUMS, Passes, Rows, passes
+from mergebench.compute.machine import cores
+from mergebench.compute.pairwise import as_matrix, every_pair, inner_products
 from mergebench.compute.threads import one_thread
-from mergebench.core.delta import Delta, Dense, Difference, Replacement, resident, tile
+from mergebench.core.delta import Delta, Difference, Replacement
 from mergebench.core.errors import MismatchError
 from mergebench.core.site import make_sites
 from mergebench.core.tensor import FLOATING, Array, Tensor, size_of
-from mergebench.merge.limits import cores
+from mergebench.merge.kernels import ready
 from mergebench.merge.verify import in_order
 from mergebench.sources import Applied, Source
 
-_PIECE = 1 << 16
 _SINGULAR = 1e-9
 
 #: ``(what is being done, entries done, entries in all)``.
@@ -176,6 +179,7 @@ def drift(
             notes.append(f"{each.label} lacks {lacking} tensors, which count as unchanged")
     shapes = {name: _shape(row) for name, row in rows.items()}
     total = sum(size_of(shape) for shape in shapes.values())
+    compiled = passes() if ready.wanted(total * (len(inputs) + 1) // SUMS) else None
     done = 0
     sums: dict[str, _Sum] = {}
     whole = _Sum.empty(len(inputs))
@@ -184,11 +188,12 @@ def drift(
     order = [f"{stack}.{block}" for stack, block in blocks]
 
     def measured(name: str) -> Array:
-        origin = None if under is None else under.tensors.get(name)
-        return _products(rows[name], origin, size_of(shapes[name]))
+        return _products(rows[name], _origin(under, name), size_of(shapes[name]), compiled)
 
+    passing = Passing((_origin(under, name), row) for name, row in rows.items())
     with one_thread():
         for name, products in in_order(measured, list(rows), workers or cores()):
+            passing.done(_origin(under, name), rows[name])
             site = sites[name]
             where = site.kind if site.block is None else f"{site.stack}.{site.block}"
             for one in (sums.setdefault(where, _Sum.empty(len(inputs))), whole):
@@ -196,6 +201,7 @@ def drift(
             done += site.size
             if progress is not None:
                 progress("measuring drift", done, total)
+    passing.over()
     listed = [*(each for each in order if each in sums), *sorted(sums.keys() - set(order))]
     return Drift(
         tuple(each.label for each in inputs),
@@ -236,9 +242,13 @@ def _names(merged: Source, base: Checkpoint | None) -> tuple[list[str], int]:
     return names, len(wanted) - len(names)
 
 
+def _origin(base: Checkpoint | None, name: str) -> Tensor | None:
+    return None if base is None else base.tensors.get(name)
+
+
 def _displacement(source: Source, base: Checkpoint | None, name: str) -> Delta | None:
     """What a source changes a tensor by; ``None`` for nothing."""
-    origin = None if base is None else base.tensors.get(name)
+    origin = _origin(base, name)
     delta = None if source.deltas is None else source.deltas.get(name)
     own = source.checkpoint
     if own is None:
@@ -269,21 +279,18 @@ def _shape(row: Sequence[Delta | None]) -> tuple[int, ...]:
     return row[0].shape
 
 
-def _products(row: Sequence[Delta | None], origin: Tensor | None, size: int) -> Array:
-    """Inner products of all displacements and, in the last row and column, of the base."""
-    held = [None if each is None else resident(each) for each in row]
-    if origin is not None:
-        held.append(Dense(origin))
-    found = np.zeros((len(held), len(held)))
-    wide = np.dtype(np.float64)
-    for start in range(0, size, _PIECE):
-        stop = min(start + _PIECE, size)
-        stack = np.zeros((len(held), stop - start))
-        for position, each in enumerate(held):
-            if each is not None:
-                stack[position] = tile(each, start, stop, wide)
-        found += stack @ stack.T
-    return found
+def _products(
+    row: Sequence[Delta | None], origin: Tensor | None, size: int, compiled: Passes | None
+) -> Array:
+    """Inner products of all displacements and, in the last row and column, the base's square."""
+    rows = Rows(origin, row, size)
+    own = [] if origin is None else [(0, 0)]
+    pairs = [*every_pair(rows.count, rows.first), *own]
+    sums, _ = inner_products(rows, pairs, (), compiled)
+    found = as_matrix(pairs, sums, rows.count)
+    # The base stands first there.
+    order = [*range(rows.first, rows.count), *range(rows.first)]
+    return found[np.ix_(order, order)]
 
 
 @dataclass(eq=False)

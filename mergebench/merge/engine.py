@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
-from mergebench.checkpoints.staging import check_destination
-from mergebench.checkpoints.writer import Output, together
+from mergebench.checkpoints.destination import check_destination
+from mergebench.checkpoints.together import together
+from mergebench.checkpoints.writer import Output
 from mergebench.compute.threads import one_thread
 from mergebench.core.tensor import Array
 from mergebench.manifest import MANIFEST, sealed, with_outputs
@@ -18,6 +20,7 @@ from mergebench.merge.one_tensor import merge_tensor, targets_of
 from mergebench.merge.outcome import Found, Written, earlier, record, written
 from mergebench.merge.plan import Plan
 from mergebench.merge.resume import Ledger, resume_key
+from mergebench.merge.shared import Shared
 from mergebench.merge.sinks import Digests, Memory, Sink
 from mergebench.merge.stream import Evaluator
 
@@ -96,6 +99,7 @@ def execute(
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
     run: Run | None = None,
+    shared: Shared | None = None,
 ) -> list[Written]:
     """Run a plan and write its outputs, all of them in one reading of the inputs.
 
@@ -113,6 +117,8 @@ def execute(
         Called with sentences about work of an earlier run that is continued or thrown away.
     run : callable, optional
         How the outputs are filled; by the threads of this process if it is not given.
+    shared : Shared, optional
+        What other merges of the same inputs have measured; what this one measures is added.
 
     Returns
     -------
@@ -124,14 +130,16 @@ def execute(
         For what only the data can show: NaN, overflow of the output dtype, a full disk; and if
         another run is writing one of the outputs.
     """
-    outputs = outputs_of(plan, force=force)
+    room = room_of(plan)
+    outputs = outputs_of(plan, force=force, room=room)
     with together(outputs):
-        ledger = Ledger(plan, outputs)
+        ledger = Ledger(plan, outputs, shared)
         if note is not None:
             for sentence in ledger.notes():
                 note(sentence)
         show = progress or _unseen
-        found, unsorted = (run or _run_here)(plan, outputs, ledger, show, note)
+        fill = run or partial(_run_here, room=room)
+        found, unsorted = fill(plan, outputs, ledger, show, note)
         digests = [dict(sorted(each.items())) for each in unsorted]
         for variant, output, own in zip(plan.variants, outputs, digests, strict=True):
             if plan.package.single_file:
@@ -146,9 +154,12 @@ def _unseen(what: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
-def outputs_of(plan: Plan, *, force: bool) -> list[Output]:
-    """The outputs of a plan, not yet open; every variant must have a place."""
-    found, lean = [], room_of(plan) is not None
+def outputs_of(plan: Plan, *, force: bool, room: int | None) -> list[Output]:
+    """The outputs of a plan, not yet open; every variant must have a place.
+
+    ``room`` is that of :func:`mergebench.merge.ahead.room_of`.
+    """
+    found = []
     for variant in plan.variants:
         if variant.out is None:
             raise ValueError("a variant has no place to be written to")
@@ -159,7 +170,7 @@ def outputs_of(plan: Plan, *, force: bool) -> list[Output]:
             side=plan.package.sides(variant),
             force=force,
             key=resume_key(plan, variant),
-            lean=lean,
+            lean=room is not None,
         )
         found.append(output)
     return found
@@ -171,28 +182,36 @@ def _run_here(
     ledger: Ledger,
     progress: Progress,
     note: Callable[[str], None] | None,
+    room: int | None,
 ) -> tuple[Found, list[dict[str, str]]]:
     sinks = [Digests(output) for output in outputs]
-    with ahead_of(plan) as ahead:
+    with ahead_of(plan, room) as ahead:
         found = _run(plan, sinks, progress, ledger, ahead, note)
     return found, [sink.digests() for sink in sinks]
 
 
-def execute_in_memory(plan: Plan, progress: Progress | None = None) -> list[dict[str, Array]]:
+def execute_in_memory(
+    plan: Plan, progress: Progress | None = None, shared: Shared | None = None
+) -> list[dict[str, Array]]:
     """Run a plan and return its outputs as arrays, in the order of ``plan.variants``."""
     sinks = [Memory(plan.package.specs) for _ in plan.variants]
-    execute_into(plan, sinks, progress)
+    execute_into(plan, sinks, progress, shared)
     return [sink.arrays for sink in sinks]
 
 
-def execute_into(plan: Plan, sinks: Sequence[Sink], progress: Progress | None = None) -> Found:
+def execute_into(
+    plan: Plan,
+    sinks: Sequence[Sink],
+    progress: Progress | None = None,
+    shared: Shared | None = None,
+) -> Found:
     """Run a plan into sinks, one for each of ``plan.variants``.
 
     Tensors are computed in the order of ``plan.aligned.order``, and none besides; what is measured
     over the whole model is measured over all of its items.
     """
-    with ahead_of(plan) as ahead:
-        return _run(plan, sinks, progress or _unseen, Ledger(plan), ahead)
+    with ahead_of(plan, room_of(plan)) as ahead:
+        return _run(plan, sinks, progress or _unseen, Ledger(plan, (), shared), ahead)
 
 
 def _run(

@@ -8,7 +8,7 @@ from mergebench.adapters_zoo.adapter import ReadOptions
 from mergebench.core.errors import MismatchError, ParameterError, did_you_mean
 from mergebench.core.site import make_sites
 from mergebench.recipe import ModelRef, Recipe
-from mergebench.sources import open_source
+from mergebench.sources.opening import open_source
 
 #: What is done with embeddings and heads.
 EMBEDDINGS = ("whole", "lora", "base")

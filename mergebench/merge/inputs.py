@@ -12,7 +12,9 @@ from mergebench.checkpoints.stacking import parse_slices
 from mergebench.core.errors import MergebenchError
 from mergebench.merge.collected import named, open_collected
 from mergebench.merge.made import Finding, Made
-from mergebench.sources import Source, is_here, open_source, with_base
+from mergebench.sources import Source
+from mergebench.sources.opening import open_source, with_base
+from mergebench.sources.references import is_here
 
 _HASHES = ("header_hash", "header")
 

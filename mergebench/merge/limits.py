@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
+from mergebench.compute.machine import cores
 from mergebench.compute.matrices import matrix_shape
 from mergebench.compute.tiles import Load, Tiling, fit
 from mergebench.core.delta import LowRank
@@ -18,11 +19,14 @@ from mergebench.merge.item import Item
 from mergebench.merge.op import Chain, Granularity
 from mergebench.merge.package import Package
 from mergebench.merge.variants import Variant
-from mergebench.sources import Source, paths_of
+from mergebench.sources import Source
+from mergebench.sources.references import paths_of
 
 DEFAULT_MEMORY = 512 << 20
 #: What a search for a threshold may hold (see compute.select), and small buffers.
 _STATISTIC, _BUFFERS = 72 << 20, 8 << 20
+#: Entries of all models below which another thread costs more than it gains.
+_FEW = 1 << 16
 #: Stacks that a tile of what was collected, in float64, and shares made of it take.
 _TILED = 10
 
@@ -67,7 +71,8 @@ def choose_tiling(
     )
     if workers is not None and workers < 1:
         raise ParameterError("workers", expected="at least 1", got=str(workers))
-    tiling, least = fit(load, budget, workers or cores())
+    entries = sum(len(item.deltas) * item.site.size for item in items)
+    tiling, least = fit(load, budget, workers or (1 if entries < _FEW else cores()))
     needed = load.bytes(tiling)
     if needed > budget:
         why = ""
@@ -154,14 +159,6 @@ def _within(ops: Chain, models: int, rows: int, columns: int) -> int:
 
 def _mib(count: int) -> str:
     return f"{-(-count // (1 << 20))} MiB"
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:
-        return os.cpu_count() or 1
 
 
 def check_places(variants: Sequence[Variant], inputs: Sequence[Source]) -> None:

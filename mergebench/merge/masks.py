@@ -13,9 +13,10 @@ import numpy as np
 
 from mergebench.adapters_zoo.kinds.tasks import MASKS, UNIFIED, tasks_metadata
 from mergebench.adapters_zoo.masked import mask_bytes
+from mergebench.checkpoints.destination import check_destination
 from mergebench.checkpoints.placement import TensorSpec, plan_layout
-from mergebench.checkpoints.writer import Output, check_destination
-from mergebench.compute.select import as_numpy
+from mergebench.checkpoints.writer import Output
+from mergebench.compute.namespace import as_numpy
 from mergebench.compute.threads import one_thread
 from mergebench.core.errors import MergebenchError, ParameterError
 from mergebench.core.tensor import dtype_name
@@ -25,7 +26,8 @@ from mergebench.merge.engine import Progress
 from mergebench.merge.item import Item, load, located, opened
 from mergebench.merge.limits import DEFAULT_MEMORY
 from mergebench.merge.op import Chain, Op
-from mergebench.merge.plan import Plan, make_plan
+from mergebench.merge.plan import Plan
+from mergebench.merge.planning import make_plan
 from mergebench.merge.stream import Evaluator
 from mergebench.recipe import Recipe
 

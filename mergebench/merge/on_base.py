@@ -12,7 +12,8 @@ from mergebench.core.errors import MergebenchError, MismatchError
 from mergebench.core.tensor import Tensor
 from mergebench.merge.origin import UNRELATED, names_another, tells
 from mergebench.merge.sampled import Likeness, likeness
-from mergebench.sources import Source, open_source
+from mergebench.sources import Source
+from mergebench.sources.opening import open_source
 
 
 def check_fit(models: Sequence[Source], base: Source | None, *, allow: bool) -> list[str]:

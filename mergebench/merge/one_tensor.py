@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mergebench.compute.masking import moved
 from mergebench.compute.rounding import round_to
@@ -75,7 +77,10 @@ def targets_of(plan: Plan, name: str) -> list[str]:
 
 
 def pieces(plan: Plan, evaluator: Evaluator, item: Item) -> Iterator[tuple[int, list[Array], bool]]:
-    """``(first entry, one array per variant, any holes)`` of every job of a tensor, in order."""
+    """``(first entry, one array per variant, any holes)`` of every job of a tensor, in order.
+
+    The arrays are used again for what comes behind.
+    """
     dtype = plan.package.dtype_of(item.site.name)
     chains = [variant.at(item.site.name) for variant in plan.variants]
     cores = [in_core(evaluator, ops, item) for ops in chains]
@@ -85,23 +90,20 @@ def pieces(plan: Plan, evaluator: Evaluator, item: Item) -> Iterator[tuple[int, 
     fusible = len(dense) == len(chains) and evaluator.stores(dtype)
     fused = evaluator.fused(chains, item, unit, ends=True) if fusible else None
 
-    def by_kernel(start: int, stop: int) -> tuple[int, list[Array], bool]:
-        assert fused is not None
-        outs = [np.empty(stop - start, DTYPES[dtype]) for _ in plan.variants]
-        wide = fused.tile(evaluator.tiling.tile, unit)
-        room, some = fused.buffers(wide), False
-        for begin in range(start, stop, wide):
-            end = min(begin + wide, stop)
-            parts = [out[begin - start : end - start] for out in outs]
-            if not fused.merge(room, (begin, end), dtype, parts):
-                _, found, holes = by_ops(begin, end)
-                some |= holes
-                for part, values in zip(parts, found, strict=True):
-                    part[:] = values
-        return start, outs, some
+    size, spare = DTYPES[dtype].itemsize, evaluator.results
 
-    def by_ops(start: int, stop: int) -> tuple[int, list[Array], bool]:
-        outs = [np.empty(stop - start, DTYPES[dtype]) for _ in plan.variants]
+    def by_kernel(start: int, stop: int, outs: Sequence[Array]) -> bool:
+        assert fused is not None
+        wide, some = fused.tile(evaluator.tiling.tile, unit), False
+        with closing(fused.buffers(wide, evaluator.read_into)) as room:
+            for begin in range(start, stop, wide):
+                end = min(begin + wide, stop)
+                parts = [out[begin - start : end - start] for out in outs]
+                if not fused.merge(room, (begin, end), dtype, parts):
+                    some |= by_ops(begin, end, parts)
+        return some
+
+    def by_ops(start: int, stop: int, outs: Sequence[Array]) -> bool:
         some = False
         for begin, end in evaluator.tiling.tiles(start, stop, unit):
             parts, holes = merged_tile(evaluator, plan.variants, item, begin, end, cores)
@@ -110,18 +112,26 @@ def pieces(plan: Plan, evaluator: Evaluator, item: Item) -> Iterator[tuple[int, 
                 out[begin - start : end - start] = round_to(part, dtype, item.site.name)
                 if holes is not None:
                     out[begin - start : end - start][holes] = np.nan
-        return start, outs, some
+        return some
 
     work, name, ahead = by_ops if fused is None else by_kernel, item.site.name, evaluator.ahead
 
-    def coming() -> Iterator[Callable[[], tuple[int, list[Array], bool]]]:
+    def job(start: int, stop: int) -> tuple[int, list[Array], bool, list[NDArray[np.uint8]]]:
+        length = (stop - start) * size
+        blocks = [spare.take(length) for _ in plan.variants]
+        outs = [block[:length].view(DTYPES[dtype]) for block in blocks]
+        return start, outs, work(start, stop, outs), blocks
+
+    def coming() -> Iterator[Any]:
         for start, stop in jobs:
             ahead.comes(name, stop)
-            yield partial(work, start, stop)
+            yield partial(job, start, stop)
 
-    for start, outs, some in evaluator.each_job(coming()):
+    for start, outs, some, blocks in evaluator.each_job(coming()):
         ahead.read(name, start, start + outs[0].size, last=True)
         yield start, outs, some
+        for block in blocks:
+            spare.give(block)
 
 
 def in_core(evaluator: Evaluator, ops: Chain, item: Item) -> Item | None:

@@ -15,7 +15,8 @@ from mergebench.merge.collected import Collected, open_all
 from mergebench.merge.form import form_of
 from mergebench.merge.spaces import Space, space_of
 from mergebench.recipe import Recipe
-from mergebench.sources import Source, content, open_source, with_base
+from mergebench.sources import Source, content
+from mergebench.sources.opening import open_source, with_base
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,27 +11,17 @@ from typing import Any
 from mergebench.adapters_zoo.kinds.delta import delta_metadata
 from mergebench.adapters_zoo.pack import PackedLayout
 from mergebench.card import card
-from mergebench.checkpoints.hub import parse_hub
 from mergebench.checkpoints.layout import Checkpoint
 from mergebench.checkpoints.placement import PT, Layout, TensorSpec, plan_layout
 from mergebench.checkpoints.sizes import parse_size
 from mergebench.compute.backend import lapack
 from mergebench.core.errors import ParameterError
-from mergebench.core.schedule import to_plain
 from mergebench.core.tensor import FLOATING
-from mergebench.manifest import (
-    CARD,
-    DIGESTS,
-    KEY,
-    MANIFEST,
-    RECIPE,
-    as_metadata,
-    manifest,
-    no_digests,
-)
+from mergebench.manifest import CARD, DIGESTS, KEY, RECIPE, as_metadata, manifest, no_digests
 from mergebench.merge.align import Aligned
 from mergebench.merge.chains import tolerance_of
-from mergebench.merge.collected import Collected, named
+from mergebench.merge.collected import Collected
+from mergebench.merge.companions import companions, left_behind
 from mergebench.merge.item import Item
 from mergebench.merge.lora_layout import (
     STORED,
@@ -42,12 +32,12 @@ from mergebench.merge.lora_layout import (
     stored_dtype,
 )
 from mergebench.merge.method import METHODS
+from mergebench.merge.provenance import inputs_of, library_of, origins_of
 from mergebench.merge.template import with_template
 from mergebench.merge.variants import Variant
 from mergebench.recipe import Recipe
-from mergebench.sources import Source, pulled_from
+from mergebench.sources import Source
 
-_TORCH = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
 #: Stem of the weights inside an output folder.
 STEMS = {"model": "model", "lora": "adapter_model", "delta": "delta"}
 
@@ -208,20 +198,20 @@ def package(
         dense_bytes=dense_bytes(aligned, modules, form, variants),
         metadata=metadata,
         about={
-            "inputs": _inputs(models, weights, base, collected),
-            "library": _library(form, reference, packed),
+            "inputs": inputs_of(models, weights, base, collected),
+            "library": library_of(form, reference, packed),
         },
-        origins=tuple(_origins(models, base)),
+        origins=tuple(origins_of(models, base)),
         config={} if packed is None else packed.config,
         companions=with_template(
-            _companions(recipe, form, reference, sides or {}),
+            companions(recipe, form, reference, sides or {}),
             recipe.chat_template,
             None if form != "model" or single else reference,
             models,
         ),
         notes=(
             *(note for model in models if model.deltas is not None for note in model.deltas.notes),
-            *_notes(form, reference),
+            *left_behind(form, reference),
             *served,
             *tolerances(variants),
         ),
@@ -265,94 +255,6 @@ def _specs(aligned: Aligned, stored: Mapping[str, str], asked: str) -> list[Tens
             dtype = STORED[asked] if floating else tensor.dtype
             specs.append(TensorSpec(name, dtype, tensor.shape))
     return specs
-
-
-def _inputs(
-    models: Sequence[Source],
-    weights: Sequence[Any],
-    base: Source | None,
-    collected: Sequence[Collected | None] = (),
-) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    files = [*([None] if base else []), *(collected or [None] * len(models))]
-    given = [*([(base, None)] if base else []), *zip(models, weights, strict=True)]
-    for (source, weight), file in zip(given, files, strict=True):
-        each: dict[str, Any] = {
-            "role": "base" if weight is None else "model",
-            "path": source.label,
-        }
-        if weight is not None:
-            each["weight"] = to_plain(weight)
-        each["fingerprint"] = source.fingerprint
-        if (pulled := pulled_from(source)) is not None:
-            each["origin"] = pulled
-        if file is not None:
-            each["statistics"] = named(file)
-        each["files"] = [dict(one) for one in source.identity]
-        found.append(each)
-    return found
-
-
-def _origins(models: Sequence[Source], base: Source | None) -> list[str | None]:
-    """Where the inputs' own configs say they come from; paths here are nobody else's business."""
-    found: list[Any] = []
-    for source in [*([base] if base else []), *models]:
-        found += [parse_hub(reference).repo for reference in source.revisions]
-        found.append((pulled_from(source) or {}).get("repo"))
-        found.append(source.config.get("base_model_name_or_path"))
-        if source.checkpoint is not None and source.checkpoint.config is not None:
-            found.append(source.checkpoint.config.get("_name_or_path"))
-    return [name if isinstance(name, str) else None for name in found]
-
-
-def _library(form: str, reference: Source | None, packed: PackedLayout | None) -> str | None:
-    if packed is not None:
-        return "peft" if packed.config else "diffusers"
-    known = reference.checkpoint.config if reference and reference.checkpoint else None
-    return "transformers" if form == "model" and known and "model_type" in known else None
-
-
-def _companions(
-    recipe: Recipe,
-    form: str,
-    reference: Source | None,
-    sides: Mapping[str, bytes | Path | None],
-) -> dict[str, Path | bytes]:
-    """Files of the base that loaders need; its config says the dtype of the output."""
-    if form != "model" or reference is None or reference.checkpoint is None:
-        return {}
-    ours = {MANIFEST, RECIPE, CARD}
-    found: dict[str, Path | bytes] = {
-        name: path for name, path in reference.checkpoint.sides().items() if name not in ours
-    }
-    for name, content in sides.items() if reference.checkpoint.folder is not None else ():
-        found.pop(name, None)
-        if content is not None:
-            found[name] = content
-    config, changed = reference.checkpoint.config, reference.checkpoint.config_changed
-    if config is not None and "config.json" in found and (changed or recipe.dtype != "keep"):
-        if recipe.dtype != "keep":
-            config = _with_dtype(config, _TORCH[recipe.dtype])
-        found["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
-    return found
-
-
-def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The config with every dtype it names replaced, those of its parts included."""
-    changed: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype") and isinstance(value, str):
-            changed[key] = dtype
-        else:
-            changed[key] = _with_dtype(value, dtype) if isinstance(value, Mapping) else value
-    return changed
-
-
-def _notes(form: str, reference: Source | None) -> tuple[str, ...]:
-    if form != "model" or reference is None or reference.checkpoint is None:
-        return ()
-    left = reference.checkpoint.left_out
-    return tuple(f"{path.name} is not copied to the output" for path in left)
 
 
 def tolerances(variants: Sequence[Variant]) -> tuple[str, ...]:

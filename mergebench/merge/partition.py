@@ -12,7 +12,8 @@ from mergebench.core.selector import Selector
 from mergebench.core.site import Site
 from mergebench.merge.method import METHODS, Method
 from mergebench.merge.op import OPS
-from mergebench.recipe import OpRef, Part, Recipe
+from mergebench.recipe import Recipe
+from mergebench.steps import OpRef, Part
 
 
 def expanded_op(ref: OpRef) -> OpRef:

@@ -11,8 +11,10 @@ from mergebench.core.tensor import Array
 from mergebench.merge.at import Reading
 from mergebench.merge.engine import Progress, execute_into
 from mergebench.merge.limits import DEFAULT_MEMORY
-from mergebench.merge.plan import Plan, make_plan
-from mergebench.recipe import ModelRef, OpRef, Recipe
+from mergebench.merge.plan import Plan
+from mergebench.merge.planning import make_plan
+from mergebench.recipe import ModelRef, Recipe
+from mergebench.steps import OpRef
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 import threading
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mergebench.core.errors import MergebenchError
 from mergebench.core.tensor import nbytes
+from mergebench.core.version import own_version
 from mergebench.merge.chains import is_linear, tolerance_of
 from mergebench.merge.compared import Comparison
 from mergebench.merge.engine import Progress, execute_into
@@ -18,9 +18,11 @@ from mergebench.merge.inputs import check_input, find_input
 from mergebench.merge.limits import DEFAULT_MEMORY
 from mergebench.merge.made import Finding, Made, read_made
 from mergebench.merge.one_tensor import targets_of
-from mergebench.merge.plan import Plan, make_plan
+from mergebench.merge.plan import Plan
+from mergebench.merge.planning import make_plan
 from mergebench.merge.verify import tensor_digest
-from mergebench.recipe import Recipe, recipe_from_dict
+from mergebench.recipe import Recipe
+from mergebench.recipe.reading import recipe_from_dict
 from mergebench.sources import Source
 
 
@@ -223,7 +225,7 @@ def _is_intact(made: Made, name: str) -> bool:
 
 def _notes(made: Made, plan: Plan) -> tuple[str, ...]:
     notes = []
-    then, now = made.manifest.get("mergebench"), version("mergebench")
+    then, now = made.manifest.get("mergebench"), own_version()
     if then != now:
         notes.append(f"written by mergebench {then}, replayed by {now}")
     whole = [

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -15,15 +14,20 @@ import xxhash
 from mergebench.checkpoints.documents import is_file
 from mergebench.checkpoints.tokenizers import FILES as TOKENS
 from mergebench.checkpoints.writer import Output
-from mergebench.compute.select import Cut
+from mergebench.compute.cut import Cut
 from mergebench.core.tensor import Tensor, size_of
+from mergebench.core.version import own_version
 from mergebench.merge.at import Reading
+from mergebench.merge.notation import Notation
 from mergebench.merge.op import Chain
 from mergebench.merge.plan import Plan
+from mergebench.merge.shared import Measured, Shared
 from mergebench.merge.variants import Variant
 from mergebench.sources import Source
 
 _PIECE = 1 << 22
+#: How journals hold what was measured.
+NOTATION = Notation({"cut": Cut})
 
 
 def resume_key(plan: Plan, variant: Variant) -> str:
@@ -43,7 +47,7 @@ def decides(plan: Plan, variant: Variant) -> dict[str, Any]:
     if variant.recipe.vocab == "error":
         sources = []
     about = {
-        "mergebench": version("mergebench"),
+        "mergebench": own_version(),
         "recipe": variant.stored.to_dict(),
         "ops": [[str(op) for op in ops] for ops in variant.distinct],
         "form": plan.form,
@@ -99,66 +103,6 @@ def _content(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def encode(value: Any) -> Any:
-    """A measured value as plain JSON, exactly.
-
-    Raises
-    ------
-    TypeError
-        For a type that :func:`decode` would not give back.
-    """
-    # Exact types: a number of numpy is no Python number, and computes otherwise.
-    kind = type(value)
-    if value is None or kind in (bool, int, str):
-        return value
-    if kind is float:
-        return {"float": value.hex()}
-    if kind is bytes:
-        return {"bytes": value.hex()}
-    if kind is list:
-        return [encode(each) for each in value]
-    if kind is tuple:
-        return {"tuple": [encode(each) for each in value]}
-    if kind is dict:
-        return {"dict": [[encode(key), encode(each)] for key, each in value.items()]}
-    if kind is Cut:
-        return {"cut": [encode(each) for each in (value.value, value.name, value.index)]}
-    if kind is np.ndarray and value.dtype.kind in "biuf" and value.dtype.isnative:
-        data = np.ascontiguousarray(value).tobytes()
-        return {"array": [value.dtype.str, list(value.shape), data.hex()]}
-    raise TypeError(f"a {kind.__name__} cannot be kept for a later run")
-
-
-def decode(data: Any) -> Any:
-    """The value that :func:`encode` was given.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If it never was.
-    """
-    if isinstance(data, list):
-        return [decode(each) for each in data]
-    if not isinstance(data, dict):
-        return data
-    ((kind, body),) = data.items()
-    match kind:
-        case "float":
-            return float.fromhex(body)
-        case "bytes":
-            return bytes.fromhex(body)
-        case "tuple":
-            return tuple(decode(each) for each in body)
-        case "dict":
-            return {decode(key): decode(each) for key, each in body}
-        case "cut":
-            return Cut(*(decode(each) for each in body))
-        case "array":
-            dtype, shape, content = body
-            return np.frombuffer(bytes.fromhex(content), np.dtype(dtype)).reshape(shape).copy()
-    raise ValueError(f"{kind!r} is no kind of value")
-
-
 def _statistic(ops: Chain, name: str) -> str:
     return json.dumps(["statistic", [str(op) for op in ops], name])
 
@@ -178,15 +122,21 @@ def _passed(name: str) -> str:
 class _Known(dict[tuple[Chain, str], Any]):
     """Measured values by (ops up to the one that asked, tensor or part); new ones are noted."""
 
-    def __init__(self, outputs: Sequence[tuple[Variant, Output]]) -> None:
+    def __init__(
+        self, outputs: Sequence[tuple[Variant, Output]], shared: Measured | None = None
+    ) -> None:
         super().__init__()
-        self._outputs = outputs
+        self._outputs, self._shared = outputs, shared
 
     def __setitem__(self, key: tuple[Chain, str], value: Any) -> None:
         super().__setitem__(key, value)
+        if self._shared is not None:
+            self._shared.add(key, value)
+        if not self._outputs:
+            return
         ops, name = key
         try:
-            data = encode(value)
+            data = NOTATION.encode(value)
         except TypeError:
             return
         for variant, output in self._outputs:
@@ -197,7 +147,7 @@ class _Known(dict[tuple[Chain, str], Any]):
                 output.settle(_statistic(ops, name), data)
 
     def recall(self, key: tuple[Chain, str], value: Any) -> None:
-        """Take over what an earlier run has measured."""
+        """Take over what an earlier run, or another merge, has measured."""
         super().__setitem__(key, value)
 
 
@@ -209,6 +159,8 @@ class Ledger:
     plan : Plan
     outputs : sequence of Output
         Open, in the order of ``plan.variants``; none for a merge in memory.
+    shared : Shared, optional
+        What other merges of this process have measured, and what this one adds.
 
     Attributes
     ----------
@@ -218,16 +170,24 @@ class Ledger:
         Entries that need not be read again to measure them.
     """
 
-    def __init__(self, plan: Plan, outputs: Sequence[Output] = ()) -> None:
+    def __init__(
+        self, plan: Plan, outputs: Sequence[Output] = (), shared: Shared | None = None
+    ) -> None:
         self._plan, self._outputs = plan, tuple(outputs)
         pairs = list(zip(plan.variants, outputs, strict=True)) if outputs else []
-        self.known = _Known(pairs)
+        common = None if shared is None else shared.of(plan, decides(plan, plan.variants[0]))
+        self.known = _Known(pairs, common)
         self.swept = 0
+        for variant in plan.variants if common is not None else ():
+            for ops, name, size in _asked(plan, variant):
+                if common is not None and (ops, name) in common and (ops, name) not in self.known:
+                    self.known.recall((ops, name), common[ops, name])
+                    self.swept += size
         for variant, output in pairs:
             for ops, name, size in _asked(plan, variant):
                 data = output.settled.get(_statistic(ops, name))
                 if data is not None and (ops, name) not in self.known:
-                    self.known.recall((ops, name), decode(data))
+                    self.known.recall((ops, name), NOTATION.decode(data))
                     self.swept += size
 
     def is_finished(self, names: Sequence[str]) -> bool:
@@ -239,33 +199,33 @@ class Ledger:
     def lose(self, index: int, name: str, residual: float) -> None:
         """Note what truncation has cost a tensor of output ``index``; before it is finished."""
         if self._outputs:
-            self._outputs[index].settle(_residual(name), encode(residual))
+            self._outputs[index].settle(_residual(name), NOTATION.encode(residual))
 
     def lost(self, index: int, name: str) -> float | None:
         """What an earlier run has noted; ``None`` where nothing was truncated."""
         data = self._outputs[index].settled.get(_residual(name))
-        return None if data is None else float(decode(data))
+        return None if data is None else float(NOTATION.decode(data))
 
     def report(self, index: int, name: str, readings: Sequence[Reading]) -> None:
         """Note what ops have said of a tensor of output ``index``; before it is finished."""
         if self._outputs:
             data = [(one.what, one.models, one.value) for one in readings]
-            self._outputs[index].settle(_report(name), encode(data))
+            self._outputs[index].settle(_report(name), NOTATION.encode(data))
 
     def reported(self, index: int, name: str) -> tuple[Reading, ...]:
         """What an earlier run has noted."""
         data = self._outputs[index].settled.get(_report(name))
-        return () if data is None else tuple(Reading(*each) for each in decode(data))
+        return () if data is None else tuple(Reading(*each) for each in NOTATION.decode(data))
 
     def pass_through(self, name: str, counts: Mapping[str, int]) -> None:
         """Note how many entries of a tensor are not finite, by model; before it is finished."""
         for output in self._outputs[:1]:
-            output.settle(_passed(name), encode(dict(counts)))
+            output.settle(_passed(name), NOTATION.encode(dict(counts)))
 
     def passed(self, name: str) -> dict[str, dict[str, int]]:
         """What an earlier run has noted, by the tensor's name; empty if nothing."""
         data = self._outputs[0].settled.get(_passed(name)) if self._outputs else None
-        return {} if data is None else {name: decode(data)}
+        return {} if data is None else {name: NOTATION.decode(data)}
 
     def notes(self) -> Iterator[str]:
         """What the user should know about earlier runs."""

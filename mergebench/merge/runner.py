@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from mergebench.compute.spare import Spare
 from mergebench.core.tensor import Array
 
 
@@ -15,8 +16,8 @@ class Runner(Protocol):
         """Entries of a tile of whole units, where the ops are given narrow ones."""
         ...
 
-    def buffers(self, tile: int) -> Any:
-        """Room for one worker."""
+    def buffers(self, tile: int, spare: Spare) -> Any:
+        """Room for one worker, with a ``close`` that gives back what was taken from ``spare``."""
         ...
 
     def merge(self, room: Any, span: tuple[int, int], dtype: str, outs: Sequence[Array]) -> bool:
@@ -29,4 +30,8 @@ class Runner(Protocol):
 
     def stack(self, room: Any) -> Any:
         """The same entries after the only chain; ``None`` where the ops have to."""
+        ...
+
+    def runs(self, room: Any, spans: Sequence[tuple[int, int]]) -> Any:
+        """What :meth:`stack` gives for runs of entries, side by side; ``None`` where it has to."""
         ...

@@ -14,19 +14,21 @@ import numpy as np
 from mergebench.adapters_zoo.kinds.sparse import INDICES, VALUES, sparse_metadata
 from mergebench.checkpoints.containers import SFT
 from mergebench.checkpoints.descriptors import cannot
+from mergebench.checkpoints.destination import check_destination
 from mergebench.checkpoints.layout import Checkpoint
 from mergebench.checkpoints.placement import TensorSpec, plan_layout
 from mergebench.checkpoints.sft import sft_bytes
-from mergebench.checkpoints.writer import Output, check_destination
+from mergebench.checkpoints.writer import Output
 from mergebench.core.errors import MergebenchError, MismatchError, ParameterError, ResourceError
 from mergebench.core.selector import Selector
 from mergebench.core.site import make_sites
 from mergebench.core.tensor import FLOATING, Array, dtype_name, read_all
 from mergebench.merge.engine import Progress, execute_into
 from mergebench.merge.limits import DEFAULT_MEMORY
-from mergebench.merge.plan import Plan, make_plan
+from mergebench.merge.plan import Plan
+from mergebench.merge.planning import make_plan
 from mergebench.recipe import ModelRef, Recipe
-from mergebench.sources import load
+from mergebench.sources.opening import load
 
 FORMATS = ("safetensors", "sft")
 # Of an entry: its place, its value, and both once more while they are put together.

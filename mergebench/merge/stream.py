@@ -10,12 +10,13 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from mergebench.compute.spare import Spare
 from mergebench.compute.tiles import Tiling
 from mergebench.merge.abreast import Abreast
 from mergebench.merge.ahead import Ahead
 from mergebench.merge.at import At, Reading, Stack
 from mergebench.merge.chains import granularity_of, needs_base
-from mergebench.merge.device.choose import Device
+from mergebench.merge.device.choose import ON_DEVICE, Device
 from mergebench.merge.item import Item, located
 from mergebench.merge.kernels.fuse import fits, fuse
 from mergebench.merge.kernels.ready import kernels
@@ -23,10 +24,6 @@ from mergebench.merge.kernels.running import Kernels
 from mergebench.merge.op import Chain
 from mergebench.merge.runner import Runner
 from mergebench.merge.sweep import ItemSweep, Scope
-
-#: What a device can round results to.
-ON_DEVICE = frozenset({"BF16", "F16", "F32", "F8_E4M3", "F8_E5M2"})
-
 
 R = TypeVar("R")
 
@@ -64,6 +61,15 @@ class Evaluator:
     spread: Spread | None = None
     ahead: Ahead = field(default_factory=Ahead)
     device: Device | None = None
+    #: For what a worker reads, and for results on their way to a sink.
+    read_into: Spare = field(init=False)
+    results: Spare = field(init=False)
+
+    def __post_init__(self) -> None:
+        models = max((len(item.deltas) for item in self.items.values()), default=0)
+        # As wide as Fused.tile makes them; most results are no wider than float32.
+        self.read_into = Spare(8 * self.tiling.tile * (models + 1))
+        self.results = Spare(4 * self.tiling.job)
 
     def prepare(self, ops: Chain, item: Item, *, whole: bool = False) -> None:
         """Measure everything that ``ops`` needs before it can run on ``item``.

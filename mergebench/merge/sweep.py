@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from mergebench.compute.select import as_numpy
+from mergebench.compute.namespace import as_numpy
 from mergebench.merge.at import At, Stack
 from mergebench.merge.chains import combines, needs_base
 from mergebench.merge.item import Item, load, located, opened
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 Tiles = Iterable[tuple[int, int]]
-#: Entries of a run that is sampled.
-_RUN = 1024
+#: Entries of a run that is sampled, and runs that a worker takes at once.
+_RUN, _RUNS = 1024, 16
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,17 @@ class ItemSweep:
         self, visit: Callable[[Stack, At], R], spans: Collection[tuple[str, int, int]]
     ) -> Iterator[tuple[At, R]]:
         """Run ``visit`` on some of the tiles only, named by tensor and entries."""
+        for results in self.owner.each_job(self._jobs_again(visit, spans)):
+            yield from results
+
+    def _jobs_again(
+        self, visit: Callable[[Stack, At], R], spans: Collection[tuple[str, int, int]]
+    ) -> Iterator[Callable[[], list[tuple[At, R]]]]:
         for item in self.items:
             own = [(start, stop) for name, start, stop in spans if name == item.site.name]
             ready = opened(item) if own else item
-            for start, stop in own:
-                with np.errstate(over="ignore", invalid="ignore"):
-                    for at, stack in self._by_ops(ready, [(start, stop)]):
-                        yield at, visit(stack, at)
+            for span in own:
+                yield partial(self._ops_job, visit, ready, partial(iter, [span]))
 
     def _jobs(self, visit: Callable[[Stack, At], R]) -> Iterator[Callable[[], list[tuple[At, R]]]]:
         for item in self.items:
@@ -145,23 +150,23 @@ class ItemSweep:
         by_kernel = getattr(visit, "by_kernel", None)
         narrow, found = self.owner.tiling.tile, []
         wide = fused.tile(narrow, unit)
-        room = fused.buffers(wide)
-        looking = fused.looking(room)
-        for begin in range(*job, wide):
-            end = min(begin + wide, job[1])
-            at = self.after(item.at(begin, end))
-            room.read(begin, end)
-            result = None if by_kernel is None else by_kernel(looking, at)
-            if result is not None:
-                found.append((at, result))
-                continue
-            stack = fused.stack(room)
-            if stack is None:
-                tiles = self.owner.tiling.tiles(begin, end, unit)
-                found += [(at, visit(stack, at)) for at, stack in self._by_ops(item, tiles)]
-            else:
-                at = at if self.ops else replace(at, models=stack)
-                found.append((at, visit(stack, at)))
+        with closing(fused.buffers(wide, self.owner.read_into)) as room:
+            looking = fused.looking(room)
+            for begin in range(*job, wide):
+                end = min(begin + wide, job[1])
+                at = self.after(item.at(begin, end))
+                room.read(begin, end)
+                result = None if by_kernel is None else by_kernel(looking, at)
+                if result is not None:
+                    found.append((at, result))
+                    continue
+                stack = fused.stack(room)
+                if stack is None:
+                    tiles = self.owner.tiling.tiles(begin, end, unit)
+                    found += [(at, visit(stack, at)) for at, stack in self._by_ops(item, tiles)]
+                else:
+                    at = at if self.ops else replace(at, models=stack)
+                    found.append((at, visit(stack, at)))
         return found
 
     def _fused(self, item: Item, unit: int) -> Runner | None:
@@ -186,32 +191,52 @@ class ItemSweep:
             found = found.after(each, at)
         return found
 
+    def each_job(self, jobs: Iterable[Callable[[], R]]) -> Iterator[R]:
+        """Results of any jobs, in order, on the threads that look at tiles."""
+        return self.owner.each_job(jobs)
+
     def sample(self, count: int) -> Stack:
         """Runs of entries, evenly spread over the scope."""
+        return np.concatenate(list(self.owner.each_job(self._sampling(count))), axis=1)
+
+    def _sampling(self, count: int) -> Iterator[Callable[[], Stack]]:
         runs = max(count // _RUN, 1)
         stride = max(self.size / runs, 1.0)
-        parts, offset, wanted = [], 0, 0.0
+        offset, wanted = 0, 0.0
         for item in self.items:
             unit, _ = self.owner.pieces([self.asking], item)
-            size = item.site.size
-            if wanted < offset + size:
-                self.owner.prepare(self.ops, item)
-            ready = opened(item) if wanted < offset + size else item
-            fused = self._fused(ready, unit) if wanted < offset + size else None
-            run = max(_RUN // unit, 1) * unit
-            room = None if fused is None else fused.buffers(run)
+            begins, size = [], item.site.size
             while wanted < offset + size:
-                begin = int(wanted - offset) // unit * unit
-                end = min(begin + run, size)
-                parts.append(self._run(ready, begin, end, fused, room))
+                begins.append(int(wanted - offset) // unit * unit)
                 wanted += stride
             offset += size
+            if not begins:
+                continue
+            self.owner.prepare(self.ops, item)
+            ready = opened(item)
+            fused = self._fused(ready, unit)
+            run = max(_RUN // unit, 1) * unit
+            for some in range(0, len(begins), _RUNS):
+                yield partial(self._runs, ready, begins[some : some + _RUNS], run, fused)
+
+    def _runs(self, item: Item, begins: Sequence[int], length: int, fused: Runner | None) -> Stack:
+        spans = [(begin, min(begin + length, item.site.size)) for begin in begins]
+        if fused is None:
+            return np.concatenate([self._run_by_ops(item, span) for span in spans], axis=1)
+        parts = []
+        total = sum(stop - start for start, stop in spans)
+        with closing(fused.buffers(total, self.owner.read_into)) as room:
+            together = fused.runs(room, spans)
+            if together is not None:
+                return as_numpy(together)
+            for span in spans:
+                room.read(*span)
+                stack = fused.stack(room)
+                parts.append(self._run_by_ops(item, span) if stack is None else as_numpy(stack))
         return np.concatenate(parts, axis=1)
 
-    def _run(self, item: Item, begin: int, end: int, fused: Runner | None, room: Any) -> Stack:
-        if fused is not None and room is not None:
-            room.read(begin, end)
-            if (stack := fused.stack(room)) is not None:
-                return as_numpy(stack)
-        ((_, stack),) = self._by_ops(item, [(begin, end)])
+    # What overflows is found, and refused, where it is rounded.
+    @np.errstate(over="ignore", invalid="ignore")
+    def _run_by_ops(self, item: Item, span: tuple[int, int]) -> Stack:
+        ((_, stack),) = self._by_ops(item, [span])
         return stack

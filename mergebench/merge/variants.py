@@ -20,8 +20,9 @@ from mergebench.merge.chains import chain, combines, is_apart
 from mergebench.merge.method import METHODS, Method
 from mergebench.merge.op import OPS, Chain, Op
 from mergebench.merge.partition import expanded_op, expanded_part
-from mergebench.recipe import ModelRef, OpRef, Part, Recipe
+from mergebench.recipe import ModelRef, Recipe
 from mergebench.sources import Source
+from mergebench.steps import OpRef, Part
 
 _UNSAFE = re.compile(r"[^\w.,=+~-]|\.{3,}|^\.+")
 _FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".gguf")

@@ -17,11 +17,11 @@ from mergebench.checkpoints.descriptors import Handle
 from mergebench.checkpoints.reader import FileTensor
 from mergebench.checkpoints.shards import open_shards
 from mergebench.checkpoints.sides import is_weights
+from mergebench.compute.machine import cores
 from mergebench.core.errors import MergebenchError
 from mergebench.core.tensor import DTYPES, nbytes, size_of
 from mergebench.manifest import CARD, MANIFEST, RECIPE
 from mergebench.merge.inputs import check_inputs
-from mergebench.merge.limits import cores
 from mergebench.merge.made import Finding, Made, read_made
 from mergebench.sources import PULLED
 

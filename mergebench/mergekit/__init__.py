@@ -13,7 +13,7 @@ from mergebench.core.errors import FormatError
 from mergebench.core.plain import parse_yaml
 from mergebench.mergekit.document import is_mergekit, parse
 from mergebench.mergekit.translate import Translation, translate
-from mergebench.recipe import LARGEST, read_recipe
+from mergebench.recipe.reading import LARGEST, read_recipe
 
 __all__ = ["Translation", "is_mergekit", "parse", "read_either", "translate"]
 

@@ -11,7 +11,7 @@ from mergebench.checkpoints.hub import is_hub, parse_hub
 from mergebench.core.errors import FormatError, MergebenchError
 from mergebench.core.plain import parse_yaml
 from mergebench.merge.method import METHODS
-from mergebench.recipe import recipe_from_dict
+from mergebench.recipe.reading import recipe_from_dict
 from mergebench.ship.packing import Packing
 from mergebench.sources import Source
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from mergebench.checkpoints.placement import Layout, TensorSpec, plan_layout
 from mergebench.checkpoints.writer import Output
 from mergebench.compute.threads import one_thread
 from mergebench.core.errors import MismatchError, ParameterError
+from mergebench.core.version import own_version
 from mergebench.merge.limits import DEFAULT_MEMORY
 from mergebench.merge.sparse import check_place
 from mergebench.ship.choose import Goal, settled
@@ -186,7 +186,7 @@ def _attempt(
 def _layout(scheme: str, params: Mapping[str, Any], contents: Contents, found: _Attempt) -> Layout:
     cosine = found.error.cosine
     made = {
-        "mergebench": version("mergebench"),
+        "mergebench": own_version(),
         "scheme": scheme,
         "params": dict(params),
         "input_bytes": contents.nbytes,

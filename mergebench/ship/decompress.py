@@ -15,7 +15,8 @@ from mergebench.core.tensor import DTYPES, size_of
 from mergebench.merge.api import merge_models
 from mergebench.merge.limits import DEFAULT_MEMORY
 from mergebench.merge.sparse import check_place
-from mergebench.sources import packed_at, paths_of
+from mergebench.sources.adapters import packed_at
+from mergebench.sources.references import paths_of
 
 _PIECE = 1 << 20
 

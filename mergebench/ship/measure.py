@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mergebench.adapters_zoo.packing import blocks_of
-from mergebench.compute.select import Cut, kth_magnitudes
+from mergebench.compute.cut import Cut
+from mergebench.compute.select import kth_magnitudes
 from mergebench.core.delta import Delta, LowRank, Replacement, factors, tile
 from mergebench.core.errors import MergebenchError
 from mergebench.core.tensor import Array, size_of

@@ -10,7 +10,8 @@ from mergebench.core.delta import Delta, Difference
 from mergebench.core.tensor import Array, ArrayTensor, nbytes
 from mergebench.merge.item import Item, load, opened
 from mergebench.merge.limits import DEFAULT_MEMORY
-from mergebench.merge.plan import Plan, make_plan
+from mergebench.merge.plan import Plan
+from mergebench.merge.planning import make_plan
 from mergebench.merge.sparse import check_extra, whole_values
 from mergebench.recipe import ModelRef, Recipe
 from mergebench.ship.pieces import (

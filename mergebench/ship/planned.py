@@ -21,7 +21,8 @@ from mergebench.manifest import CARD, MANIFEST, from_metadata
 from mergebench.merge.verify import verify
 from mergebench.ship.cards import push_card
 from mergebench.ship.packing import packing
-from mergebench.sources import PULLED, Source, open_source
+from mergebench.sources import PULLED, Source
+from mergebench.sources.opening import open_source
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 Progress = Callable[[str, int, int], None]

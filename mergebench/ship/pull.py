@@ -11,11 +11,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mergebench.checkpoints.destination import check_destination
 from mergebench.checkpoints.hub import HubRef, download, list_files, parse_hub
 from mergebench.checkpoints.hub_client import endpoint, is_offline
 from mergebench.checkpoints.hub_files import RemoteFile, digest, needed
 from mergebench.checkpoints.sides import is_weights
-from mergebench.checkpoints.staging import Stage, check_destination
+from mergebench.checkpoints.staging import Stage
 from mergebench.core.errors import FormatError, MergebenchError, ParameterError
 from mergebench.manifest import MANIFEST
 from mergebench.merge.verify import verify

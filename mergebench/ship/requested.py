@@ -12,7 +12,8 @@ from mergebench.core.errors import ParameterError
 from mergebench.ship.models import of_model
 from mergebench.ship.pieces import Contents, of_adapter
 from mergebench.ship.schemes import LOWRANK, SCHEMES, Scheme, scheme_named
-from mergebench.sources import open_source, paths_of, with_base
+from mergebench.sources.opening import open_source, with_base
+from mergebench.sources.references import paths_of
 
 _FACTORING: Mapping[str, Any] = {"energy": 0.9, "rank": 0}
 

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from annotated_types import Gt, Interval
 
+from mergebench.compute.cut import ALL, Cut
 from mergebench.compute.rounding import round_to
-from mergebench.compute.select import ALL, Cut
 from mergebench.core.errors import ParameterError, did_you_mean
 from mergebench.core.params import Param, bind, declared
 from mergebench.core.tensor import Array

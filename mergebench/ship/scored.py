@@ -24,7 +24,8 @@ from mergebench.recipe import Recipe
 from mergebench.ship.compress import compress
 from mergebench.ship.report import Report
 from mergebench.ship.requested import parsed
-from mergebench.sources import open_source, paths_of, with_base
+from mergebench.sources.opening import open_source, with_base
+from mergebench.sources.references import paths_of
 
 _MOST = 1000
 _PIECE = 1 << 22

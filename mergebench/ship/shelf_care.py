@@ -10,7 +10,8 @@ from mergebench.checkpoints.disk import disk_errors
 from mergebench.checkpoints.shelved import OBJECTS, Shelved, digest_of
 from mergebench.checkpoints.staging import Stage
 from mergebench.core.errors import FormatError
-from mergebench.ship.shelf import Entry, Progress, entries, is_shelf, locked, mend, write_synced
+from mergebench.ship.shelf import Entry, Progress, entries, is_shelf
+from mergebench.ship.shelf_changes import locked, mend, write_synced
 
 
 @dataclass(frozen=True)

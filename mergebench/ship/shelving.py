@@ -13,19 +13,10 @@ from mergebench.checkpoints.sides import is_weights
 from mergebench.core.errors import MergebenchError, MismatchError
 from mergebench.ship.packing import packing
 from mergebench.ship.planned import manifest_of, verified
-from mergebench.ship.shelf import (
-    Entry,
-    Progress,
-    check_name,
-    entry,
-    locked,
-    mend,
-    name_for,
-    place_entry,
-    refuse_taken,
-    store,
-)
-from mergebench.sources import Source, open_source
+from mergebench.ship.shelf import Entry, Progress, check_name, entry, name_for
+from mergebench.ship.shelf_changes import locked, mend, place_entry, refuse_taken, store
+from mergebench.sources import Source
+from mergebench.sources.opening import open_source
 
 #: Largest file beside the weights that is kept.
 _LARGEST = 1 << 26

@@ -64,6 +64,8 @@ class Diagnostic:
         Decompositions that it asks for: ``base.svd``, ``base.values``, ``tuned.svd``,
         ``tuned.values``, ``tuned`` (the matrix), ``delta.svd``, ``delta.values``; ``base.top`` and
         ``tuned.top`` where they are needed only if bounds do not settle what leading vectors are.
+        ``products`` and ``signs`` of pairs of models are found by the reading that comes before
+        everything else. What asks for ``entries`` alone never holds a whole matrix.
     work : callable
         ``(rows, columns, models) -> bytes`` that it holds besides those.
     """

@@ -9,7 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from mergebench.checkpoints.passing import Passing
 from mergebench.compute.backend import lapack
+from mergebench.compute.entrywise import SUMS, passes
+from mergebench.compute.machine import cores
+from mergebench.compute.objects import WORTHWHILE
 from mergebench.compute.threads import one_thread
 from mergebench.core.errors import MismatchError, ParameterError, ResourceError
 from mergebench.core.params import bind
@@ -21,7 +25,7 @@ from mergebench.spectral.report import Found, Record, Report, gather
 from mergebench.spectral.spectrum import Looked, SiteSpectrum, Tuned, look, sides
 from mergebench.spectral.store import Store
 from mergebench.spectral.subjects import Inputs, Subject, subjects
-from mergebench.spectral.work import cores, within
+from mergebench.spectral.work import within
 
 DEFAULT_MEMORY = 2 << 30
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -56,6 +60,7 @@ def analyse(
     workers: int | None = None,
     store: Store | None = None,
     progress: Progress | None = None,
+    compiles: Callable[[int], bool] = lambda entries: entries >= WORTHWHILE,
 ) -> Report:
     """Run diagnostics over models and their base.
 
@@ -78,6 +83,9 @@ def analyse(
     store : Store, optional
         Where decompositions of the base are kept.
     progress : callable, optional
+    compiles : callable, optional
+        ``(entries) -> bool``: whether compiled passes are used for so many, over all models; from
+        16 million on by default. They change the last digits of sums, and nothing else.
 
     Raises
     ------
@@ -104,6 +112,8 @@ def analyse(
     everyone = list(range(len(inputs.models)))
     uses = frozenset[str]().union(*(each.uses for each in chosen))
     whole = sum(each.site.size for each in looked_at)
+    entries = whole * len(inputs.models)
+    compiled = passes() if compiles(entries if "entries" in uses else entries // SUMS) else None
     tensors: list[Record] = []
     rows: dict[str, list[Record]] = {each.name: [] for each in chosen}
     done = 0
@@ -113,7 +123,7 @@ def analyse(
 
     def at_one(subject: Subject) -> tuple[Looked, list[tuple[str, Row]]]:
         with np.errstate(all="ignore"):
-            looked = look(subject.base, subject.deltas, subject.site.size)
+            looked = look(subject.base, subject.deltas, subject.site.size, uses, compiled)
             spectrum = SiteSpectrum(
                 subject.site,
                 subject.base,
@@ -123,11 +133,14 @@ def analyse(
                 everyone,
                 everyone[:-1] if inputs.merged else everyone,
                 store,
+                compiled,
             )
             return looked, list(_rows_of(spectrum, subject, chosen, bound))
 
+    passing = Passing((each.base, each.deltas.values()) for each in looked_at)
     with one_thread():
         for subject, (looked, found) in within(at_one, jobs, workers or cores(), memory):
+            passing.done(subject.base, subject.deltas.values())
             record = _record(subject, looked)
             tensors.append(record)
             place = {key: record[key] for key in ("tensor", "layer", "module", "shape")}
@@ -138,6 +151,7 @@ def analyse(
             done += subject.site.size
             if progress is not None:
                 progress("decomposing", done, whole)
+    passing.over()
     labels = [each.label for each in inputs.models]
     results = {each.name: gather(each.name, bound[each.name], rows[each.name], labels)
                for each in chosen}  # fmt: skip

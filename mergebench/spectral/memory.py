@@ -12,6 +12,8 @@ from mergebench.spectral.subjects import Subject
 
 #: Pieces of entries, and what else a worker holds.
 _ENTRIES = 16 << 20
+#: What the search for a threshold takes per model: magnitudes in its bracket, and counts.
+_SEARCH = 10 << 20
 #: Freed arrays of such sizes may stay with the allocators of threads, a few at a time.
 _RETAINED = 16 << 20
 _FULL = ("base.svd", "base.top", "tuned.svd", "tuned.top")
@@ -31,9 +33,12 @@ def job_bytes(
     keeps : bool, default False
         Whether decompositions of the base are kept, and therefore made in full.
     """
-    matrices = [each for each in chosen if each.on == "matrix"]
+    streamed = _ENTRIES + max(
+        (_SEARCH * models for each in chosen if _is_streamed(each)), default=0
+    )
+    matrices = [each for each in chosen if each.on == "matrix" and not _is_streamed(each)]
     if not subject.matrix or not matrices:
-        return _ENTRIES
+        return streamed if subject.matrix else _ENTRIES
     rows, columns = sides(subject.site)
     size, thin = 8 * rows * columns, 4 * (rows + columns) * min(rows, columns)
     uses = frozenset[str]().union(*(each.uses for each in matrices))
@@ -53,7 +58,11 @@ def job_bytes(
     if any(each.per == "site" for each in matrices) and dense:
         computing += 2 * size
     work = max(each.work(rows, columns, models) for each in matrices)
-    return _ENTRIES + held + max(computing, work) + 4 * min(size, _RETAINED)
+    return max(_ENTRIES + held + max(computing, work) + 4 * min(size, _RETAINED), streamed)
+
+
+def _is_streamed(each: Diagnostic) -> bool:
+    return each.uses == frozenset({"entries"})
 
 
 def _is_thin(delta: Delta, rows: int, columns: int) -> bool:

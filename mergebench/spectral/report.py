@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from math import isfinite
 from typing import Any
 
+from mergebench.core.version import own_version
 from mergebench.spectral.diagnostic import DIAGNOSTICS, Diagnostic, Values
 
 #: Of the JSON form. Fields may be added under one number; any other change raises it.
@@ -93,7 +93,7 @@ class Report:
         data = {
             "kind": KIND,
             "version": VERSION,
-            "mergebench": version("mergebench"),
+            "mergebench": own_version(),
             "lapack": self.lapack,
             "base": None if self.base is None else dict(self.base),
             "models": self.models,

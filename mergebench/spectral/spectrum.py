@@ -15,13 +15,15 @@ from mergebench.compute.decomposition import (
     decompose_product,
     singular_values,
 )
+from mergebench.compute.entrywise import Passes, Rows
 from mergebench.compute.matrices import matrix_shape
+from mergebench.compute.pairwise import inner_products
+from mergebench.compute.supports import shared_supports
 from mergebench.core.delta import Delta, Difference, LowRank, factors, resident, tile
 from mergebench.core.site import Site
 from mergebench.core.tensor import Array, Tensor, read_all
 from mergebench.spectral.store import Store, key_of
 
-_PIECE = 1 << 16
 _WIDE: np.dtype[Any] = np.dtype(np.float64)
 
 
@@ -29,6 +31,10 @@ def sides(site: Site) -> tuple[int, int]:
     """Output × input of a tensor taken as a matrix."""
     rows, columns = matrix_shape(site.shape)
     return (columns, rows) if site.transposed else (rows, columns)
+
+
+#: Two models of a site.
+Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -41,27 +47,56 @@ class Looked:
         ``‖W0‖²``; ``None`` without a base, NaN where an entry is not finite.
     deltas : mapping of model to float
         ``‖ΔW‖²`` of every model that has the tensor.
+    products : mapping of two models to float, or None
+        ``⟨ΔWᵢ, ΔWⱼ⟩`` of those that have the tensor, i before j; ``None`` if it was not asked for.
+    signs : mapping of two models to (int, int), or None
+        Entries that both change in opposite directions, and entries that both change.
     """
 
     base: float | None
     deltas: Mapping[int, float]
+    products: Mapping[Pair, float] | None = None
+    signs: Mapping[Pair, tuple[int, int]] | None = None
 
 
-def look(base: Tensor | None, deltas: Mapping[int, Delta], size: int) -> Looked:
-    """Sum up squares over a whole site, in float64 and piece by piece."""
-    held = {model: resident(delta) for model, delta in deltas.items()}
-    own = 0.0
-    sums = dict.fromkeys(held, 0.0)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, size, _PIECE):
-            stop = min(start + _PIECE, size)
-            if base is not None:
-                part = base.read(start, stop).astype(np.float64)
-                own += float(part @ part)
-            for model, delta in held.items():
-                part = tile(delta, start, stop, _WIDE)
-                sums[model] += float(part @ part)
-    return Looked(None if base is None else own, sums)
+def look(
+    base: Tensor | None,
+    deltas: Mapping[int, Delta],
+    size: int,
+    uses: frozenset[str] = frozenset(),
+    passes: Passes | None = None,
+) -> Looked:
+    """Sum up squares over a whole site, in float64 and piece by piece, and what else is asked.
+
+    Parameters
+    ----------
+    base : Tensor or None
+    deltas : mapping of model to Delta
+    size : int
+        Entries.
+    uses : frozenset of str
+        ``products`` and ``signs`` of pairs of models are found in the same reading.
+    passes : Passes, optional
+        Compiled ones; numpy without.
+    """
+    order = sorted(deltas)
+    rows = Rows(base, [deltas[model] for model in order], size)
+    models = dict(enumerate(order, rows.first))
+    both = [(i, j) for i in models for j in models if i < j]
+    inner = both if "products" in uses else []
+    signed = both if "signs" in uses else []
+    pairs = [*((row, row) for row in range(rows.count)), *inner]
+    sums, conflicts = inner_products(rows, pairs, signed, passes)
+    found = dict(zip(pairs, sums.tolist(), strict=True))
+    opposed = dict(zip(signed, conflicts.tolist(), strict=True))
+    return Looked(
+        None if base is None else found[0, 0],
+        {model: found[row, row] for row, model in models.items()},
+        {(models[i], models[j]): found[i, j] for i, j in inner} if "products" in uses else None,
+        {(models[i], models[j]): (a, b) for (i, j), (a, b) in opposed.items()}
+        if "signs" in uses
+        else None,
+    )
 
 
 class SiteSpectrum:
@@ -83,6 +118,8 @@ class SiteSpectrum:
         Those that are not the merge.
     store : Store, optional
         Where decompositions of the base are kept.
+    passes : Passes, optional
+        Compiled ones, for what looks at every entry.
     """
 
     def __init__(
@@ -95,9 +132,10 @@ class SiteSpectrum:
         everyone: Sequence[int] | None = None,
         tasks: Sequence[int] | None = None,
         store: Store | None = None,
+        passes: Passes | None = None,
     ) -> None:
-        self.site, self.base, self.deltas = site, base, dict(deltas)
-        self.looked, self.uses, self.store = looked, uses, store
+        self.site, self.base, self.deltas = site, base, dict(sorted(deltas.items()))
+        self.looked, self.uses, self.store, self.passes = looked, uses, store, passes
         self.everyone = list(self.deltas if everyone is None else everyone)
         self.tasks = [m for m in self.deltas if tasks is None or m in tasks]
         self.merged = [m for m in self.deltas if m not in self.tasks]
@@ -186,12 +224,47 @@ class SiteSpectrum:
             return self.delta_svd(model).S
         return singular_values(self.delta_matrix(model))
 
+    @cached_property
+    def products(self) -> Mapping[Pair, float]:
+        """``⟨ΔWᵢ, ΔWⱼ⟩`` of models that have the tensor, i before j."""
+        return self._pairs("products").products or {}
+
+    @cached_property
+    def signs(self) -> Mapping[Pair, tuple[int, int]]:
+        """Of the same pairs, entries that both change in opposite directions, or change at all."""
+        return self._pairs("signs").signs or {}
+
+    def _pairs(self, what: str) -> Looked:
+        if getattr(self.looked, what) is not None:
+            return self.looked
+        return look(self._origin, self.deltas, self.site.size, frozenset({what}), self.passes)
+
+    def shared_supports(self, kept: int) -> dict[Pair, int]:
+        """Entries that two models both have among the ``kept`` that each changes most.
+
+        Zeros never count, and among equals the earlier do. Of a model with itself: how many it
+        has. Read piece by piece.
+        """
+        rows = Rows(self._origin, list(self.deltas.values()), self.site.size)
+        found = shared_supports(rows, kept, self.passes)
+        return {
+            (one, other): int(found[i, j])
+            for i, one in enumerate(self.deltas)
+            for j, other in enumerate(self.deltas)
+            if i <= j
+        }
+
+    @property
+    def _origin(self) -> Tensor | None:
+        """The base, where reading it once serves several models."""
+        some = any(isinstance(d, Difference) and d.base is self.base for d in self.deltas.values())
+        return self.base if some else None
+
     def pieces(self, models: Sequence[int]) -> Iterator[Array]:
         """ΔW of some models piece by piece: float64 arrays (n, m), in the order of storage."""
-        held = [resident(self.deltas[model]) for model in models]
-        for start in range(0, self.site.size, _PIECE):
-            stop = min(start + _PIECE, self.site.size)
-            yield np.stack([tile(each, start, stop, _WIDE) for each in held])
+        rows = Rows(None, [self.deltas[model] for model in models], self.site.size)
+        for start, stop in rows.spans():
+            yield rows.wide(start, stop)
 
     def oriented(self, stored: Array) -> Array:
         """A stored tensor as a matrix output × input, float32 unless it is wider."""

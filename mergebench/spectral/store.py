@@ -27,13 +27,6 @@ _STALE = 24 * 3600.0
 DEFAULT_SIZE = 8 << 30
 
 
-def default_folder() -> Path:
-    """``$XDG_CACHE_HOME/mergebench``, where it is set, else ``~/.cache/mergebench``."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(home) if Path(home).is_absolute() else Path("~/.cache").expanduser()
-    return root / "mergebench"
-
-
 def key_of(stored: Array, transposed: bool) -> str:
     """32 hex digits of a tensor's dtype, shape and every byte, and of how it is oriented."""
     digest = xxhash.xxh3_128()

@@ -12,7 +12,8 @@ from mergebench.core.errors import MismatchError, ParameterError
 from mergebench.core.selector import Selector
 from mergebench.core.site import Site, conv1d_names, make_sites
 from mergebench.core.tensor import FLOATING, Tensor
-from mergebench.sources import Applied, Source, open_source, with_base
+from mergebench.sources import Applied, Source
+from mergebench.sources.opening import open_source, with_base
 
 #: Classes of tensors whose spectra are looked at where nothing is selected.
 _MATRICES = frozenset({"linear", "conv"})

@@ -24,7 +24,8 @@ from mergebench.checkpoints.containers import open_weights
 from mergebench.checkpoints.sft import sft_bytes
 from mergebench.core.errors import FormatError, MergebenchError, MismatchError
 from mergebench.core.tensor import Array, ArrayTensor
-from mergebench.sources import Source, open_source
+from mergebench.sources import Source
+from mergebench.sources.opening import open_source
 from tests.contract.support import FEW
 
 from .support import read_values, source_of

@@ -27,7 +27,7 @@ from mergebench.adapters_zoo.adapter import KINDS, AdapterSource, ReadOptions, r
 from mergebench.core.delta import tile
 from mergebench.core.errors import FormatError, MismatchError
 from mergebench.core.tensor import Array, ArrayTensor
-from mergebench.sources import open_source
+from mergebench.sources.opening import open_source
 
 from .support import assert_close, load_folder, values_of
 from .test_adapters_peft import randomised, state_of

@@ -12,7 +12,7 @@ from mergebench.adapters_zoo.adapter import ReadOptions, is_adapter, read_adapte
 from mergebench.adapters_zoo.dialects import dotted
 from mergebench.core.errors import FormatError, MismatchError, ParameterError
 from mergebench.core.tensor import Array
-from mergebench.sources import open_source
+from mergebench.sources.opening import open_source
 from tests.helpers.files import write
 
 from .support import assert_close, read_values, source_of, values_of

@@ -13,7 +13,7 @@ from mergebench.adapters_zoo.adapter import ReadOptions
 from mergebench.checkpoints.tokenizers import read_vocabulary
 from mergebench.core.errors import FormatError
 from mergebench.describe import describe
-from mergebench.sources import open_source
+from mergebench.sources.opening import open_source
 from tests.helpers.files import write
 from tests.helpers.running import assert_done, call
 

@@ -41,7 +41,7 @@ def places() -> tuple[str, str, dict[str, str]]:
     browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
     if driver and browser:
         return browser, driver, dict(os.environ)
-    below = TOOLS / "root"
+    below = TOOLS / "unpacked"
     driver, browser = (below / place for place in ("usr/bin/chromedriver",
                                                     "usr/lib/chromium/chromium"))  # fmt: skip
     if not (driver.exists() and browser.exists()):

@@ -30,20 +30,20 @@ as_root() {
 
 # The packages and what they depend on, but for what the system has; checked by apt-get.
 below() {
-    rm -rf "$tools/root" "$tools/packages"
-    mkdir -p "$tools/root" "$tools/packages"
+    rm -rf "$tools/unpacked" "$tools/packages"
+    mkdir -p "$tools/unpacked" "$tools/packages"
     local planned names
     planned=$(apt-get -s --no-install-recommends install "${packages[@]}") ||
         fail "apt-get knows no chromium; run apt-get update as root"
     names=$(awk '$1 == "Inst" { print $2 }' <<<"$planned")
     (cd "$tools/packages" && apt-get -qq download $names)
     for each in "$tools/packages"/*.deb; do
-        dpkg -x "$each" "$tools/root"
+        dpkg -x "$each" "$tools/unpacked"
     done
     rm -rf "$tools/packages"
 }
 
-if ! on_path && [[ ! -x $tools/root/usr/bin/chromedriver ]]; then
+if ! on_path && [[ ! -x $tools/unpacked/usr/bin/chromedriver ]]; then
     command -v apt-get >/dev/null ||
         fail "install Chromium and its chromedriver, so that both are on PATH"
     if [[ $(id -u) == 0 && -z ${BELOW:-} ]]; then as_root; else below; fi

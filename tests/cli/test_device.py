@@ -108,7 +108,7 @@ def test_a_full_device_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_work_of_another_device_is_not_continued(half: Scene) -> None:
     """The key of an output holds the device, so that no output is made of both."""
-    from mergebench.merge.plan import make_plan
+    from mergebench.merge.planning import make_plan
     from mergebench.merge.resume import resume_key
     from mergebench.recipe import ModelRef, Recipe
 

@@ -16,7 +16,7 @@ import pytest
 
 from mergebench import doctor, packages
 from mergebench.checkpoints import replacing, trial
-from mergebench.cli import options
+from mergebench.cli import checking
 from mergebench.core.errors import MergebenchError
 from tests.helpers.running import assert_done, assert_refused, call
 
@@ -170,7 +170,7 @@ def test_misspelt_variables_are_problems(tmp_path: Path) -> None:
     assert ran.json["problems"] == [
         "MERGEBENCH_MEMROY is no variable of mergebench: did you mean 'MERGEBENCH_MEMORY'?"
     ]
-    assert {"MERGEBENCH_WORKERS", "MERGEBENCH_QUIET", "MERGEBENCH_DEBUG"} <= {*options.variables()}
+    assert {"MERGEBENCH_WORKERS", "MERGEBENCH_QUIET", "MERGEBENCH_DEBUG"} <= {*checking.variables()}
 
 
 def test_few_open_files_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

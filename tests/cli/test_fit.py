@@ -214,7 +214,7 @@ def test_recipes_of_many_parts(scene: Path) -> None:
 
 def test_recipes_of_too_many_parts(scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Are refused before anything is learned."""
-    monkeypatch.setattr("mergebench.recipe.LARGEST", 1 << 20)
+    monkeypatch.setattr("mergebench.recipe.reading.LARGEST", 1 << 20)
     args = ("fit", "atlas", "one", "two", "-b", "base", "--task", "near.py", "-o", "parts.yaml")
     refused = run(scene, *args, "--parts", "65536")
     assert_refused(refused, "the recipe might have", "at most 1 MiB", "fewer --parts")
@@ -363,7 +363,15 @@ def test_refusals(scene: Path) -> None:
         ((*atlas, "--objective", "entropi"), ("--objective", "entropy")),
         ((*atlas, "--precision", "int8"), ("--precision",)),
         ((*atlas, "--compat", "offical"), ("--compat", "official")),
-        ((*atlas, "--device", "cuda:99"), ("--device", "is not there")),
+        ((*atlas, "--device", "cuda:99"), ("--device", "there is none")),
+        (
+            ("fit", "graft", "one", "-b", "base", "--task", "near.py", "--device", "cuda:99"),
+            ("--device", "there is none"),
+        ),
+        (
+            ("fit", "statistics", "one", "--task", "near.py", "--device", "gpu"),
+            ("--device: 'gpu'",),
+        ),
         ((*atlas, "--select", "test"), ("--select and --report-on",)),
         ((*atlas, "--shots", "2"), ("a few examples of each class", "--shots")),
         ((*atlas, "--budget", "1B"), ("--budget: no block",)),

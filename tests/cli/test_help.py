@@ -112,7 +112,7 @@ def test_examples_run_as_printed(scene: Scene, page: str) -> None:
 def assert_hub_examples_run(scene: Scene, page: str) -> None:
     """Examples that need a Hub, with one on this machine."""
     with running() as hub:
-        run = commander(hub, scene.path, scene.path.parent / "home")
+        run = commander(hub, scene.path, scene.path.parent / "home", fresh=True)
         for name in ("merged", "adapter") if page == "pull" else ():
             hub.add(f"org/{name}", files_of(scene.path / name))
         for example in EXAMPLES[page]:

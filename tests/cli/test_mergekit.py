@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mergebench.recipe import recipe_from_dict
+from mergebench.recipe.reading import recipe_from_dict
 from tests.helpers.files import F32, read
 from tests.helpers.running import assert_done, assert_refused, call
 from tests.helpers.scene import Scene

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -39,14 +40,32 @@ def invented(
     found = {}
     for name, shape in shapes.items():
         for allowed in wants.shapes(Site(name, tuple(shape)))[:1]:
-            random = np.random.default_rng([mark, zlib.crc32(name.encode())])
-            if wants.entries:
-                squares = random.normal(size=allowed) ** 2 * (random.random(allowed) < 0.8)
-                found[name] = np.asarray(squares * 10.0 ** random.integers(-3, 3))
-            else:
-                inputs = random.normal(size=(4 * allowed[0], allowed[0]))
-                found[name] = inputs.T @ inputs
+            make = _squares if wants.entries else _products
+            found[name] = make(mark, name, tuple(allowed))
     return found
+
+
+# Whoever asks again is given the same ones, which cannot be written to.
+@cache
+def _squares(mark: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    random = _random(mark, name)
+    squares = random.normal(size=shape) ** 2 * (random.random(shape) < 0.8)
+    return _frozen(np.asarray(squares * 10.0 ** random.integers(-3, 3)))
+
+
+@cache
+def _products(mark: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    inputs = _random(mark, name).normal(size=(4 * shape[0], shape[0]))
+    return _frozen(inputs.T @ inputs)
+
+
+def _random(mark: int, name: str) -> np.random.Generator:
+    return np.random.default_rng([mark, zlib.crc32(name.encode())])
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
 
 
 def statistics_of(

@@ -20,7 +20,8 @@ from mergebench.merge.apart import place_of
 from mergebench.merge.chains import is_apart
 from mergebench.merge.engine import execute_in_memory
 from mergebench.merge.method import METHODS
-from mergebench.merge.plan import Plan, make_plan
+from mergebench.merge.plan import Plan
+from mergebench.merge.planning import make_plan
 from mergebench.recipe import ModelRef, Recipe
 from mergebench.sources import source_of_arrays
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from math import ceil, floor
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ from . import collecting, exemptions
 
 # Explaining a failure takes longer than finding it, where every example is a merge.
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
-FEW = settings(max_examples=15, deadline=None, phases=PHASES)
-SOME = settings(FEW, max_examples=30)
+#: Every run draws others; `make thorough` draws ten times as many.
+TIMES = int(os.environ.get("MERGEBENCH_TEST_EXAMPLES", "1"))
+FEW = settings(max_examples=10 * TIMES, deadline=None, phases=PHASES)
+SOME = settings(FEW, max_examples=20 * TIMES)
 # For what holds in general position only: two magnitudes may differ by less than a rounding.
 GENERIC = settings(FEW, derandomize=True)
 
@@ -90,6 +93,11 @@ class Case:
     def unweighted(self) -> Case:
         """The same with weights of 1, so that exact entries add up without rounding."""
         return replace(self, weights=(1.0,) * len(self.models))
+
+    @property
+    def in_eighths(self) -> Case:
+        """The same with weights that are eighths, with which exact entries add up exactly, too."""
+        return replace(self, weights=tuple(round(8 * weight) / 8 for weight in self.weights))
 
     def astype(self, dtype: np.dtype[Any]) -> Case:
         """Every tensor in another dtype."""
@@ -180,11 +188,14 @@ def cases(
         }
         for _ in range(count)
     )
-    share = st.sampled_from([1.0, 0.5, 2.0, 0.3, 1.5, *([-0.75] if limits.signed else [])])
-    weights = draw(
-        st.lists(share, min_size=count, max_size=count).filter(lambda each: abs(sum(each)) > 0.1)
-    )
-    return Case(base, models, tuple(weights))
+    return Case(base, models, tuple(draw(_weights(count, limits.signed))))
+
+
+@cache
+def _weights(count: int, signed: bool) -> st.SearchStrategy[list[float]]:
+    share = st.sampled_from([1.0, 0.5, 2.0, 0.3, 1.5, *([-0.75] if signed else [])])
+    several = st.lists(share, min_size=count, max_size=count)
+    return several.filter(lambda each: abs(sum(each)) > 0.1)
 
 
 def values_of(param: Param) -> st.SearchStrategy[Any]:
@@ -225,10 +236,16 @@ def accepted(make: Callable[..., Any], params: Mapping[str, Any]) -> bool:
     return True
 
 
+# Strategies take longer to build than to draw from.
+@cache
+def _wanted(registry: Registry[Any], name: str, fixed: tuple[tuple[str, Any], ...]) -> Any:
+    wanted = parameters(registry[name].params, **dict(fixed))
+    return wanted.filter(partial(accepted, registry[name]))
+
+
 def drawn(data: st.DataObject, method: str, **fixed: Any) -> dict[str, Any]:
     """Parameters of a method that go together."""
-    wanted = parameters(METHODS[method].params, **fixed)
-    return data.draw(wanted.filter(partial(accepted, METHODS[method])), label="parameters")
+    return data.draw(_wanted(METHODS, method, tuple(fixed.items())), label="parameters")
 
 
 def unordered(data: st.DataObject, method: str) -> dict[str, Any]:
@@ -240,8 +257,7 @@ def unordered(data: st.DataObject, method: str) -> dict[str, Any]:
 
 def drawn_for_op(data: st.DataObject, name: str, **fixed: Any) -> dict[str, Any]:
     """Parameters of an op that go together."""
-    wanted = parameters(OPS[name].params, **fixed)
-    return data.draw(wanted.filter(partial(accepted, OPS[name])), label="parameters")
+    return data.draw(_wanted(OPS, name, tuple(fixed.items())), label="parameters")
 
 
 @contextmanager

@@ -193,7 +193,7 @@ def test_declarations(name: str) -> None:
     assert spec.summary.endswith((".", "rule."))
     assert spec.uses <= {
         "base.svd", "base.values", "tuned", "tuned.svd", "tuned.values", "tuned.top", "base.top",
-        "delta.svd", "delta.values",
+        "delta.svd", "delta.values", "products", "signs", "entries",
     }  # fmt: skip
     assert spec.work(10, 20, 2) >= 0
     assert (spec.per == "site") == (spec.least > 1)

@@ -20,9 +20,10 @@ from mergebench.merge.at import Statistic
 from mergebench.merge.chains import coefficients
 from mergebench.merge.engine import execute_in_memory
 from mergebench.merge.op import OPS, Op
-from mergebench.merge.plan import make_plan
-from mergebench.recipe import ModelRef, OpRef, Recipe
+from mergebench.merge.planning import make_plan
+from mergebench.recipe import ModelRef, Recipe
 from mergebench.sources import source_of_arrays
+from mergebench.steps import OpRef
 from tests.unit.sweeps import Tables
 
 from .array_promises import in_torch
@@ -196,7 +197,8 @@ def test_ops_treat_models_alike(name: str, data: st.DataObject) -> None:
     assume(not op.ordered)
     # Equal singular values have no vectors of their own, so that rounding chooses them.
     kinds = ("normal",) if op.spec.tolerance else ("exact", "ternary")
-    case = data.draw(cases(least=2, kinds=kinds, limits=taken_by_op(name)))
+    # A sum that is zero in one order only would elect another sign.
+    case = data.draw(cases(least=2, kinds=kinds, limits=taken_by_op(name))).in_eighths
     order = data.draw(st.permutations(range(len(case.models))))
     shuffled = case.chosen(order)
     before, after = results(op, case), results(op, shuffled, order)

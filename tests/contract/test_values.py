@@ -58,11 +58,11 @@ BUFFERS = {
 
 
 @every_method("identity")
-@pytest.mark.parametrize("dtype", [F32, BF16, F16, F8, F64], ids=str)
 @given(data=st.data())
-@FEW
-def test_one_model_comes_out(method: str, dtype: Any, data: st.DataObject) -> None:
+@SOME
+def test_one_model_comes_out(method: str, data: st.DataObject) -> None:
     """With neutral parameters a single model is the result, exactly where nothing rounds."""
+    dtype = data.draw(st.sampled_from([F32, BF16, F16, F8, F64]))
     case = data.draw(cases(dtype, most=1, kinds=EXACT, limits=taken(method)))
     assert_identity(method, case, drawn(data, method, **neutral(method)))
 
@@ -77,11 +77,11 @@ def test_one_model_comes_out_within_a_rounding(method: str, data: st.DataObject)
 
 
 @every_method("double")
-@pytest.mark.parametrize("base_dtype", [F64, F32], ids=str)
 @given(data=st.data())
 @FEW
-def test_float64_is_not_narrowed(method: str, base_dtype: Any, data: st.DataObject) -> None:
+def test_float64_is_not_narrowed(method: str, data: st.DataObject) -> None:
     """A float64 model survives its merge to float64's precision, whatever the base is stored in."""
+    base_dtype = data.draw(st.sampled_from([F64, F32]))
     case = data.draw(cases(base_dtype, most=1, kinds=("normal",), limits=taken(method)))
     fine = np.random.default_rng(0)
     model = {
@@ -121,11 +121,11 @@ def test_both_precisions_in_one_model(method: str, data: st.DataObject) -> None:
 
 
 @every_method("base at zero")
-@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)
 @given(data=st.data())
-@FEW
-def test_scale_zero_is_the_base(method: str, dtype: Any, data: st.DataObject) -> None:
+@SOME
+def test_scale_zero_is_the_base(method: str, data: st.DataObject) -> None:
     """λ = 0 gives the bits of the base, negative zeros included."""
+    dtype = data.draw(st.sampled_from([F32, BF16, F16, F64]))
     case = data.draw(cases(dtype, limits=taken(method)).map(_with_negative_zero))
     assert_base_at_zero(method, case, drawn(data, method, lam=0.0))
 
@@ -153,11 +153,11 @@ def test_apply_on_arrays_is_the_merge(method: str, data: st.DataObject) -> None:
 
 
 @every_method("rounded once")
-@pytest.mark.parametrize("dtype", [BF16, F16, F8, F8_WIDE], ids=str)
 @given(data=st.data())
-@FEW
-def test_small_dtypes_are_rounded_once(method: str, dtype: Any, data: st.DataObject) -> None:
+@SOME
+def test_small_dtypes_are_rounded_once(method: str, data: st.DataObject) -> None:
     """Small dtypes are merged in float32 and rounded once, at the end."""
+    dtype = data.draw(st.sampled_from([BF16, F16, F8, F8_WIDE]))
     case = data.draw(cases(dtype, limits=taken(method)))
     assert_rounded_once(method, case, drawn(data, method))
 

@@ -1,12 +1,13 @@
 """Examples are scripts, not part of the package: their folder joins the import path here."""
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.examples.running import ran_once
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 for _name in ("digits", "text_tasks"):
@@ -16,12 +17,8 @@ for _name in ("digits", "text_tasks"):
 @pytest.fixture(scope="session")
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """The digits, quickly: work folder, output and printed text; other runs find its models."""
-    work, out = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("out")
-    line = [sys.executable, "-W", "error", EXAMPLES / "digits" / "run.py", "--quick"]
-    line += ["--work", work, "--out", out]
-    done = subprocess.run([*map(str, line)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return work, out, done.stdout
+    line = ["-W", "error", EXAMPLES / "digits" / "run.py", "--quick"]
+    return ran_once(tmp_path_factory, "digits", lambda folder: line)
 
 
 @pytest.fixture(scope="module", autouse=True)

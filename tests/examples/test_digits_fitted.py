@@ -30,7 +30,9 @@ from digits_demo.task import DomainTask, write_tasks
 from mergebench.merge.fit.find import Setting, parse_task
 from mergebench.merge.method import METHODS
 from mergebench.merge.op import OPS
-from mergebench.recipe import parse_op
+from mergebench.steps import parse_op
+from tests.examples.running import DRIVER
+from tests.helpers.running import assert_done, call
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "digits" / "run.py"
 
@@ -123,7 +125,7 @@ def test_the_task_has_the_loss_and_the_digits_of_its_domain(tmp_path):
 def folders(quick_run, tmp_path_factory):
     """A quick run of the script, on models that are trained already."""
     work, out = quick_run[0], tmp_path_factory.mktemp("out")
-    whole = [sys.executable, "-W", "error", SCRIPT, "--fitted", "--quick"]
+    whole = [sys.executable, "-W", "error", DRIVER, SCRIPT, "--fitted", "--quick"]
     whole += ["--seeds", "0", "--work", work, "--out", out]
     done = subprocess.run([*map(str, whole)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -154,11 +156,8 @@ def test_rows_are_what_the_models_reach(folders, tmp_path):
     soup = load_model(experts[best])
     soup.load_state_dict({n: sum(s[n] for s in states) / len(states) for n in states[0]})
     expected["Uniform soup"] = soup
-    command = Path(sys.executable).with_name("mergebench")
     recipe = work / "fitted" / "seed0" / "adamerging.json"
-    whole = [command, "run", recipe, "-o", tmp_path / "learned"]
-    done = subprocess.run([*map(str, whole)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert_done(call("run", recipe, "-o", tmp_path / "learned", cwd=tmp_path))
     expected["AdaMerging"] = load_model(tmp_path / "learned")
     for title, model in expected.items():
         assert found[title]["values"] == pytest.approx(accuracies(model, test)), title

@@ -11,6 +11,8 @@ from digits_demo.settings import Settings, quick
 from digits_demo.sizes import packings
 from digits_demo.sizes_report import HALF, PLAIN, Measured, findings, markdown, smallest, summed
 
+from tests.helpers.running import assert_done, call
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "digits" / "run.py"
 
 
@@ -100,7 +102,6 @@ def test_the_run_leaves_what_the_command_says(folders, tmp_path):
     assert all(sentence in printed for sentence in collected["findings"])
     settings = quick(Settings(seeds=(0,)))
     base = Expert(0).folder(settings, work)
-    command = Path(sys.executable).with_name("mergebench")
     sets = {"mirrored": evaluation_sets(0, "test")["mirrored"]}
     for kind, rank in (("full", None), ("lora4", 4)):
         # The experts stand in the order of the domains, of which this is the third.
@@ -114,8 +115,7 @@ def test_the_run_leaves_what_the_command_says(folders, tmp_path):
             ("compress", expert, "-b", base, "-o", packed, "-s", "two-bit"),
             ("decompress", packed, "-b", base, "-o", tmp_path / kind),
         ):
-            done = subprocess.run([command, *map(str, line)], capture_output=True, check=False)
-            assert done.returncode == 0, done.stderr
+            assert_done(call(*line, cwd=tmp_path))
         assert found["2 bits"]["size"] == packed.stat().st_size
         torch.set_num_threads(1)
         scored = accuracies(load_model(tmp_path / kind), sets)["mirrored"]

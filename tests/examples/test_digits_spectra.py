@@ -11,6 +11,8 @@ from digits_demo.experts import Expert
 from digits_demo.settings import Settings, quick
 from digits_demo.spectra import EPSILONS, Seen, findings, markdown, with_ranks
 
+from tests.helpers.running import assert_done, call
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "digits" / "run.py"
 
 
@@ -77,12 +79,9 @@ def test_the_run_leaves_what_the_command_says(folders):
     counts = []
     for domain in ("rotated", "inverted", "mirrored", "shuffled", "noisy", "downscaled"):
         base, expert = (e.folder(settings, work) for e in (Expert(0), Expert(0, domain, 4)))
-        line = ["mergebench", "spectral", expert, "-b", base, "--only", "intruders", "--json"]
-        line[0] = Path(sys.executable).with_name("mergebench")
-        line.append("--no-cache")
-        done = subprocess.run([*map(str, line)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        (total,) = json.loads(done.stdout)["diagnostics"]["intruders"]["totals"]["all"]
+        line = ["spectral", expert, "-b", base, "--only", "intruders", "--json", "--no-cache"]
+        found = assert_done(call(*line, cwd=out)).json
+        (total,) = found["diagnostics"]["intruders"]["totals"]["all"]
         assert (total["matrices"], total["looked"]) == (16, 160)
         counts.append(total["thresholds"][0]["count"])
     (only,) = collected["seen"]["lora4"]

@@ -14,8 +14,10 @@ from text_demo.settings import Settings, chosen
 from mergebench.merge.fit.find import Setting, parse_task
 from mergebench.merge.method import METHODS
 from mergebench.merge.op import OPS
-from mergebench.recipe import parse_op
+from mergebench.steps import parse_op
+from tests.examples.running import DRIVER, ran_once
 from tests.examples.text_support import sample, tiny_bert
+from tests.helpers.running import assert_done, call
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "text_tasks" / "run.py"
 ROWS = [
@@ -90,12 +92,12 @@ def test_what_is_given_replaces_what_is_quick():
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """One quick run through the installed command: its folders and printed text."""
-    work, out = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("out")
-    base = tiny_bert(work / "bert", sample(work / "files"))
-    line = [sys.executable, SCRIPT, "--quick", "--base", base, "--work", work, "--out", out]
-    done = subprocess.run([*map(str, line)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return work, out, done.stdout
+
+    def ready(folder):
+        base = tiny_bert(folder / "work" / "bert", sample(folder / "work" / "files"))
+        return [DRIVER, SCRIPT, "--quick", "--base", base]
+
+    return ran_once(tmp_path_factory, "texts", ready)
 
 
 def test_the_run_leaves_tables_and_recipes(folders):
@@ -124,25 +126,9 @@ def test_parts_add_up_to_what_they_are_parts_of(folders, tmp_path):
 
     work, out, _ = folders
     (base,) = work.glob("base-*")
-    command, experts = (
-        Path(sys.executable).with_name("mergebench"),
-        sorted((work / "full").iterdir()),
-    )
-    whole = [
-        command,
-        "merge",
-        *experts,
-        "--base",
-        base,
-        "-m",
-        "tsv_merge",
-        "-p",
-        "lam=4",
-        "-o",
-        tmp_path / "tsv",
-    ]
-    done = subprocess.run([*map(str, whole)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    experts = sorted((work / "full").iterdir())
+    merge = ("merge", *experts, "--base", base, "-m", "tsv_merge", "-p", "lam=4")
+    assert_done(call(*merge, "-o", tmp_path / "tsv", cwd=tmp_path))
     start, merged = (load_file(f / "model.safetensors") for f in (base, tmp_path / "tsv"))
     parts = [load_file(f / "model.safetensors") for f in (out / "recipes-full" / "parts").iterdir()]
     assert len(parts) == 3
@@ -184,16 +170,11 @@ def test_rows_are_what_the_command_merges(folders, tmp_path, kind):
     merges["Average"] = ["merge", *experts, "--base", base, "-m", "linear"]
     if kind == "full":
         del merges["Average"]
-    command = Path(sys.executable).with_name("mergebench")
     arrays = {}
     for title, line in merges.items():
         place = tmp_path / title
-        whole = [command, *line, "--as", "model", "-o", place]
-        if title == "AdaMerging":
-            whole.remove("--as")
-            whole.remove("model")
-        done = subprocess.run([*map(str, whole)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        form = () if title == "AdaMerging" else ("--as", "model")
+        assert_done(call(*line, *form, "-o", place, cwd=tmp_path))
         file = place / "model.safetensors"
         if file.exists():
             arrays[title] = load_file(file)

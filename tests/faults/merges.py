@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from mergebench.merge.engine import check_outputs, execute
-from mergebench.merge.plan import make_plan
-from mergebench.recipe import ModelRef, Part, Recipe
+from mergebench.merge.planning import make_plan
+from mergebench.recipe import ModelRef, Recipe
+from mergebench.steps import Part
 from tests.faults.machine import Machine
 from tests.helpers.files import BF16, Array, tree, write
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mergebench.checkpoints.placement import Layout
-from mergebench.checkpoints.writer import Output, TensorSpec, plan_layout
+from mergebench.checkpoints.placement import Layout, TensorSpec, plan_layout
+from mergebench.checkpoints.writer import Output
 
 NAMES = ("a", "b", "c")
 VALUES = {name: np.full(5, number, np.float32) for number, name in enumerate(NAMES, 1)}

@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from mergebench.compute.select import ALL, NONE, Cut
+from mergebench.compute.cut import ALL, NONE, Cut
 from mergebench.merge.op import OPS
-from mergebench.merge.plan import make_plan
-from mergebench.merge.resume import decode, encode, resume_key
-from mergebench.recipe import ModelRef, OpRef, Recipe
+from mergebench.merge.planning import make_plan
+from mergebench.merge.resume import NOTATION, resume_key
+from mergebench.recipe import ModelRef, Recipe
 from mergebench.sources import source_of_arrays
+from mergebench.steps import OpRef
 from tests.faults.merges import build_inputs
 from tests.helpers.files import read, write
 from tests.helpers.statistics import options_for
@@ -204,9 +205,9 @@ def exactly(value: Any) -> str:
 @given(VALUES)
 def test_measured_values_survive_json_exactly(value: Any) -> None:
     """Types, order and every bit."""
-    text = json.dumps(encode(value), allow_nan=False)
+    text = json.dumps(NOTATION.encode(value), allow_nan=False)
 
-    assert exactly(decode(json.loads(text))) == exactly(value)
+    assert exactly(NOTATION.decode(json.loads(text))) == exactly(value)
 
 
 @pytest.mark.parametrize(
@@ -216,36 +217,71 @@ def test_measured_values_survive_json_exactly(value: Any) -> None:
         np.arange(3, dtype=np.int64)[::-1],
         np.zeros((0, 2)),
         np.array(True),
+        np.float64(0.1),
+        np.int64(-3),
     ],
 )
 def test_measured_arrays_survive_json_exactly(array: Any) -> None:
-    """Dtype, shape and bytes; what comes back may be changed."""
-    found = decode(json.loads(json.dumps(encode(array))))
+    """Dtype, shape and bytes; what comes back may be changed, and a number of numpy stays one."""
+    found = NOTATION.decode(json.loads(json.dumps(NOTATION.encode(array))))
 
+    assert type(found) is type(array)
     assert (found.dtype, found.shape) == (array.dtype, array.shape)
     assert found.tobytes() == np.ascontiguousarray(array).tobytes()
-    assert found.flags.writeable
+    assert found.flags.writeable == isinstance(array, np.ndarray)
 
 
 @pytest.mark.parametrize("value", [ALL, NONE, float("nan")])
 def test_special_thresholds_survive(value: Any) -> None:
     """Infinity and NaN are no JSON."""
-    assert exactly(decode(json.loads(json.dumps(encode(value), allow_nan=False)))) == exactly(value)
+    assert exactly(
+        NOTATION.decode(json.loads(json.dumps(NOTATION.encode(value), allow_nan=False)))
+    ) == exactly(value)
 
 
 @pytest.mark.parametrize(
     "value",
-    [np.float64(1), np.int64(1), {1}, object(), np.array([None]), [np.float32(1)], 1j, OPS],
+    [{1}, object(), np.array([None]), [np.datetime64(1, "D")], 1j, OPS],
     ids=lambda value: type(value).__name__,
 )
 def test_other_values_are_not_kept(value: Any) -> None:
     """Rather than given back as something else."""
     with pytest.raises(TypeError, match="cannot be kept"):
-        encode(value)
+        NOTATION.encode(value)
 
 
-@pytest.mark.parametrize("data", [{"other": 1}, {}, {"float": "x"}, {"a": 1, "b": 2}, {"cut": []}])
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"other": 1},
+        {},
+        {"float": "x"},
+        {"array": ["<f4", [2], "00"]},
+        {"a": 1, "b": 2},
+        {"cut": []},
+    ],
+)
 def test_what_was_never_encoded_is_refused(data: Any) -> None:
     """Rather than guessed at."""
     with pytest.raises((ValueError, TypeError)):
-        decode(data)
+        NOTATION.decode(data)
+
+
+def test_journals_of_earlier_versions_are_read() -> None:
+    """Every kind of value, as it has been written since there are journals."""
+    data = {
+        "tuple": [
+            None, True, 3, "text",
+            {"float": "0x1.8000000000000p+0"}, {"bytes": "00ff"}, [{"float": "-0x0.0p+0"}],
+            {"dict": [["a", 1]]},
+            {"cut": [{"float": "0x1.0000000000000p-1"}, {"bytes": "77"}, 7]},
+        ]
+    }  # fmt: skip
+    values = (None, True, 3, "text", 1.5, b"\x00\xff", [-0.0], {"a": 1}, Cut(0.5, b"w", 7))
+
+    assert exactly(NOTATION.decode(data)) == exactly(values)
+    assert NOTATION.encode(values) == data
+    array = {"array": ["<f4", [1, 2], "0000803f000000c0"]}
+    found = NOTATION.decode(array)
+    assert (found.dtype, found.tolist()) == (np.float32, [[1.0, -2.0]])
+    assert NOTATION.encode(found) == array

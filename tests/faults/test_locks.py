@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import pytest
 from mergebench.checkpoints.locks import Lock, acquire
 from mergebench.core.errors import MergebenchError
 from tests.faults.outputs import fill, opened, write_rest
-from tests.helpers.running import Ran, clean_environment, python
+from tests.helpers.running import Ran, kill, python, started
 
 HOLD = """
 import sys, time
@@ -83,14 +81,12 @@ def test_a_lock_whose_owner_has_not_signed_yet(tmp_path: Path) -> None:
 def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
     """The file stays, and is no lock."""
     path = tmp_path / "lock"
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, path], env=clean_environment(), stdout=subprocess.PIPE
-    ) as process:
+    with started(HOLD, path, cwd=tmp_path) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == b"locked\n"
+        assert process.stdout.readline() == "locked\n"
         with pytest.raises(MergebenchError, match=f"got process {process.pid};"):
             acquire(path, Path("out"))
-        process.kill()
+        kill(process)
 
     assert path.exists()
     held(path).release()

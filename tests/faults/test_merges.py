@@ -14,7 +14,7 @@ import pytest
 from mergebench.core.errors import MergebenchError
 from mergebench.merge.engine import execute
 from mergebench.merge.outcome import Written
-from mergebench.merge.plan import make_plan
+from mergebench.merge.planning import make_plan
 from mergebench.recipe import ModelRef, Recipe
 from tests.faults.conftest import Expected
 from tests.faults.machine import KilledError, Machine

@@ -6,8 +6,6 @@ import errno
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,15 @@ from mergebench.checkpoints import descriptors
 from tests.faults.conftest import Expected
 from tests.faults.merges import build_inputs, hidden, state
 from tests.helpers.files import BF16, read, tree, write
-from tests.helpers.running import assert_done, assert_refused, call, clean_environment, command
+from tests.helpers.running import (
+    assert_done,
+    assert_refused,
+    call,
+    clean_environment,
+    command,
+    kill,
+    started,
+)
 
 # The command, slowed down so that it can be met at any step: it writes a tensor, and waits for a
 # line on its standard input before the next. What is finished is recorded without delay.
@@ -52,24 +58,6 @@ def place(tmp_path: Path) -> Path:
     return build_inputs(tmp_path)
 
 
-@contextmanager
-def slow(place: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """The slow command; it is killed at the end, if it still runs."""
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW, *arguments],
-        cwd=place,
-        env=clean_environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 def let_write(process: subprocess.Popen[str], count: int) -> None:
     """Let it write so many pieces; it stands still after the last."""
     assert process.stdin is not None
@@ -84,10 +72,9 @@ def let_write(process: subprocess.Popen[str], count: int) -> None:
 @pytest.mark.parametrize(("out", "count"), [("out", 2), ("out", 4), ("out.safetensors", 3)])
 def test_a_killed_merge_goes_on(place: Path, out: str, count: int) -> None:
     """SIGKILL after some tensors; the plain command ends with the bytes of one that was let be."""
-    with slow(place, *MERGE, "-o", out) as process:
+    with started(SLOW, *MERGE, "-o", out, cwd=place) as process:
         let_write(process, count)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(60) == -signal.SIGKILL
+        kill(process)
     assert not (place / out).exists()
     (place / "whole").mkdir()
 
@@ -105,7 +92,7 @@ def test_a_killed_merge_goes_on(place: Path, out: str, count: int) -> None:
 def test_a_merge_killed_many_times_ends_well(place: Path) -> None:
     """Each run adds one tensor."""
     for _ in range(3):
-        with slow(place, *MERGE, "-o", "out") as process:
+        with started(SLOW, *MERGE, "-o", "out", cwd=place) as process:
             let_write(process, 2)
 
     ran = assert_done(call(*MERGE, "-o", "out", cwd=place))
@@ -117,7 +104,7 @@ def test_a_merge_killed_many_times_ends_well(place: Path) -> None:
 
 def test_two_runs_exclude_each_other(place: Path) -> None:
     """The second is refused, naming the first, until the first has been killed."""
-    with slow(place, *MERGE, "-o", "out") as process:
+    with started(SLOW, *MERGE, "-o", "out", cwd=place) as process:
         let_write(process, 1)
         before = state(place)
 
@@ -139,7 +126,7 @@ def test_two_runs_exclude_each_other(place: Path) -> None:
 @pytest.mark.parametrize("options", [(), ("--quiet",), ("--workers", "3")])
 def test_ctrl_c_says_what_to_do(place: Path, options: tuple[str, ...]) -> None:
     """Exit 130 and one line; the same command goes on."""
-    with slow(place, *MERGE, "-o", "out", *options) as process:
+    with started(SLOW, *MERGE, "-o", "out", *options, cwd=place) as process:
         let_write(process, 2)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
@@ -173,7 +160,7 @@ def test_a_full_disk_says_what_to_do(place: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_changed_plan_is_told(place: Path) -> None:
     """It starts over, and --quiet says nothing."""
     for quiet, words in (((), "starting over"), (("--quiet",), "")):
-        with slow(place, *MERGE, "-o", "out") as process:
+        with started(SLOW, *MERGE, "-o", "out", cwd=place) as process:
             let_write(process, 3)
         ran = assert_done(call(*MERGE, "-p", "density=0.9", "-o", "out", *quiet, cwd=place))
         assert words in ran.err
@@ -187,7 +174,7 @@ def test_a_forced_run_that_is_killed_keeps_the_old_output(place: Path, expected:
     """And the same command replaces it."""
     old = write(place / "out" / "model.safetensors", {"w": read(place / "base")["norm.weight"]})
     before = old.read_bytes()
-    with slow(place, *MERGE, "-o", "out", "--force") as process:
+    with started(SLOW, *MERGE, "-o", "out", "--force", cwd=place) as process:
         let_write(process, 3)
     assert old.read_bytes() == before
 
@@ -201,7 +188,7 @@ def test_a_forced_run_that_is_killed_keeps_the_old_output(place: Path, expected:
 
 def test_json_of_a_resumed_run(place: Path) -> None:
     """Results on standard output, the note beside them, digests of all tensors."""
-    with slow(place, *MERGE, "-o", "out") as process:
+    with started(SLOW, *MERGE, "-o", "out", cwd=place) as process:
         let_write(process, 3)
 
     ran = assert_done(call(*MERGE, "-o", "out", "--json", cwd=place))

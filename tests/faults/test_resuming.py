@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from mergebench.checkpoints import disk, locks, staging, writer
+from mergebench.checkpoints.destination import check_destination, staged_bytes
 from mergebench.checkpoints.journal import VERSION
-from mergebench.checkpoints.staging import check_destination, staged_bytes
-from mergebench.checkpoints.writer import together
+from mergebench.checkpoints.together import together
 from mergebench.core.errors import MergebenchError, ResourceError
 from tests.faults.machine import Machine
 from tests.faults.merges import assert_same_state, hidden, state
@@ -401,7 +401,7 @@ def test_a_disk_without_inodes_is_written_all_the_same(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There nobody could tell whose work is found, so none is kept."""
-    monkeypatch.setattr(staging, "_inode", lambda path: 0 if path.exists() else -1)
+    monkeypatch.setattr(staging, "inode", lambda path: 0 if path.exists() else -1)
 
     assert not write_part(place).kept
     assert state(place.parent) == {}

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from mergebench.core.errors import MergebenchError
-from mergebench.ship.shelf import entries, entry, take_off
+from mergebench.ship.shelf import entries, entry
 from mergebench.ship.shelf_care import collect, damage, export, objects
+from mergebench.ship.shelf_changes import take_off
 from mergebench.ship.shelving import add
 from tests.faults.machine import Fault, KilledError, Machine
 from tests.helpers.adapters import factors, save_peft

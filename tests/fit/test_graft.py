@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from mergebench import merge_models
-from mergebench.core.errors import MergebenchError, ParameterError
+from mergebench.core.errors import MergebenchError, ParameterError, ResourceError
+from mergebench.merge import engine
+from mergebench.merge.fit.candidate import Candidate
 from mergebench.merge.fit.graft import Grafted, Settings, graft
 from mergebench.merge.fit.task import Task
+from mergebench.merge.plan import Plan
 from mergebench.merge.sparse import write_sparse
 from mergebench.recipe import Recipe
 from tests.fit.networks import Runs
@@ -63,6 +66,34 @@ def recipe(tmp_path: Path) -> Recipe:
 def learned(recipe: Recipe, **settings: Any) -> Grafted:
     """A mask of one entry out of eight at the start."""
     return graft(recipe, [task()], Settings(density=1 / 8, **settings), "val", make=make)
+
+
+def test_memory_and_workers_are_those_of_the_candidates(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the task vector and its mask too, which are merges of their own."""
+    seen = []
+    run = engine._run
+
+    def noted(plan: Plan, *given: Any) -> Any:
+        seen.append((plan.tiling.workers, plan.form))
+        return run(plan, *given)
+
+    monkeypatch.setattr(engine, "_run", noted)
+
+    def made(memory: int) -> Grafted:
+        def limited(asked: Recipe, label: str) -> Candidate:
+            return Candidate(asked, label, memory=memory << 20, workers=3)
+
+        return graft(recipe, [task()], Settings(density=1 / 8, epochs=1), "val", make=limited)
+
+    with pytest.raises(ResourceError, match=r"this merge needs at least \d+ MiB"):
+        made(40)
+    seen.clear()
+    made(200)
+
+    assert sorted(form for _, form in seen) == ["delta", "delta", "model"]
+    assert {workers for workers, _ in seen} == {3}
 
 
 def mask_of(made: Grafted) -> list[int]:

@@ -16,7 +16,7 @@ from mergebench.merge.fit.forward import forward_of
 from mergebench.merge.fit.live import fill
 from mergebench.merge.fit.mixture import load_mixture
 from mergebench.merge.fit.objectives import loss_of
-from mergebench.merge.plan import make_plan
+from mergebench.merge.planning import make_plan
 from mergebench.recipe import Recipe
 from tests.fit.networks import task_of, values_of
 from tests.fit.support import make, recipe_of

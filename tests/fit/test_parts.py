@@ -11,7 +11,7 @@ import torch
 
 from mergebench.merge.fit.learn import Settings, learn
 from mergebench.merge.fit.mixture import Factored, Mixture, Whole, load_mixture
-from mergebench.recipe import read_recipe, recipe_from_dict
+from mergebench.recipe.reading import read_recipe, recipe_from_dict
 from tests.fit.lines import lines, three_vectors
 from tests.fit.support import make, recipe_of
 from tests.helpers.adapters import factors, product, save_peft

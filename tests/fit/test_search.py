@@ -17,7 +17,8 @@ from mergebench.merge.fit.search import Found, Settings, search
 from mergebench.merge.fit.space import fixed_and_free
 from mergebench.merge.fit.study import STARTUP
 from mergebench.merge.fit.task import Task
-from mergebench.recipe import Recipe, parse_op
+from mergebench.recipe import Recipe
+from mergebench.steps import parse_op
 from tests.fit.support import Scored, make, recipe_of, save_model
 from tests.helpers.files import write
 

@@ -18,7 +18,8 @@ from mergebench.merge.fit.space import (
     with_values,
 )
 from mergebench.merge.method import METHODS
-from mergebench.recipe import ModelRef, Recipe, parse_op
+from mergebench.recipe import ModelRef, Recipe
+from mergebench.steps import parse_op
 
 
 def recipe(method: str = "ties", then: tuple[str, ...] = (), **params: Any) -> Recipe:

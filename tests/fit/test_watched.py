@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mergebench.core.errors import ParameterError
+from mergebench.merge.device.choose import torch_device
 from mergebench.merge.fit.adamerging import METHOD, PLUS
 from mergebench.merge.fit.adamerging import SETTINGS as ADAMERGING
 from mergebench.merge.fit.atlas import SETTINGS as ATLAS
@@ -174,13 +175,13 @@ def test_mixed_precision(tmp_path: Path, precision: Any) -> None:
 
 
 def test_devices() -> None:
-    """What is not there is refused in one line."""
-    from mergebench.merge.fit.forward import check_device
-
-    check_device("cpu")
+    """As merges spell them; what is not there is refused in one line."""
+    assert torch_device("cpu") == torch_device("torch") == "cpu"
+    if not torch.cuda.is_available():
+        assert torch_device("auto") == "cpu"
     for device in ("gpu", "cuda:x", f"cuda:{torch.cuda.device_count()}", "meta"):
         with pytest.raises(ParameterError, match="--device"):
-            check_device(device)
+            torch_device(device)
 
 
 def test_what_does_not_move_is_the_base(tmp_path: Path) -> None:

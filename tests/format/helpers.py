@@ -13,8 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from mergebench.checkpoints.placement import Layout, TensorSpec, plan_layout
 from mergebench.checkpoints.reader import FileTensor, SafetensorsFile, open_safetensors
-from mergebench.checkpoints.writer import Layout, Output, TensorSpec, plan_layout
+from mergebench.checkpoints.writer import Output
 from mergebench.core.errors import FormatError
 from mergebench.core.tensor import DTYPES, Array, dtype_name, read_all
 

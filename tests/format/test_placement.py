@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
+from mergebench.checkpoints.placement import TensorSpec, plan_layout
 from mergebench.checkpoints.reader import open_safetensors
-from mergebench.checkpoints.writer import TensorSpec, parse_size, plan_layout
+from mergebench.checkpoints.sizes import parse_size
 from mergebench.core.errors import FormatError, MergebenchError, ParameterError
 from mergebench.core.tensor import DTYPES
 

@@ -18,9 +18,11 @@ from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mergebench.checkpoints import descriptors, disk, replacing, staging, writer
+from mergebench.checkpoints.destination import check_destination
 from mergebench.checkpoints.layout import open_checkpoint
+from mergebench.checkpoints.placement import TensorSpec, plan_layout
 from mergebench.checkpoints.reader import open_safetensors
-from mergebench.checkpoints.writer import Output, TensorSpec, check_destination, plan_layout
+from mergebench.checkpoints.writer import Output
 from mergebench.core.errors import MergebenchError, ResourceError
 from mergebench.core.tensor import DTYPES
 

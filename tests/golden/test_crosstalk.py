@@ -8,7 +8,6 @@ import pytest
 from mergebench.compute.crosstalk import crosstalk_of as crosstalk
 from mergebench.compute.crosstalk import principal_cosines as cosines
 from mergebench.compute.decomposition import decompose, decompose_product
-from mergebench.spectral.diagnostics.overlap import support
 from mergebench.spectral.pairs import (
     alignment_ratio,
     interference,
@@ -128,15 +127,6 @@ def test_the_residual_of_an_alignment_is_just_met() -> None:
         np.linalg.norm(matrix - found.U[:, :k] @ found.U[:, :k].T @ matrix) for k in range(10)
     ] / np.linalg.norm(matrix)
     assert left[count] <= 0.05 < left[count - 1]
-
-
-def test_supports() -> None:
-    """The largest magnitudes, the earlier among equals, and never zeros."""
-    matrix = np.array([[3.0, -3.0, 0.0], [1.0, -5.0, 3.0]])
-
-    np.testing.assert_array_equal(np.flatnonzero(support(matrix, 3)), [0, 1, 4])
-    np.testing.assert_array_equal(np.flatnonzero(support(matrix, 6)), [0, 1, 3, 4, 5])
-    assert not support(np.zeros((2, 2)), 2).any()
 
 
 def test_random_spaces_overlap_as_much_as_drawn_ones() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
 import numpy as np
 import pytest
 
-from mergebench.compute.decomposition import decompose
+from mergebench.compute.decomposition import Decomposition, decompose
 from mergebench.compute.intruders import Intruders, intruders
 from mergebench.compute.removal import removal
 from mergebench.core.errors import MismatchError
@@ -142,10 +143,9 @@ def test_known_decompositions_change_nothing() -> None:
     assert not any(flags(other))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("product", [False, True])
-def test_bounds_settle_large_matrices(side: Literal["left", "right"], product: bool) -> None:
-    """Certified directions have the exact flags, and the exact cosine between their bounds."""
+@cache
+def large() -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray], Decomposition]:
+    """A base and a fine-tune of 560 × 560, the factors between them, and the base's SVD."""
     random = np.random.default_rng(4)
     size = 560
     U, S, Vt = np.linalg.svd(random.standard_normal((size, size)))
@@ -154,12 +154,26 @@ def test_bounds_settle_large_matrices(side: Literal["left", "right"], product: b
         (15 * random.standard_normal((size, 2)) / size**0.25).astype(np.float32),
         (random.standard_normal((2, size)) / size**0.25).astype(np.float32),
     )
-    tuned = base + factors[0] @ factors[1]
+    return base, base + factors[0] @ factors[1], factors, decompose(base)
+
+
+@cache
+def exactly(side: Literal["left", "right"], epsilons: tuple[float, ...]) -> Intruders:
+    """What two full decompositions of that pair say."""
+    base, tuned, _, _ = large()
+    return intruders(base, tuned, k=5, epsilons=epsilons, side=side, exact=True)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("product", [False, True])
+def test_bounds_settle_large_matrices(side: Literal["left", "right"], product: bool) -> None:
+    """Certified directions have the exact flags, and the exact cosine between their bounds."""
+    base, tuned, factors, decomposed = large()
     epsilons = (0.5, 0.8)
     given = {"factors": factors} if product else {}
 
     fast = intruders(base, tuned, k=5, epsilons=epsilons, side=side, **given)
-    slow = intruders(base, tuned, k=5, epsilons=epsilons, side=side, exact=True)
+    slow = exactly(side, epsilons)
 
     assert [each.status for each in fast.directions] == ["certified"] * 5
     assert [each.status for each in slow.directions] == ["exact"] * 5
@@ -169,17 +183,17 @@ def test_bounds_settle_large_matrices(side: Literal["left", "right"], product: b
         assert one.sigma == pytest.approx(other.sigma, rel=1e-5)
     assert slow.count(0.5) == 2
     assert fast.energy(0.5) == pytest.approx(slow.energy(0.5), rel=1e-5)
-    assert (fast.dimension, fast.vectors) == (slow.dimension, slow.vectors) == (size, size)
+    assert (fast.dimension, fast.vectors) == (slow.dimension, slow.vectors) == base.shape
     asked: list[bool] = []
     unsure = intruders(base, tuned, k=5, epsilons=(slow.directions[-1].cosine,), side=side,
-                       base_svd=lambda: asked.append(True) or decompose(base))  # fmt: skip
+                       base_svd=lambda: asked.append(True) or decomposed)  # fmt: skip
     assert unsure.directions[-1].status == "exact"
     assert asked == [True]
     # A little beside that cosine, the base's directions settle it without decomposing the other.
     asked.clear()
     near = (slow.directions[-1].cosine + 2e-4, slow.directions[-1].cosine - 2e-4)
     sure = intruders(base, tuned, k=5, epsilons=near, side=side, **given,
-                     base_svd=lambda: asked.append(True) or decompose(base))  # fmt: skip
+                     base_svd=lambda: asked.append(True) or decomposed)  # fmt: skip
     assert asked == [True]
     assert [each.status for each in sure.directions] == ["certified"] * 5
     assert sure.directions[-1].intruder == (True, False)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from mergebench import apply, merge_models
 from mergebench.core.errors import ParameterError
 from mergebench.merge.ops.lines import lines
-from mergebench.recipe import read_recipe, recipe_from_dict
+from mergebench.recipe.reading import read_recipe, recipe_from_dict
 from tests.helpers.running import assert_done, call
 
 from .support import assert_exactly, merged

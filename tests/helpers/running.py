@@ -6,10 +6,11 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,11 @@ class Ran:
         return json.loads(self.out)
 
 
-#: Code that runs the command line in a process of its own, which hears Ctrl-C: a shell that starts
-#: tests in the background leaves their children deaf to it.
-START = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from mergebench.cli.main import main; main()"
-)
+#: Code that runs the command line in a process of its own.
+MAIN = "from mergebench.cli.main import main; main()"
+#: The same where it hears Ctrl-C: a shell that starts tests in the background leaves their children
+#: deaf to it.
+START = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {MAIN}"
 
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -96,6 +96,33 @@ def python(code: str, *args: Any, cwd: Path, env: Mapping[str, str] | None = Non
         timeout=300,
     )
     return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@contextmanager
+def started(code: str, *args: Any, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    """A piece of Python that runs and can be talked to; it is killed at the end, if it still runs.
+
+    Arguments stand in its ``sys.argv``.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)],
+        cwd=cwd,
+        env=clean_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL, and wait until it is dead by it."""
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL
 
 
 def assert_done(ran: Ran) -> Ran:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 from tests.helpers.compare import assert_close, assert_files, assert_same
 from tests.helpers.files import BF16, F32, read, write
-from tests.helpers.running import Ran, assert_done, assert_refused
+from tests.helpers.forked import forked
+from tests.helpers.running import Ran, assert_done, assert_refused, python
 from tests.memory.measure import MIB, Measured, assert_within, measure
 
 ONE = {"w": np.array([1.0, -0.0], F32)}
@@ -113,3 +115,27 @@ def test_files_are_read_as_written(tmp_path: Path) -> None:
     arrays = {"a": np.arange(6, dtype=np.int64).reshape(2, 3), "b": np.array(1.5, BF16), **ONE}
 
     assert_same(read(write(tmp_path / "f.safetensors", arrays)), arrays)
+
+
+def test_forked_processes_are_processes_of_their_own(tmp_path: Path) -> None:
+    """Each has its arguments, folder, environment, output and code, and leaves nothing behind."""
+    run = forked("import json; json.mark = 'ready'")
+    code = """
+import atexit, json, os, sys
+print(json.mark, sys.argv[1], os.getcwd(), os.environ.get("OWN"), sys.stdin.read() == "")
+print("beside", file=sys.stderr)
+json.mark = "changed"
+atexit.register(print, "at the end")
+sys.exit(int(sys.argv[1]))
+"""
+    for number, own in ((3, {"OWN": "here"}), (0, {})):
+        said = f"ready {number} {tmp_path} {own.get('OWN')} True\nat the end\n"
+        expected = Ran(number, said, "beside\n")
+        assert run(code, number, cwd=tmp_path, env=own) == expected
+        assert python(
+            "import json; json.mark = 'ready'\n" + code, number, cwd=tmp_path, env=own
+        ) == (expected)
+    broken = run("raise ValueError('odd')", cwd=tmp_path)
+    assert broken.code == 1
+    assert broken.err.endswith("ValueError: odd\n")
+    assert run("import os; os.abort()", cwd=tmp_path).code == -signal.SIGABRT

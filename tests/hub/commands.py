@@ -6,15 +6,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.running import Ran, python
+from tests.helpers.forked import forked
+from tests.helpers.running import MAIN, Ran, python
 from tests.hub.server import TOKEN, Hub
 
 Run = Callable[..., Ran]
-_MAIN = "from mergebench.cli.main import main; main()"
 
 
-def commander(hub: Hub, cwd: Path, home: Path) -> Run:
+#: What commands import, but for the Hub's client itself: it asks the environment where the Hub is.
+_READY = """
+import sys
+import huggingface_hub.hf_api, rich.console
+from pydantic import TypeAdapter
+import mergebench.merge.engine, mergebench.merge.many.where, mergebench.merge.planning
+import mergebench.ship.push, mergebench.ship.pull
+from mergebench.cli.main import main
+
+for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+    del sys.modules[name]
+"""
+
+
+def commander(hub: Hub, cwd: Path, home: Path, *, fresh: bool = False) -> Run:
     """A function that runs a command in a process of its own, which reads its environment anew.
+
+    It is forked from one that has imported the command, but not the Hub's client, which decides by
+    the environment as it is imported; or all is imported again where it is to be ``fresh``.
 
     Whatever it prints, the token is not among it.
     """
@@ -29,9 +46,11 @@ def commander(hub: Hub, cwd: Path, home: Path) -> Run:
         "no_proxy": "127.0.0.1,localhost",
     }
 
+    act_on = python if fresh else forked(_READY)
+
     def act(*args: Any, token: str | None = TOKEN, **env: str) -> Ran:
         known = {} if token is None else {"HF_TOKEN": token}
-        ran = python(_MAIN, *args, cwd=cwd, env={**environment, **known, **env})
+        ran = act_on(MAIN, *args, cwd=cwd, env={**environment, **known, **env})
         assert TOKEN not in ran.out + ran.err
         return ran
 

@@ -25,7 +25,7 @@ from mergebench.merge.many import cluster as cluster_module
 from mergebench.merge.many import crew, where
 from mergebench.merge.many.agree import check_alike, marks_of
 from mergebench.merge.many.cluster import ClusterRun
-from mergebench.merge.plan import make_plan
+from mergebench.merge.planning import make_plan
 from mergebench.recipe import ModelRef, Recipe
 from tests.faults.merges import assert_same_state, hidden, state
 from tests.helpers.files import read, tree

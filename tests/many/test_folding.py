@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergebench.compute.gram import gram, grouped_sums
+from mergebench.compute.magnitudes import bits
 from mergebench.compute.scores import kth_smallest
+from mergebench.compute.search import Search
 from mergebench.compute.seen import Seen, fold_of
-from mergebench.compute.select import _Survey, _Target, bits, kth_magnitudes
+from mergebench.compute.select import kth_magnitudes
 from mergebench.compute.sums import totals
+from mergebench.compute.survey import Survey
 from mergebench.core.site import Site
 from mergebench.merge.at import At
 from tests.unit.sweeps import Tables, assert_exact
@@ -83,7 +86,7 @@ def test_thresholds(seed: int, rank: int, few: bool, tile: int) -> None:
 def test_thresholds_of_many_entries_inside_the_bracket(monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit is counted in bins, and the bracket narrowed."""
     monkeypatch.setattr("mergebench.compute.select.CAPACITY", 64)
-    monkeypatch.setattr("mergebench.compute.select._BINS", 16)
+    monkeypatch.setattr("mergebench.compute.search.BINS", 16)
     monkeypatch.setattr("mergebench.compute.select._targets", _wide)
     stacks = tables(3, few=False)
     for rank in (1, 777, 15_000):
@@ -96,8 +99,8 @@ def test_thresholds_of_many_entries_inside_the_bracket(monkeypatch: pytest.Monke
 def test_what_is_folded_stays_small() -> None:
     """Of a large tensor, entries are kept in proportion to what a search can keep of the model."""
     stacks = tables(4, few=False)
-    target = _Target(0, 5000, 1, int(np.iinfo(np.int32).max), np.dtype(np.int32), capacity=100)
-    survey = _Survey([target], size=10**9)
+    target = Search(0, 5000, 1, int(np.iinfo(np.int32).max), np.dtype(np.int32), capacity=100)
+    survey = Survey([target], size=10**9)
     magnitudes = bits(stacks["a"])[0]
     parts = [
         (at, at + 4096, [target.look(magnitudes[at : at + 4096], at)])
@@ -115,7 +118,7 @@ def test_what_is_folded_stays_small() -> None:
 
 def _wide(sweep: Any, wanted: Any) -> Any:
     top = int(np.iinfo(np.int32).max)
-    return [_Target(model, rank, 1, top, np.dtype(np.int32), 64) for model, rank in wanted]
+    return [Search(model, rank, 1, top, np.dtype(np.int32), 64) for model, rank in wanted]
 
 
 @pytest.mark.parametrize("tile", [1000, 4096, 5000])

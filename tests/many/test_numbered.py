@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import signal
 import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,11 +23,11 @@ from mergebench.merge.many.codec import pack
 from mergebench.merge.many.numbered import execute_as_worker
 from mergebench.merge.many.team import Seat
 from mergebench.merge.outcome import Written
-from mergebench.merge.plan import make_plan
+from mergebench.merge.planning import make_plan
 from mergebench.recipe import ModelRef, Recipe
 from tests.faults.merges import assert_same_state, hidden, state
 from tests.helpers.files import tree
-from tests.helpers.running import assert_done, assert_refused, call, clean_environment
+from tests.helpers.running import assert_done, assert_refused, call, kill, started
 from tests.many.scene import MERGES, arguments, build, run_alone, spoiled
 
 # The command, slowed down so that it can be met at any step: it says what it is about to leave for
@@ -53,24 +51,6 @@ WAITING = "--wait", "60"
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models and adapters."""
     return build(tmp_path_factory.mktemp("inputs"))
-
-
-@contextmanager
-def slow(place: Path, *options: Any) -> Iterator[subprocess.Popen[str]]:
-    """The slow command; it is killed at the end, if it still runs."""
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW, *map(str, options)],
-        cwd=place,
-        env=clean_environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 def reach(process: subprocess.Popen[str], what: str, left: int = 0) -> None:
@@ -144,7 +124,9 @@ def test_processes_of_the_command(inputs: Path, tmp_path: Path) -> None:
     given = [*arguments("sweep", inputs, tmp_path / "many")[:-1], tmp_path / "many" / "out"]
     with ExitStack() as stack:
         processes = [
-            stack.enter_context(slow(tmp_path, *given, "--worker", f"{number}/3", *WAITING))
+            stack.enter_context(
+                started(SLOW, *given, "--worker", f"{number}/3", *WAITING, cwd=tmp_path)
+            )
             for number in (2, 0, 1)
         ]
         with ThreadPoolExecutor(3) as pool:
@@ -161,15 +143,14 @@ def test_a_killed_worker_is_replaced_by_the_others(inputs: Path, tmp_path: Path,
     (tmp_path / "many").mkdir()
     given = arguments("ties", inputs, tmp_path / "many")
     with (
-        slow(tmp_path, *given, "--worker", "0/3", *WAITING) as first,
-        slow(tmp_path, *given, "--worker", "1/3", *WAITING) as dying,
-        slow(tmp_path, *given, "--worker", "2/3", *WAITING) as last,
+        started(SLOW, *given, "--worker", "0/3", *WAITING, cwd=tmp_path) as first,
+        started(SLOW, *given, "--worker", "1/3", *WAITING, cwd=tmp_path) as dying,
+        started(SLOW, *given, "--worker", "2/3", *WAITING, cwd=tmp_path) as last,
         ThreadPoolExecutor(2) as pool,
     ):
         others = [pool.submit(let_go, each) for each in (first, last)]
         reach(dying, step, left=1)
-        dying.send_signal(signal.SIGKILL)
-        assert dying.wait(60) == -signal.SIGKILL
+        kill(dying)
         ends = [each.result() for each in others]
 
     assert [code for code, _ in ends] == [0, 0], ends
@@ -182,14 +163,13 @@ def test_a_killed_worker_can_be_started_again(inputs: Path, tmp_path: Path) -> N
     run_alone("ties", inputs, tmp_path / "one")
     (tmp_path / "many").mkdir()
     given = arguments("ties", inputs, tmp_path / "many")
-    with slow(tmp_path, *given, "--worker", "0/2", *WAITING) as first:
+    with started(SLOW, *given, "--worker", "0/2", *WAITING, cwd=tmp_path) as first:
         reach(first, "sweep1", left=2)
-        first.send_signal(signal.SIGKILL)
-        first.wait(60)
+        kill(first)
     # Alone it does all that is its own, and waits for the other.
     with (
-        slow(tmp_path, *given, "--worker", "0/2", *WAITING) as again,
-        slow(tmp_path, *given, "--worker", "1/2", *WAITING) as other,
+        started(SLOW, *given, "--worker", "0/2", *WAITING, cwd=tmp_path) as again,
+        started(SLOW, *given, "--worker", "1/2", *WAITING, cwd=tmp_path) as other,
         ThreadPoolExecutor(2) as pool,
     ):
         ends = list(pool.map(let_go, (again, other)))
@@ -239,7 +219,7 @@ def test_all_workers_killed_a_plain_run_goes_on(inputs: Path, tmp_path: Path) ->
     run_alone("ties", inputs, tmp_path / "one")
     (tmp_path / "many").mkdir()
     given = arguments("ties", inputs, tmp_path / "many")
-    with slow(tmp_path, *given, "--worker", "0/1") as only:
+    with started(SLOW, *given, "--worker", "0/1", cwd=tmp_path) as only:
         reach(only, "merged", left=3)
     assert not (tmp_path / "many" / "out").exists()
 
@@ -268,7 +248,7 @@ def test_a_missing_worker_is_named(inputs: Path, tmp_path: Path) -> None:
 def test_nobody_is_the_same_worker_twice(inputs: Path, tmp_path: Path) -> None:
     """The second is refused while the first lives, and so are workers of another number."""
     given = arguments("ties", inputs, tmp_path)
-    with slow(tmp_path, *given, "--worker", "0/2", *WAITING) as first:
+    with started(SLOW, *given, "--worker", "0/2", *WAITING, cwd=tmp_path) as first:
         reach(first, "sweep1")
         before = hidden(tmp_path)
 
@@ -288,7 +268,7 @@ def test_other_runs_keep_away(
     monkeypatch.setattr("mergebench.merge.many.numbered._DOOR", 0.1)
     given = arguments("ties", inputs, tmp_path)
     other = arguments("task arithmetic", inputs, tmp_path)
-    with slow(tmp_path, *given, "--worker", "0/2", *WAITING) as first:
+    with started(SLOW, *given, "--worker", "0/2", *WAITING, cwd=tmp_path) as first:
         reach(first, "sweep1")
         held = state(tmp_path)
         for command in (given, other, [*other, "--worker", "0/2"]):

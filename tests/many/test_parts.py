@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergebench.checkpoints.locks import TakenError, acquire
-from mergebench.compute.select import Cut, Found
+from mergebench.compute.cut import Cut
+from mergebench.compute.search import Found
 from mergebench.core.errors import MergebenchError
 from mergebench.merge.at import Reading
 from mergebench.merge.many import leases
@@ -26,7 +27,7 @@ from mergebench.merge.many.labour import Merged
 from mergebench.merge.many.leases import Lease, Watch, beat_of, came, read_beat
 from mergebench.merge.many.units import Unit, owners, units_of
 from mergebench.merge.outcome import Outcome
-from mergebench.merge.plan import make_plan
+from mergebench.merge.planning import make_plan
 from mergebench.recipe import ModelRef, Recipe
 from tests.many.scene import build
 
@@ -88,7 +89,7 @@ def test_what_statistics_and_units_hold_comes_back() -> None:
 @pytest.mark.parametrize("value", [{1, 2}, object(), np.array(["text"]), 1j])
 def test_other_types_are_refused(value: Any) -> None:
     """They would not come back."""
-    with pytest.raises(TypeError, match="cannot be left for another process"):
+    with pytest.raises(TypeError, match="cannot be kept exactly"):
         pack([value])
 
 

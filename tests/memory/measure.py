@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.running import Ran, python
+from tests.helpers.forked import forked
+from tests.helpers.running import Ran
 
 MIB = 1 << 20
-# The libraries are imported first; then a thread looks at the process every few milliseconds.
-_CODE = """
-import sys, threading
-from pathlib import Path
-
+#: The libraries are imported first, once for many processes.
+READY = """
+import threading
 import psutil
 
 import mergebench.compute.decompose
@@ -29,6 +28,16 @@ loaded = len(list(METHODS)) + len(list(OPS)) + len(list(KINDS))
 # A compiler is a library too.
 assert ready.kernels() is not None
 assert ready.kernels(rows=True) is not None
+"""
+# Then a thread looks at the process every few milliseconds.
+_CODE = """
+import sys, threading
+from pathlib import Path
+
+import psutil
+
+from mergebench.cli.main import main
+
 status = Path("/proc/self/status")
 
 def anonymous():
@@ -70,7 +79,7 @@ class Measured:
 
 def measure(arguments: Sequence[Any], cwd: Path, before: str = "") -> Measured:
     """Run the command in a process that watches itself, after some Python of the caller's."""
-    ran = python(before + _CODE, *arguments, cwd=cwd)
+    ran = forked(before + READY)(_CODE, *arguments, cwd=cwd)
     lines = [line for line in ran.out.splitlines() if line.startswith("peak above baseline: ")]
     assert len(lines) == 1, ran
     return Measured(ran, int(lines[0].rsplit(None, 1)[1]))

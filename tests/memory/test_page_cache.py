@@ -1,4 +1,4 @@
-"""Merges larger than a limit leave neither inputs nor output in the page cache."""
+"""Runs larger than a limit leave neither inputs nor output in the page cache."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from tests.helpers.files import BF16, tree, write
-from tests.helpers.running import assert_done, command
-from tests.memory.measure import MIB
+from tests.helpers.forked import forked
+from tests.helpers.running import MAIN, assert_done
+from tests.memory.measure import MIB, READY
 from tests.memory.residency import forget, resident
 
 INPUTS = ("base", "ft1", "ft2")
@@ -55,14 +56,40 @@ def test_a_large_merge_leaves_nothing_behind(models: Path, method: str, workers:
     merge = ["merge", "ft1.safetensors", "ft2.safetensors", "-b", "base.safetensors", "-m", method]
     merge += ["--allow-base-mismatch", "--workers", workers, "--force", "-o", "out.safetensors"]
     paths = [models / f"{name}.safetensors" for name in (*INPUTS, "out")]
+    command = forked(READY)
 
-    assert_done(command(*merge, "--page-cache", "1TB", cwd=models))
+    assert_done(command(MAIN, *merge, "--page-cache", "1TB", cwd=models))
     kept = [resident(path) / path.stat().st_size for path in paths]
     small = tree(models)["out.safetensors"]
-    assert_done(command(*merge, "--page-cache", "8MiB", cwd=models))
+    assert_done(command(MAIN, *merge, "--page-cache", "8MiB", cwd=models))
     left = [resident(path) for path in paths]
 
     assert min(kept) > 0.9
     # A page or two of headers, which were read before the merge was known to be large.
     assert max(left) < MIB
     assert tree(models)["out.safetensors"] == small
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        ("spectral", "ft1.safetensors", "ft2.safetensors", "--only", "cosine,overlap", "-q"),
+        ("check", "ft1.safetensors", "ft2.safetensors"),
+    ],
+    ids=lambda look: str(look[0]),
+)
+def test_large_models_are_looked_at_and_left(models: Path, look: tuple[str, ...]) -> None:
+    """Small ones stay for whoever reads them next, and what is said of both is the same."""
+    asked = [*look, "-b", "base.safetensors", "--workers", 2, "--json"]
+    asked += ["--no-cache"] if look[0] == "spectral" else []
+    paths = [models / f"{name}.safetensors" for name in INPUTS]
+    said, command = [], forked(READY)
+    for limit in ("1TB", "8MiB"):
+        ran = command(MAIN, *asked, cwd=models, env={"MERGEBENCH_PAGE_CACHE": limit})
+        said.append(ran.out)
+        found = [resident(path) / path.stat().st_size for path in paths]
+        if limit == "1TB":
+            assert min(found) > 0.9
+
+    assert max(found) < 1 / 48
+    assert said[0] == said[1] != ""

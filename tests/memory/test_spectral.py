@@ -20,6 +20,14 @@ import mergebench.spectral.engine
 from mergebench.spectral.diagnostic import DIAGNOSTICS
 assert len(list(DIAGNOSTICS)) > 0
 """
+# A compiler is a library too.
+_PASSES = """
+from mergebench.compute.entrywise import Room, Rows, passes
+from mergebench.compute.pairwise import inner_products
+from mergebench.compute.supports import shared_supports
+inner_products(Rows(None, [None], 1), [(0, 0)], (), passes())
+shared_supports(Rows(None, [None], 1), 1, passes())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +74,20 @@ def test_the_least_memory_is_enough(
 
     assert_within(measured, least * MIB)
     assert least <= 16 + 24 * 8 * _SIZE**2 / MIB
+
+
+def test_supports_need_no_matrix(folder: Path) -> None:
+    """What is looked at entry by entry takes as much for a matrix of 72 MB as for a small one."""
+    random = np.random.default_rng(1)
+    base = {"layers.0.proj.weight": random.standard_normal((3000, 3000), np.float32)}
+    models = {"large-base": base}
+    for model in ("large-one", "large-two"):
+        name, values = next(iter(base.items()))
+        models[model] = {name: values + 0.1 * random.standard_normal(values.shape, np.float32)}
+    for model, arrays in models.items():
+        write(folder / f"{model}.safetensors", arrays)
+    arguments = ["spectral", "large-one.safetensors", "large-two.safetensors", "-b",
+                 "large-base.safetensors", "--no-cache", "-q", "-j", 1, "--only",
+                 "overlap,cosine,signs", "--memory", "36MiB"]  # fmt: skip
+
+    assert_within(measure(arguments, folder, _BEFORE + _PASSES), 36 * MIB)

@@ -16,8 +16,8 @@ def removed(
     side: str = "left",
 ) -> tuple[np.ndarray, list[tuple[int, float, float]]]:
     """The update that is left, and ``(index, σ, cosine)`` of what was scaled."""
-    old_left, old_values, old_right = np.linalg.svd(base)
-    left, values, right = np.linalg.svd(base + update)
+    old_left, old_values, old_right = np.linalg.svd(base, full_matrices=False)
+    left, values, right = np.linalg.svd(base + update, full_matrices=False)
     old = old_left if side == "left" else old_right.T
     real = [i for i, sigma in enumerate(old_values) if sigma > 2.0**-20 * old_values[0]]
     found = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,13 @@ def test_small_matrices(shape: tuple[int, int], side: Any, top: int | None, k: i
     assert scaled > (0 if min(shape) > 1 else -1)
 
 
+@cache
+def pair(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """A large matrix and its update."""
+    random = np.random.default_rng(2)
+    return trained(random, shape), updates(random, shape, 900.0)
+
+
 @pytest.mark.parametrize(
     ("shape", "grow"),
     [((560, 560), 1.0), ((520, 1300), 1.0), ((1300, 520), 1.0), ((560, 560), 1e20)],
@@ -78,9 +86,7 @@ def test_small_matrices(shape: tuple[int, int], side: Any, top: int | None, k: i
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_bounds_find_the_same(shape: tuple[int, int], side: Any, grow: float) -> None:
     """Directions that bounds have settled are as exact as decomposed ones, whatever the unit."""
-    random = np.random.default_rng(2)
-    base = (grow * trained(random, shape)).astype(F32)
-    update = (grow * updates(random, shape, 900.0)).astype(F32)
+    base, update = ((grow * each).astype(F32) for each in pair(shape))
 
     got = removal(base, update, lam=0.2, top=None, k=6, side=side)
     wanted, directions = removed(

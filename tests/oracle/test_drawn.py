@@ -15,9 +15,10 @@ from mergebench.core.tensor import ArrayTensor
 from mergebench.merge.align import draw_keys
 from mergebench.merge.engine import execute_in_memory
 from mergebench.merge.method import METHODS
-from mergebench.merge.plan import make_plan
-from mergebench.recipe import ModelRef, OpRef, Recipe
+from mergebench.merge.planning import make_plan
+from mergebench.recipe import ModelRef, Recipe
 from mergebench.sources import source_of_arrays
+from mergebench.steps import OpRef
 from tests.oracle import drawn, methods
 from tests.oracle.test_against_oracle import CASES, Case, assert_rounds_to, cases
 

@@ -15,7 +15,7 @@ from mergebench.core.selector import Selector
 from mergebench.core.site import make_sites
 from mergebench.merge.abreast import Abreast, abreast
 from mergebench.merge.method import METHODS
-from mergebench.recipe import recipe_from_dict
+from mergebench.recipe.reading import recipe_from_dict
 from tests.helpers.files import read, tree, write
 from tests.helpers.running import assert_done, assert_refused, call
 from tests.helpers.scene import Scene

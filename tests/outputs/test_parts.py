@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from mergebench import merge_models
-from mergebench.recipe import recipe_from_dict
+from mergebench.recipe.reading import recipe_from_dict
 from tests.helpers.files import F32, Array, read, tree, write
 from tests.helpers.models import save_folder
 from tests.helpers.running import assert_done, assert_refused, call

@@ -11,7 +11,8 @@ import pytest
 from mergebench.adapters_zoo.adapter import ReadOptions
 from mergebench.core.errors import MismatchError
 from mergebench.merge.drift import Drift, Layer, drift
-from mergebench.sources import Source, open_source, with_base
+from mergebench.sources import Source
+from mergebench.sources.opening import open_source, with_base
 from tests.helpers.files import F32, F64, Array, read, write
 from tests.helpers.models import save_folder
 from tests.helpers.running import assert_done, call

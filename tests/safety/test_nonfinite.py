@@ -19,7 +19,7 @@ from mergebench.core.site import Site
 from mergebench.merge.engine import execute
 from mergebench.merge.item import Item, load
 from mergebench.merge.method import METHODS
-from mergebench.merge.plan import make_plan
+from mergebench.merge.planning import make_plan
 from mergebench.recipe import ModelRef, Recipe
 from tests.contract.collecting import statistics_of, wanted
 from tests.helpers.adapters import factors, save_peft

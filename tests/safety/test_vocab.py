@@ -27,7 +27,7 @@ from mergebench.checkpoints.rows import MeanRows, Rows
 from mergebench.checkpoints.tokenizers import read_vocabulary
 from mergebench.core.errors import FormatError
 from mergebench.core.tensor import ArrayTensor
-from mergebench.merge.plan import make_plan
+from mergebench.merge.planning import make_plan
 from mergebench.merge.resume import resume_key
 from mergebench.recipe import ModelRef, Recipe
 from tests.helpers.files import BF16, F32, F64, Array, listing, read

@@ -12,10 +12,10 @@ import pytest
 
 from mergebench.checkpoints import shelved
 from mergebench.core.errors import MergebenchError, ParameterError
-from mergebench.ship import shelf as shelves
+from mergebench.ship import shelf_changes
 from mergebench.ship.cards import push_card
 from mergebench.ship.packing import packing
-from mergebench.ship.shelf import check_name, entries, entry, name_for
+from mergebench.ship.shelf import check_name, entries, entry, is_shelf, name_for
 from mergebench.ship.shelf_care import collect, damage, disk_bytes, objects
 from mergebench.ship.shelving import add
 from tests.helpers.files import F32, listing, read, tree, write
@@ -279,10 +279,34 @@ def test_many_at_a_time(scene: Scene, shelf: Path) -> None:
     assert [name for name in listing(shelf / "adapters") if name.startswith(".")] == []
 
 
+def test_a_shelf_that_appears_meanwhile(
+    scene: Scene, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who first sees no shelf, and then what another run has begun in it, looks again."""
+    looked: list[Path] = []
+
+    def late(place: Path) -> bool:
+        looked.append(place)
+        if len(looked) == 1:
+            add_by_another()
+            return False
+        return is_shelf(place)
+
+    def add_by_another() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(shelf_changes, "is_shelf", is_shelf)
+            add(shelf, str(scene.path / "lora1"))
+
+    monkeypatch.setattr(shelf_changes, "is_shelf", late)
+    add(shelf, str(scene.path / "lora2"))
+
+    assert [each.name for each in entries(shelf)] == ["lora1", "lora2"]
+
+
 def test_only_one_changes_it_at_a_time(scene: Scene, shelf: Path, monkeypatch: Any) -> None:
     """Who waits too long is told who holds the shelf."""
-    monkeypatch.setattr(shelves, "PATIENCE", 0.1)
-    with shelves.locked(shelf), pytest.raises(MergebenchError, match="another run"):
+    monkeypatch.setattr(shelf_changes, "PATIENCE", 0.1)
+    with shelf_changes.locked(shelf), pytest.raises(MergebenchError, match="another run"):
         add(shelf, str(scene.path / "lora1"))
     add(shelf, str(scene.path / "lora1"))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mergebench.compute.select import Cut
+from mergebench.compute.cut import Cut
 from mergebench.core.site import Site
 from mergebench.merge.at import At
 

@@ -21,8 +21,10 @@ from mergebench.core.tensor import ArrayTensor
 from mergebench.merge import ahead
 from mergebench.merge.ahead import Ahead, Step
 from mergebench.merge.engine import execute
-from mergebench.merge.plan import Plan, make_plan
-from mergebench.recipe import ModelRef, OpRef, Recipe
+from mergebench.merge.plan import Plan
+from mergebench.merge.planning import make_plan
+from mergebench.recipe import ModelRef, Recipe
+from mergebench.steps import OpRef
 from tests.helpers.files import BF16, write
 
 NAMES = ("z.weight", "b.weight", "y.weight", "a.weight")
@@ -258,6 +260,7 @@ def test_what_will_be_read_again_stays_as_far_as_there_is_room(
 def test_small_merges_advise_nothing(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor are they slowed by a thread that writes; the bytes are the same either way."""
     monkeypatch.delenv(page_cache.VARIABLE, raising=False)
+    monkeypatch.setattr(page_cache, "LITTLE", 0)
     monkeypatch.setattr(page_cache, "available", lambda: 2 * (3 * 4 * SIZE + 5 * SIZE))
     events = recorded.run("ties")
     small = (recorded.folder / "out.safetensors").read_bytes()

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mergebench.compute.cut import ALL, NONE, Cut
 from mergebench.compute.keep import keep_mask, row_ranks_mask
 from mergebench.compute.masking import silence
-from mergebench.compute.select import ALL, NONE, Cut
 
 
 def by_sorting(stack: np.ndarray, row: int, low: int, high: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -14,7 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mergebench.compute.magnitudes import bits
 from mergebench.compute.masking import moved
+from mergebench.compute.search import Search
+from mergebench.compute.spare import Spare
 from mergebench.compute.tiles import Tiling
 from mergebench.core.delta import Dense, Difference, LowRank
 from mergebench.core.errors import MergebenchError
@@ -30,7 +33,7 @@ from mergebench.merge.ops.mean import mean
 from mergebench.merge.ops.scale import scale
 from mergebench.merge.ops.sum import sum_
 from mergebench.merge.ops.weigh import weigh
-from mergebench.merge.plan import make_plan
+from mergebench.merge.planning import make_plan
 from mergebench.recipe import ModelRef, Recipe
 from mergebench.sources import source_of_arrays
 
@@ -251,6 +254,41 @@ def test_kernels_equal_ops(name: str, data: st.DataObject) -> None:
     assert seen.done["merge"] > 0 or not fits
 
 
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_brackets_of_any_width(data: st.DataObject) -> None:
+    """Counts, and what lies inside in order, where few do and where all do, for any piece."""
+    random = np.random.default_rng(data.draw(st.integers(0, 99)))
+    table = entries(random, data.draw(st.sampled_from(["normal", "tied", "sparse"])), 5000)
+    start = data.draw(st.integers(0, 4999))
+    stop = data.draw(st.integers(start + 1, 5000))
+    delta = Dense(ArrayTensor(table.astype(F32)))
+    item = Item(Site("w", (5000,)), (delta,), (1.0,), ("a",), None)
+    fused = fuse.fuse([()], item, lambda ops: None, had, ends=False)
+    assert fused is not None
+    room = fused.buffers(stop - start, Spare(0))
+    room.read(start, stop)
+    sizes = bits(table.astype(F32))
+    ends = st.one_of(st.integers(1, 2**31 - 1), st.sampled_from(np.maximum(sizes, 1).tolist()))
+    kind, brackets = np.dtype(np.int32), []
+    for _ in range(data.draw(st.integers(1, 3))):
+        low, high = sorted(data.draw(st.tuples(ends, ends)))
+        brackets.append((0, low, high))
+    found = fused.looking(room).survey(brackets)
+    assert found is not None
+    for (_, low, high), tally, values, places in zip(brackets, *found, strict=True):
+        size = stop - start
+        expected = Search(0, 1, low, high, kind, size).look(sizes[start:stop], start)
+        got = Search(0, 1, low, high, kind, size).found(*map(int, tally), values, places, size)
+        assert astuple(got)[:4] == astuple(expected)[:4]
+        assert (got.values is None) == (expected.values is None)
+        if got.values is None:
+            assert np.array_equal(got.counts, expected.counts)
+        else:
+            assert got.values.tolist() == expected.values.tolist()
+            assert got.places.tolist() == expected.places.tolist()
+
+
 @pytest.mark.parametrize("density", [0.01, 0.2, 0.5, 0.999])
 @pytest.mark.parametrize("kind", ["normal", "tied", "sparse"])
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
@@ -423,8 +461,18 @@ def test_updates_of_all_structures(kinds: tuple[str, str], based: bool) -> None:
         fused = fuse.fuse([ops], item, lambda ops: None, had, ends=True)
         assert fused is not None
         out = np.empty(3000, F32)
-        assert fused.merge(fused.buffers(3000), (0, 3000), "F32", [out])
+        assert fused.merge(fused.buffers(3000, Spare(0)), (0, 3000), "F32", [out])
         assert out.tobytes() == expected.tobytes(), ops
+    spans = [(7, 107), (1000, 1001), (2900, 3000)]
+    bare, drawn = (
+        fuse.fuse([ops], item, lambda ops: None, had, ends=False) for ops in ((), chain(scale(2)))
+    )
+    assert bare is not None
+    assert drawn is not None
+    together = bare.runs(bare.buffers(201, Spare(0)), spans)
+    assert together is not None
+    assert together.tobytes() == np.concatenate([raw[:, a:b] for a, b in spans], axis=1).tobytes()
+    assert drawn.runs(drawn.buffers(201, Spare(0)), spans) is None
 
 
 def test_a_chain_with_an_op_without_stages_is_left_to_the_ops() -> None:

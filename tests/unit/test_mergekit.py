@@ -15,7 +15,7 @@ from mergebench.merge.method import METHODS
 from mergebench.mergekit import Translation, is_mergekit, parse, read_either, translate
 from mergebench.mergekit.table import CHATML, PRESET, RULES, reading
 from mergebench.mergekit.values import compiled, over_slices
-from mergebench.recipe import recipe_from_dict
+from mergebench.recipe.reading import recipe_from_dict
 
 TWO = "models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 0.5}}]"
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from mergebench.core.errors import FormatError, MergebenchError
 from mergebench.core.plain import DEPTH, JSON_VALUES, VALUES, YAML, parse_json, parse_yaml
-from mergebench.recipe import LARGEST, MOST, ModelRef, read_recipe
+from mergebench.recipe import MOST, ModelRef
+from mergebench.recipe.reading import LARGEST, read_recipe
 
 SCALARS = st.one_of(
     st.none(),

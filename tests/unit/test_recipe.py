@@ -12,17 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergebench.core.errors import FormatError, ParameterError
-from mergebench.recipe import (
-    DTYPES,
-    FORMS,
-    ModelRef,
-    OpRef,
-    Recipe,
-    parse_assignment,
-    parse_op,
-    read_recipe,
-    recipe_from_dict,
-)
+from mergebench.recipe import DTYPES, FORMS, ModelRef, Recipe
+from mergebench.recipe.reading import read_recipe, recipe_from_dict
+from mergebench.steps import OpRef, parse_assignment, parse_op
 
 # Anything that can stand in a UTF-8 file: surrogates cannot, and PyYAML folds the line separator
 # of EBCDIC into a space.

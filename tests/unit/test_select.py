@@ -12,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergebench.compute import select
-from mergebench.compute.select import ALL, NONE, Cut, kth_magnitudes
+from mergebench.compute.cut import ALL, NONE, Cut
+from mergebench.compute.magnitudes import bits, order_statistics
+from mergebench.compute.search import Search
+from mergebench.compute.select import kth_magnitudes
 
 from .sweeps import Tables, assert_exact
 
@@ -116,9 +119,9 @@ def search(
     """Search with the least capacity, check the answer, and say which ways it took."""
     monkeypatch.setattr(select, "CAPACITY", 1 << 16)
     taken: set[str] = set()
-    conclude = select._Target.conclude
+    conclude = Search.conclude
 
-    def spy(target: select._Target) -> Any:
+    def spy(target: Search) -> Any:
         if target.inside > target.capacity and not target.kept:
             taken.add("overflow")
         low, high, was = target.low, target.high, target.cut
@@ -132,7 +135,7 @@ def search(
             taken.add("widened up" if higher else "widened down" if lower else "narrowed")
         return tie
 
-    monkeypatch.setattr(select._Target, "conclude", spy)
+    monkeypatch.setattr(Search, "conclude", spy)
     stacks = {"w": data}
     ((cut,),) = kth_magnitudes(Tables(stacks, seen=seen), [[rank]])
     assert_exact(stacks, 0, rank, cut)
@@ -191,5 +194,19 @@ def test_magnitudes_are_ordered_as_integers() -> None:
     """The bits of magnitudes order as the magnitudes do, from denormals to the largest."""
     for dtype in (np.float32, np.float64):
         numbers = np.array([0.0, SMALLEST, 1e-38, 0.5, np.nextafter(1, 2), 3.0, 3e38], dtype)
-        assert np.all(np.diff(select.bits(numbers)) > 0)
-        assert np.array_equal(select.bits(-numbers), select.bits(numbers))
+        assert np.all(np.diff(bits(numbers)) > 0)
+        assert np.array_equal(bits(-numbers), bits(numbers))
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    kind=st.sampled_from(sorted(DATA)),
+    dtype=st.sampled_from([np.float32, np.float64]),
+)
+@settings(max_examples=50, deadline=None)
+def test_order_statistics(seed: int, kind: str, dtype: Any) -> None:
+    """At any places, and at the ends, what sorting leaves there."""
+    random = np.random.default_rng(seed)
+    numbers = bits(DATA[kind](random, 3000).astype(dtype))
+    places = [0, 2999, *random.integers(0, 3000, 5).tolist()]
+    assert order_statistics(numbers, places) == np.sort(numbers)[places].tolist()

@@ -9,6 +9,8 @@ from mergebench.core.errors import ParameterError
 
 #: The same path without an accelerator, to compare with: torch on the processor.
 HOST = "torch"
+#: Dtypes that stored entries cross in, and that results are rounded to there.
+ON_DEVICE = frozenset({"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32"})
 _SPELLED = re.compile(r"cpu|auto|torch|cuda(:\d+)?")
 
 
@@ -81,3 +83,15 @@ def device_of(asked: str) -> Device | None:
     return Device(
         f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, torch {torch.__version__}"
     )
+
+
+def torch_device(asked: str) -> str:
+    """The device of a name, as torch spells it; for what runs in torch on the processor too.
+
+    Raises
+    ------
+    ParameterError
+        As :func:`device_of`.
+    """
+    found = device_of(asked)
+    return "cpu" if found is None else found.name

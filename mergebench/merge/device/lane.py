@@ -9,18 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from mergebench.checkpoints.torch_files import DTYPES
 from mergebench.core.delta import Delta, Dense, Difference, tile
-from mergebench.core.tensor import DTYPES, Array, Tensor
+from mergebench.core.tensor import Array, Tensor, nbytes
+from mergebench.merge.device.choose import ON_DEVICE
 
 _F32 = np.dtype(np.float32)
 #: How torch names the dtypes that stored entries are read in.
-STORED = {
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-}
+STORED = {ours: getattr(torch, name) for name, ours in DTYPES.items() if ours in ON_DEVICE}
 
 
 def origin_of(deltas: tuple[Delta | None, ...], base: Tensor | None) -> Tensor | None:
@@ -94,6 +90,9 @@ class Lane:
             with torch.cuda.stream(self._stream):
                 yield
 
+    def close(self) -> None:
+        """Nothing is given back."""
+
     def read(self, start: int, stop: int) -> None:
         """Read entries ``start:stop``, bring them over, and form displacements there.
 
@@ -119,7 +118,7 @@ class Lane:
                 return self._over(place, tile(delta, start, stop, _F32), "F32")
 
     def _brought(self, place: int, tensor: Tensor, start: int, stop: int) -> Any:
-        length = (stop - start) * DTYPES[tensor.dtype].itemsize
+        length = nbytes(tensor.dtype, (stop - start,))
         return self._over(
             place, tensor.read(start, stop, self._room[place].numpy()[:length]), tensor.dtype
         )

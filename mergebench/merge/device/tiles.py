@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from mergebench.compute.masking import moved
+from mergebench.compute.spare import Spare
 from mergebench.core.errors import ResourceError
 from mergebench.core.tensor import Array
 from mergebench.merge.at import At
@@ -52,8 +53,9 @@ class OnDevice:
         """Entries of a tile: transfers are worth it only if they are large."""
         return max(narrow * _WIDER // unit, 1) * unit
 
-    def buffers(self, tile: int) -> Lane:
-        """Room for one worker."""
+    def buffers(self, tile: int, spare: Spare) -> Lane:
+        """Room for one worker, pinned and therefore no spare."""
+        del spare
         size = min(tile, self.item.site.size)
         return Lane(self.device.name, self.item.deltas, self.origin, size)
 
@@ -99,37 +101,24 @@ class OnDevice:
             room.wait()
         return found
 
+    def runs(self, room: Lane, spans: Sequence[tuple[int, int]]) -> None:
+        """Left to :meth:`stack`."""
+
     def _at(self, room: Lane) -> At:
         """Where the entries that were read stand, with what ops look at on the device too."""
         at = self.place(*room.span, room.base)
         base, collected = room.put(at.base), room.put(at.collected)
         return replace(at, base=base, collected=collected)
 
-    def _advised(self, span: tuple[int, int]) -> _Advice:
-        return _Advice(self.device, self.item.site.name, span[1] - span[0])
-
-
-@dataclass(frozen=True)
-class _Advice:
-    """Turns a device without memory left into one line."""
-
-    device: Device
-    name: str
-    entries: int
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if isinstance(error, torch.OutOfMemoryError):
+    @contextmanager
+    def _advised(self, span: tuple[int, int]) -> Iterator[None]:
+        """Turn a device without memory left into one line."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
             raise ResourceError(
-                f"{self.device.name}: its memory does not hold {self.entries} entries of "
-                f"{self.name} in all models",
+                f"{self.device.name}: its memory does not hold {span[1] - span[0]} entries of "
+                f"{self.item.site.name} in all models",
                 fix="free memory there, give a smaller --memory for smaller tiles, or use "
                 "--device cpu",
             ) from error

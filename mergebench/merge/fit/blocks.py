@@ -67,7 +67,7 @@ def informative(
         rated = []
         for row, vector in enumerate(vectors):
             if vector is not None:
-                size = abs(float(vector.to(device).dot(gradients[name])))
+                size = abs(float(vector.to(forward.device).dot(gradients[name])))
                 rated.append((size, vector.bytes, (name, row)))
         rated.sort(key=lambda each: (-each[0], each[2]))
         found += rated if most is None else rated[:most]

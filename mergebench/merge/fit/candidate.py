@@ -16,8 +16,10 @@ from mergebench.core.errors import ParameterError
 from mergebench.core.tensor import Array
 from mergebench.merge.engine import execute, execute_in_memory
 from mergebench.merge.limits import DEFAULT_MEMORY
-from mergebench.merge.plan import Plan, make_plan
+from mergebench.merge.plan import Plan
+from mergebench.merge.planning import make_plan
 from mergebench.merge.resume import resume_key
+from mergebench.merge.shared import Shared
 from mergebench.recipe import ModelRef, Recipe
 
 
@@ -33,6 +35,8 @@ class Candidate:
     workers : int, optional
     scratch : Path, optional
         Where a folder may be written; the system's place for temporary files by default.
+    shared : Shared, optional
+        What other candidates have measured of the same inputs.
 
     Attributes
     ----------
@@ -48,10 +52,12 @@ class Candidate:
         memory: int = DEFAULT_MEMORY,
         workers: int | None = None,
         scratch: Path | None = None,
+        shared: Shared | None = None,
     ) -> None:
         self.recipe = replace(recipe, form="model", out=None, shard_size=None)
         self.label = label
         self._memory, self._workers, self._scratch = memory, workers, scratch
+        self._shared = shared
         self._place: TemporaryDirectory[str] | None = None
         self._arrays: dict[str, Array] | None = None
         self.merging = 0.0
@@ -78,8 +84,16 @@ class Candidate:
         if self._arrays is None:
             plan = self.plan
             with self._timed():
-                (self._arrays,) = execute_in_memory(plan)
+                (self._arrays,) = execute_in_memory(plan, shared=self._shared)
         return self._arrays
+
+    def updates(self) -> dict[str, Array]:
+        """Tensor name -> what is added to the base, in float32; the caller's alone."""
+        asked = replace(self.recipe, form="delta", dtype="f32")
+        plan = make_plan(asked, memory=self._memory, workers=self._workers)
+        with self._timed():
+            (found,) = execute_in_memory(plan, shared=self._shared)
+        return found
 
     def folder(self) -> Path:
         """A folder of the whole model; the model's own where it is merely one."""
@@ -89,8 +103,10 @@ class Candidate:
             self._place = TemporaryDirectory(prefix="mergebench-fit-", dir=self._scratch)
             out = Path(self._place.name) / "model"
             with self._timed():
-                execute(make_plan(replace(self.recipe, out=str(out)), memory=self._memory,
-                                  workers=self._workers))  # fmt: skip
+                plan = make_plan(
+                    replace(self.recipe, out=str(out)), memory=self._memory, workers=self._workers
+                )
+                execute(plan, shared=self._shared)
         return Path(self._place.name) / "model"
 
     @contextmanager

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from math import fsum
 from pathlib import Path
 from typing import Any, Literal
 
 from mergebench.core.errors import MergebenchError
+from mergebench.core.version import own_version
 from mergebench.merge.fit.candidate import Candidate, only
 from mergebench.merge.fit.entries import Entry
 from mergebench.merge.fit.grid import best_of, grid
@@ -160,7 +160,7 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return {
-            "mergebench": version("mergebench"),
+            "mergebench": own_version(),
             "tasks": list(self.tasks),
             "metrics": list(self.metrics),
             "select": self.select,

@@ -11,7 +11,9 @@ from mergebench.core.errors import ParameterError
 from mergebench.merge.chains import collects_of
 from mergebench.merge.fit.space import check_known, with_values
 from mergebench.merge.method import METHODS
-from mergebench.recipe import ModelRef, Recipe, parse_op, read_recipe
+from mergebench.recipe import ModelRef, Recipe
+from mergebench.recipe.reading import read_recipe
+from mergebench.steps import parse_op
 
 _RECIPES = (".yaml", ".yml", ".json")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergebench.core.errors import ParameterError
 from mergebench.core.tensor import Tensor, size_of
 from mergebench.merge.api import to_torch
+from mergebench.merge.device.choose import torch_device
 from mergebench.merge.fit.batches import (
     batches_of,
     checked_batches,
@@ -85,7 +86,7 @@ def forward_of(
     """
     for task in tasks:
         check(task, settings)
-    check_device(device)
+    device = torch_device(device)
     module = tasks[0].scorer.module().to(device)
     module.eval()
     module.requires_grad_(False)
@@ -128,25 +129,6 @@ def check(task: Task, settings: Settings) -> None:
             got=type(task.scorer).__name__,
             expected="few(split, shots, seed)",
             fix="a task such as classify:FILE.json, or leave out --shots",
-        )
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that is not there.
-
-    Raises
-    ------
-    ParameterError
-    """
-    import torch
-
-    kind, _, number = device.partition(":")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise ParameterError(f"--device: {device!r}", expected="cpu, cuda or cuda:1")
-    if int(number or 0) >= count:
-        raise ParameterError(
-            f"--device: {device!r} is not there", got=f"{count} such devices", fix="--device cpu"
         )
 
 

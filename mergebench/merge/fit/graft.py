@@ -16,13 +16,12 @@ import numpy as np
 
 from mergebench.core.errors import MergebenchError, ParameterError
 from mergebench.core.tensor import Array, read_all, size_of
-from mergebench.merge.engine import execute_in_memory
 from mergebench.merge.fit.batches import batches_of, check_learnable, on, outputs_of
 from mergebench.merge.fit.candidate import Candidate
 from mergebench.merge.fit.live import fill, names_in
 from mergebench.merge.fit.memory import GRAFT, advised, check_fits
 from mergebench.merge.fit.task import Task
-from mergebench.merge.plan import Plan, make_plan
+from mergebench.merge.plan import Plan
 from mergebench.merge.sparse import Sparse
 from mergebench.recipe import Recipe
 
@@ -164,7 +163,9 @@ def _graft(
     work = [(task, batch) for task in tasks for batch in batches_of(task, split, None)]
     module = tasks[0].scorer.module()
     tau = _task_vector(recipe, "task_arithmetic", {"lam": 1.0}, make)
-    first = _task_vector(recipe, "graft", {"density": settings.density}, make)
+    kept_first = _task_vector(recipe, "graft", {"density": settings.density}, make)
+    first = {name: values != 0 for name, values in kept_first.items()}
+    del kept_first
     with make(replace(recipe, method="task_arithmetic", params={"lam": 0.0}), "the base") as under:
         plan, values = under.plan, under.arrays()
         fill(module, values)
@@ -211,11 +212,10 @@ def _task_vector(
     recipe: Recipe, method: str, params: Mapping[str, Any], make: Callable[[Recipe, str], Candidate]
 ) -> dict[str, Array]:
     """The task vector in memory, or what a method leaves of it."""
-    asked = replace(recipe, method=method, params=dict(params), form="delta", dtype="f32", out=None)
-    if make(asked, method).plan.base is None:
-        raise ParameterError("a graft needs the base", fix="add --base")
-    (found,) = execute_in_memory(make_plan(asked))
-    return found
+    with make(replace(recipe, method=method, params=dict(params)), method) as candidate:
+        if candidate.plan.base is None:
+            raise ParameterError("a graft needs the base", fix="add --base")
+        return candidate.updates()
 
 
 def _tensors(
@@ -245,7 +245,7 @@ def _tensors(
             parameter,
             torch.from_numpy(start).to(device),
             torch.from_numpy(np.array(tau[name], np.float32)).to(device),
-            torch.from_numpy((first[name] != 0).astype(np.float32)).to(device),
+            torch.from_numpy(first[name].astype(np.float32)).to(device),
             logits.to(device),
         )
     if not found:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from itertools import product
 from typing import Any
 
 from mergebench.core.errors import ParameterError
 from mergebench.core.schedule import to_plain
+from mergebench.core.version import own_version
 from mergebench.merge.fit.scores import Outcome, Scores, mean_value
 from mergebench.merge.fit.soups import Make
 from mergebench.merge.fit.space import fixed_and_free, variants_of
@@ -114,7 +114,7 @@ def record(
 ) -> dict[str, Any]:
     """Plain data, as :meth:`mergebench.merge.fit.search.Found.to_json` has them of a search."""
     return {
-        "mergebench": version("mergebench"),
+        "mergebench": own_version(),
         "method": best.recipe.method,
         "tasks": list(tasks),
         "select": split,

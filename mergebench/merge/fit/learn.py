@@ -105,7 +105,7 @@ def learn(
     """
     with advised(device):
         forward = forward_of(mixture.plan, tasks, settings, split, device)
-        run = _Run(mixture.to(device), forward, settings, signs or {}, tell, watch, kept)
+        run = _Run(mixture.to(forward.device), forward, settings, signs or {}, tell, watch, kept)
         try:
             return run.learned()
         except KeyboardInterrupt as error:

@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from traceback import clear_frames
 
+from mergebench.compute.machine import free_memory
 from mergebench.core.delta import LowRank
 from mergebench.core.errors import MergebenchError
 from mergebench.merge.plan import Plan
@@ -100,10 +101,8 @@ def available(device: str) -> int | None:
 
         return int(torch.cuda.mem_get_info(device)[0])
     found = []
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        line = next(each for each in lines if each.startswith("MemAvailable:"))
-        found.append(int(line.split()[1]) << 10)
+    if (free := free_memory()) is not None:
+        found.append(free)
     if (limit := _limit()) is not None:
         with suppress(OSError, ValueError):
             pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,8 +15,9 @@ from mergebench.core.schedule import ByName
 from mergebench.core.tensor import Array
 from mergebench.merge.api import to_torch
 from mergebench.merge.chains import needs_base
+from mergebench.merge.engine import fuses, workers
 from mergebench.merge.fit.vectors import Factored, Vector, Whole, vector_of, whole_of
-from mergebench.merge.item import Item, load, located
+from mergebench.merge.item import Item, load, located, opened
 from mergebench.merge.op import Chain
 from mergebench.merge.ops.scale_parts import partition
 from mergebench.merge.plan import Plan
@@ -209,8 +211,8 @@ def each_tensor(
     if plan.base is None:
         raise ParameterError("learning coefficients needs the base", fix="give --base")
     held = torch.float16 if dtype is None else dtype
-    with ThreadPoolExecutor(plan.tiling.workers) as pool:
-        evaluator = Evaluator(plan.aligned.items, plan.tiling, pool)
+    with workers(plan.tiling.workers) as pool:
+        evaluator = Evaluator(plan.aligned.items, plan.tiling, pool, fusing=fuses(plan))
         for name in sorted(plan.aligned.items, key=str.encode):
             item, shape = plan.aligned.items[name], plan.aligned.items[name].site.shape
             if item.base is None:
@@ -238,14 +240,33 @@ def _fixed(plan: Plan, name: str) -> Chain:
 
 
 def _processed(evaluator: Evaluator, ops: Chain, item: Item) -> Array:
-    """Every task vector after some ops, (models, entries) in float32."""
+    """Every task vector after some ops, (models, entries) in float32; by kernels if possible."""
     evaluator.prepare(ops, item)
     out = np.empty((len(item.deltas), item.site.size), np.float32)
     unit, jobs = evaluator.pieces([ops], item)
-    for first, last in jobs:
+    item = opened(item)
+    fused = evaluator.fused([ops], item, unit, ends=False)
+
+    def by_ops(first: int, last: int) -> None:
         for start, stop in evaluator.tiling.tiles(first, last, unit):
             stack, base = load(item, start, stop)
             at = located(item, start, stop, base, needs_base(ops))
             out[:, start:stop] = evaluator.run(ops, item, at, stack)
+
+    def by_kernel(first: int, last: int) -> None:
+        assert fused is not None
+        wide = fused.tile(evaluator.tiling.tile, unit)
+        with closing(fused.buffers(wide, evaluator.read_into)) as room:
+            for start in range(first, last, wide):
+                stop = min(start + wide, last)
+                room.read(start, stop)
+                if (stack := fused.stack(room)) is None:
+                    by_ops(start, stop)
+                else:
+                    out[:, start:stop] = stack
+
+    work = by_ops if fused is None else by_kernel
+    for _ in evaluator.each_job(partial(work, start, stop) for start, stop in jobs):
+        pass
     evaluator.forget(item.site.name)
     return out

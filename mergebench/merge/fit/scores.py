@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from mergebench.core.cache_folder import cache_folder
 from mergebench.core.errors import MergebenchError, ParameterError
 from mergebench.core.plain import parse_json
 from mergebench.merge.fit.candidate import Candidate
@@ -25,9 +25,7 @@ _LONGEST = 1 << 16
 
 def default_file() -> Path:
     """Where the command line keeps scores: beside other things that can be made again."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(home) if Path(home).is_absolute() else Path("~/.cache").expanduser()
-    return root / "mergebench" / "scores.jsonl"
+    return cache_folder() / "scores.jsonl"
 
 
 class ScorerError(MergebenchError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from math import fsum
 from pathlib import Path
 from time import perf_counter
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 from mergebench.core.errors import MergebenchError, ParameterError
 from mergebench.core.params import bind
+from mergebench.core.version import own_version
 from mergebench.merge.fit.ranges import Choices, Range, Values
 from mergebench.merge.fit.scores import Scores
 from mergebench.merge.fit.soups import Make
@@ -79,7 +79,7 @@ class Found:
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return {
-            "mergebench": version("mergebench"),
+            "mergebench": own_version(),
             "method": self.recipe.method,
             "tasks": list(self.tasks),
             "select": self.select,

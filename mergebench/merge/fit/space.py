@@ -14,7 +14,8 @@ from mergebench.core.schedule import Gradient
 from mergebench.merge.fit.ranges import Choices, Values, declared_range, parse
 from mergebench.merge.method import METHODS
 from mergebench.merge.op import OPS
-from mergebench.recipe import MOST, OpRef, Recipe
+from mergebench.recipe import MOST, Recipe
+from mergebench.steps import OpRef
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ __all__ = ["BLOCK", "LANES"]
 
 #: Entries that go through all stages before the next ones are loaded.
 STRETCH = 2048
+#: Entries that are compared with thresholds at once.
+SOME = 64
 #: Rows so short that each entry is compared with every other; bins of a radix sort.
 FEW, DIGITS = 8, 1 << 11
 #: Rows of the workspace beside those of the models: base, and two for sums.

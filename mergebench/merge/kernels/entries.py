@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mergebench.compute.jit import as_bits, as_float, float_kernel
+from mergebench.compute.jit import as_bits, as_float, inner
 from mergebench.merge.kernels.codes import BF16, EXACTLY, F16, F32, PLAINLY, SPARE
 
 SIZE, _INFINITE = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
@@ -17,7 +17,7 @@ _0, _1 = np.float32(0), np.float32(1)
 _HALF_UP = np.float32(2.0**112)
 
 
-@float_kernel
+@inner
 def _half(h: Any) -> Any:
     """A float16 as float32, exactly."""
     size = (np.uint32(h) & np.uint32(0x7FFF)) << np.uint32(13)
@@ -27,13 +27,13 @@ def _half(h: Any) -> Any:
     return as_float(np.uint32(value | endless | sign))
 
 
-@float_kernel
+@inner
 def _flaw(value: Any) -> Any:
     """A number whose highest bit tells whether a value is not finite."""
     return np.uint32((as_bits(value) & SIZE) + np.uint32(0x00800000))
 
 
-@float_kernel
+@inner
 def load(halves: Any, words: Any, kind: Any, x: Any, count: Any) -> Any:
     """Stored entries as float32, exactly; the highest bit of the result is for flaws."""
     flaws = np.uint32(0)
@@ -55,7 +55,7 @@ def load(halves: Any, words: Any, kind: Any, x: Any, count: Any) -> Any:
     return flaws
 
 
-@float_kernel
+@inner
 def differ(halves: Any, words: Any, kind: Any, base: Any, x: Any, count: Any) -> Any:
     """As :func:`_load`, with the base subtracted."""
     flaws = np.uint32(0)
@@ -77,14 +77,14 @@ def differ(halves: Any, words: Any, kind: Any, base: Any, x: Any, count: Any) ->
     return flaws
 
 
-@float_kernel
+@inner
 def _to_bf16(value: Any) -> Any:
     bits = as_bits(value)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     return np.uint32(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
 
-@float_kernel
+@inner
 def _to_half(value: Any) -> Any:
     bits = as_bits(value)
     size = np.uint32(bits & SIZE)
@@ -97,7 +97,7 @@ def _to_half(value: Any) -> Any:
     return np.uint32(found | ((bits >> np.uint32(16)) & np.uint32(0x8000)))
 
 
-@float_kernel
+@inner
 def accumulate(
     halves: Any, words: Any, kind: Any, low: Any, weight: Any, total: Any, count: Any
 ) -> Any:
@@ -121,13 +121,13 @@ def accumulate(
     return flaws
 
 
-@float_kernel
+@inner
 def _landed(low: Any, step: Any) -> Any:
     """A step onto the base, whose bits stay where the step is zero."""
     return low if step == _0 else low + step
 
 
-@float_kernel
+@inner
 def store(
     x: Any, by: Any, low: Any, onto: Any, kind: Any, halves: Any, out: Any, count: Any
 ) -> Any:
@@ -163,7 +163,7 @@ def store(
     return flaws
 
 
-@float_kernel
+@inner
 def loaded(
     halves: Any, words: Any, kinds: Any, minus: Any, base: Any, X: Any, begin: Any, count: Any
 ) -> Any:
@@ -180,7 +180,7 @@ def loaded(
     return flaws
 
 
-@float_kernel
+@inner
 def gathered(
     halves: Any, words: Any, kinds: Any, own: Any, weights: Any, X: Any, begin: Any, count: Any
 ) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mergebench.compute.spare import Spare
 from mergebench.core.tensor import Array
 from mergebench.merge.at import At
 from mergebench.merge.kernels import codes as c
@@ -67,9 +68,9 @@ class Fused:
         wide = narrow * 8 // max(self.source.width, 2)
         return max(wide // unit, 1) * unit
 
-    def buffers(self, tile: int) -> Buffers:
+    def buffers(self, tile: int, spare: Spare) -> Buffers:
         """Room for one worker."""
-        return Buffers(self.source, tile, self.programs)
+        return Buffers(self.source, tile, self.programs, spare)
 
     def merge(
         self, room: Buffers, span: tuple[int, int], dtype: str, outs: Sequence[Array]
@@ -88,6 +89,16 @@ class Fused:
     def stack(self, room: Buffers) -> Array | None:
         """The same entries as float32; ``None`` where the ops have to."""
         return room.stack(self.kernels, self.programs[0])
+
+    def runs(self, room: Buffers, spans: Sequence[tuple[int, int]]) -> Array | None:
+        """What it gives for runs of entries, side by side.
+
+        ``None`` too after stages, which look at where entries are.
+        """
+        if self.programs[0].codes.size:
+            return None
+        room.gather(spans)
+        return self.stack(room)
 
 
 def fuse(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mergebench.compute.jit import float_kernel
+from mergebench.compute.jit import inner
 
 _0, _1 = np.float32(0), np.float32(1)
 _PHI = np.uint64(0x9E3779B97F4A7C15)
@@ -14,7 +14,7 @@ _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _S27, _S30, _S31 = np.uint64(27), np.uint64(30), np.uint64(31)
 
 
-@float_kernel
+@inner
 def _keep(x: Any, above: Any, not_above: Any, start: Any, stop: Any) -> None:
     """Zero what is not above the one number, and what is above the other."""
     # A range from zero on: a compiler that must think of negative places does not vectorise.
@@ -24,7 +24,7 @@ def _keep(x: Any, above: Any, not_above: Any, start: Any, stop: Any) -> None:
         part[j] = part[j] * (_1 if (size > above) & (size <= not_above) else _0)
 
 
-@float_kernel
+@inner
 def window(
     x: Any, least: Any, least_late: Any, most: Any, most_late: Any, keep: Any, drop: Any, count: Any
 ) -> None:
@@ -42,7 +42,7 @@ def window(
     _keep(x, least_late, most_late, two, count)
 
 
-@float_kernel
+@inner
 def random_words(stream: Any, first: Any, count: Any, out: Any) -> None:
     """Words ``first`` and on of a stream, as in :mod:`mergebench.compute.random`."""
     start = stream + np.uint64(first + 1) * _PHI
@@ -53,7 +53,7 @@ def random_words(stream: Any, first: Any, count: Any, out: Any) -> None:
         out[j] = z ^ (z >> _S31)
 
 
-@float_kernel
+@inner
 def chosen(x: Any, numbers: Any, last: Any, count: Any) -> None:
     """Zero entries whose number is above the last that is chosen."""
     for j in range(count):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mergebench.compute.jit import as_bits, float_kernel
+from mergebench.compute.jit import as_bits, float_kernel, inner, lowest, ones, reaching
 from mergebench.merge.kernels.codes import (
     BAD_INPUT,
     BALLOT,
@@ -17,65 +17,46 @@ from mergebench.merge.kernels.codes import (
     DONE,
     LANES,
     PRODUCTS,
+    SOME,
     STRETCH,
     SURVEY,
 )
+from mergebench.merge.kernels.elections import total_votes
 from mergebench.merge.kernels.entries import HIGHEST, SIZE, loaded
-from mergebench.merge.kernels.steps import staged, total_votes
+from mergebench.merge.kernels.steps import staged
 
-_0 = np.float32(0)
-#: Entries that are counted at once.
-_SOME = 256
+_0, _1 = np.float32(0), np.int64(1)
 
 
-@float_kernel
+@inner
 def _survey(
-    x: Any,
-    low: Any,
-    high: Any,
-    tally: Any,
-    values: Any,
-    places: Any,
-    first: Any,
-    count: Any,
-    flags: Any,
-    eights: Any,
+    x: Any, low: Any, high: Any, tally: Any, values: Any, places: Any, first: Any, count: Any
 ) -> None:
-    """Count magnitudes above, at the ends of, and inside a bracket; gather those inside.
-
-    ``flags`` is workspace for as many entries as are counted at once, and ``eights`` the same seen
-    as integers of eight flags.
-    """
-    for begin in range(0, count, _SOME):
-        part = x[begin : min(begin + _SOME, count)]
-        over, upper, to_low, lower = 0, 0, 0, 0
-        for j in range(len(part)):
-            size = np.int32(as_bits(part[j]) & SIZE)
-            over += size > high
-            upper += size >= high
-            to_low += size > low
-            lower += size >= low
-        tally[0] += over
-        tally[1] += upper - over
-        tally[3] += lower - to_low
-        if to_low == upper:
+    """Count magnitudes above, at the ends of, and inside a bracket; gather those inside."""
+    room, full = values.shape[0] - SOME, ~np.uint64(0)
+    for begin in range(0, count, SOME):
+        left = count - begin
+        these = full if left >= SOME else (np.uint64(1) << np.uint64(left)) - np.uint64(1)
+        over = reaching(x, begin, np.uint32(high + _1)) & these
+        upper = reaching(x, begin, np.uint32(high)) & these
+        to_low = reaching(x, begin, np.uint32(low + _1)) & these
+        lower = reaching(x, begin, np.uint32(low)) & these
+        inside, at, here = to_low & ~upper, tally[2], first + begin
+        tally[0] += ones(over)
+        tally[1] += ones(upper & ~over)
+        tally[2] += ones(inside)
+        tally[3] += ones(lower & ~to_low)
+        if at > room:
             continue
-        flags[:] = 0
-        for j in range(len(part)):
-            size = np.int32(as_bits(part[j]) & SIZE)
-            flags[j] = np.uint8((size > low) & (size < high))
-        at, here = tally[2], first + begin
-        for group in range(len(eights)):
-            if eights[group]:
-                # There is room for everything, so that nothing decides on what is written.
-                for j in range(8 * group, min(8 * group + 8, len(part))):
-                    values[at] = np.int32(as_bits(part[j]) & SIZE)
-                    places[at] = here + j
-                    at += np.int64(flags[j])
-        tally[2] = at
+        while inside:
+            j = lowest(inside)
+            values[at] = np.int32(as_bits(x[begin + j]) & SIZE)
+            places[at] = here + j
+            at += 1
+            inside &= inside - np.uint64(1)
 
 
-@float_kernel
+@inner
 def _products(X: Any, rows: Any, wide: Any, lanes: Any, count: Any) -> None:
     """Add products of all pairs of rows to their lanes, in float64."""
     step = wide.shape[1]
@@ -102,7 +83,7 @@ def _products(X: Any, rows: Any, wide: Any, lanes: Any, count: Any) -> None:
                 pair += 1
 
 
-@float_kernel
+@inner
 def _folded(lane: Any) -> Any:
     """The sum of the lanes: the upper half onto the lower, until one is left."""
     half = LANES // 2
@@ -157,7 +138,7 @@ def measure(
         How many entries are above, at the upper end, inside, and at the lower end; of a BALLOT
         how many more are elected positive than negative.
     values, places : int32 and int64 array, (searches, room)
-        What lies inside, as far as there is room, and where in the tensor.
+        What lies inside, as long as there is room for SOME more, and where in the tensor.
     wide, lanes, sums : float64 array, (rows, 4 · LANES), (pairs, LANES) and (blocks, pairs)
         Workspace and result of PRODUCTS, for entries that begin with a block and no stages of
         rows.
@@ -169,8 +150,6 @@ def measure(
     """
     # A zero as such would have the stages compiled once more.
     none = np.int64(0)
-    flags = np.zeros(_SOME, np.uint8)
-    eights = flags.view(np.uint64)
     step = STRETCH
     if along is not None:
         step = max(STRETCH // along.length, 1) * along.length
@@ -186,9 +165,8 @@ def measure(
         if what == SURVEY:
             for search in range(len(brackets)):
                 own = brackets[search]
-                low, high = np.int32(own[1]), np.int32(own[2])
                 tally, value, place = tallies[search], values[search], places[search]
-                _survey(X[own[0]], low, high, tally, value, place, here, m, flags, eights)
+                _survey(X[own[0]], own[1], own[2], tally, value, place, here, m)
         elif what == PRODUCTS:
             if begin % BLOCK == 0:
                 lanes[:] = 0.0

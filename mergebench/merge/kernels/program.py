@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mergebench.compute.select import Cut
+from mergebench.compute.cut import Cut
 from mergebench.core.site import Site
 from mergebench.merge.kernels import codes as c
 from mergebench.merge.kernels.stages import (

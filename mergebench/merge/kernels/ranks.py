@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mergebench.compute.jit import as_bits, as_float, float_kernel
+from mergebench.compute.jit import as_bits, as_float, inner
 from mergebench.merge.kernels.codes import DIGITS
 
 _SIZE, _INFINITE = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
@@ -31,13 +31,13 @@ _DIGIT, _TURNS = 11, 3
 _SHARE = 2.0**-32
 
 
-@float_kernel
+@inner
 def _paired(value: Any, behind: Any) -> Any:
     """Magnitude and place from the end in one integer: equals rank lower the later they come."""
     return (np.uint64(as_bits(value) & _SIZE) << _HALF) | np.uint64(behind)
 
 
-@float_kernel
+@inner
 def _scales(x: Any, buckets: Any) -> Any:
     """How magnitudes are shared out: ``(split, scale below it, last below it, scale above it)``.
 
@@ -59,7 +59,7 @@ def _scales(x: Any, buckets: Any) -> Any:
     return split, scale, np.int32(below - 1), np.float32(buckets - below - 1) / (largest - split)
 
 
-@float_kernel
+@inner
 def _bucketed(x: Any, places: Any, counts: Any, pairs: Any) -> Any:
     """Put pairs into the order of their buckets, and their places in it into ``places``.
 
@@ -96,7 +96,7 @@ def _bucketed(x: Any, places: Any, counts: Any, pairs: Any) -> Any:
     return True
 
 
-@float_kernel
+@inner
 def _inserted(pairs: Any, places: Any, n: Any, most: Any) -> Any:
     """Sort pairs that are nearly in order, with their places; false after too many moves."""
     moves = 0
@@ -124,7 +124,7 @@ def _inserted(pairs: Any, places: Any, n: Any, most: Any) -> Any:
     return True
 
 
-@float_kernel
+@inner
 def _radix(x: Any, places: Any, counts: Any, pairs: Any, others: Any) -> None:
     """Ranks by three stable passes over eleven bits each."""
     n = len(x)
@@ -152,7 +152,7 @@ def _radix(x: Any, places: Any, counts: Any, pairs: Any, others: Any) -> None:
         places[n - 1 - np.int64(one[r] & _LOW)] = np.uint32(r)
 
 
-@float_kernel
+@inner
 def ranked(x: Any, places: Any, counts: Any, pairs: Any, hint: Any) -> None:
     """The rank of every magnitude of a row, the smallest being 0, into ``places``.
 
@@ -183,7 +183,7 @@ def ranked(x: Any, places: Any, counts: Any, pairs: Any, hint: Any) -> None:
     _radix(x, places, counts, pairs[0], pairs[1])
 
 
-@float_kernel
+@inner
 def draw_by_rank(x: Any, draws: Any, places: Any, least: Any, half: Any, divide: Any) -> None:
     """Keep entries of a row with probabilities from ``least`` to ``least + 2 half``, by rank.
 
@@ -197,7 +197,7 @@ def draw_by_rank(x: Any, draws: Any, places: Any, least: Any, half: Any, divide:
         x[j] = kept / (np.float32(chance) if divide else _1)
 
 
-@float_kernel
+@inner
 def draw_rows(
     x: Any,
     length: Any,

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mergebench.compute.objects import WORTHWHILE, Entry
+from mergebench.compute.spare import Spare
 from mergebench.core.delta import Dense
 from mergebench.core.errors import ParameterError
 from mergebench.core.site import Site
@@ -27,8 +29,7 @@ from mergebench.merge.kernels.stored import stored
 #: Whether kernels are used: auto, for merges of some size; on, for all; off, for none.
 VARIABLE = "MERGEBENCH_KERNELS"
 CHOICES = ("auto", "on", "off")
-#: Entries, over all models and passes, that the ops are done with before a kernel is loaded.
-WORTHWHILE = 1 << 24
+_PASSES = [Entry(f"mergebench.merge.kernels.{name}", name) for name in Kernels._fields]
 #: Seconds of waiting after which it is said what for.
 _PATIENCE = 3.0
 
@@ -72,15 +73,12 @@ class _Compiling(threading.Thread):
 
 
 def _compiled(rows: bool) -> Kernels:
-    from mergebench.merge.kernels.combine import combine
-    from mergebench.merge.kernels.measure import measure
-
-    site, found = Site("", (2,)), Kernels(combine, measure)
+    site, found = Site("", (2,)), Kernels(*_PASSES)
     source = stored(site, [Dense(ArrayTensor(np.ones(2, np.float32)))], None)
     assert source is not None
     first = (RowWindow((0,), (1,), (False,)),) if rows else ()
     steps, left = program((*first, Add()), 1, site), 1 if rows else 2
-    room = Buffers(source, 2, [steps])
+    room = Buffers(source, 2, [steps], Spare(0))
     room.read(0, 2)
     out = np.empty(2, np.float32)
     right = room.merge(found, steps, "F32", out) and out.sum() == left

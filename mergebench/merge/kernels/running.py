@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mergebench.compute.spare import Spare
 from mergebench.core.delta import tile
 from mergebench.core.tensor import Array
 from mergebench.merge.kernels import codes as c
@@ -16,6 +17,8 @@ from mergebench.merge.kernels.program import Program
 from mergebench.merge.kernels.stored import Stored
 
 _F32 = np.dtype(np.float32)
+#: The part of a tile that may lie inside a bracket until it is looked at again.
+_FEW = 16
 _NO_STACK = np.empty((1, 0), np.float32)
 _NO_HALVES = np.empty(0, np.uint16)
 #: What a measurement takes, where it is another that needs it.
@@ -67,10 +70,13 @@ class Kernels(NamedTuple):
 class Buffers:
     """Room for one worker: stored entries of a tile, and the workspace of the compiled pass."""
 
-    def __init__(self, source: Stored, tile_: int, programs: Sequence[Program]) -> None:
-        self.source = source
-        size = -(-tile_ * source.width // 8) * 8
-        self.raw = np.empty((len(source.rows), size), np.uint8)
+    def __init__(
+        self, source: Stored, tile_: int, programs: Sequence[Program], spare: Spare
+    ) -> None:
+        self.source, self._spare = source, spare
+        size, rows = -(-tile_ * source.width // 8) * 8, len(source.rows)
+        self._block = spare.take(rows * size)
+        self.raw = self._block[: rows * size].reshape(rows, size)
         self.halves, self.words = self.raw.view(np.uint16), self.raw.view(np.uint32)
         row = max((each.row for each in programs), default=0)
         wide = max(c.STRETCH, row)
@@ -84,19 +90,45 @@ class Buffers:
         self.places = np.empty(sorted_, np.uint32)
         self.counts = np.empty(max(sorted_ + 1, c.DIGITS) if sorted_ else 0, np.uint32)
         self.pairs = np.empty((2, sorted_), np.uint64)
+        self._inside: tuple[NDArray[np.int32], NDArray[np.int64]] | None = None
+
+    def close(self) -> None:
+        """Give the room back; nothing may look at it any more."""
+        self._spare.give(self._block)
 
     def read(self, start: int, stop: int) -> None:
         """Read entries ``start:stop`` of every row."""
-        for place, row in enumerate(self.source.rows):
-            target, own = self.raw[place], self.source.computed[place]
-            if row is not None:
-                got = row.read(start, stop, target)
-                if got.size and got.ctypes.data != target.ctypes.data:
-                    target[: got.nbytes] = np.ascontiguousarray(got).view(np.uint8)
-            elif own is not None:
-                found = tile(own, start, stop, _F32)
-                target[: found.nbytes] = found.view(np.uint8)
+        self._fill([(start, stop)])
         self.span = start, stop
+
+    def gather(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Read runs of entries of every row, one after the other."""
+        self._fill(spans)
+        self.span = 0, sum(stop - start for start, stop in spans)
+
+    def _fill(self, spans: Sequence[tuple[int, int]]) -> None:
+        for whole, row, own in zip(self.raw, self.source.rows, self.source.computed, strict=True):
+            target = whole
+            for start, stop in spans:
+                if row is not None:
+                    got = row.read(start, stop, target)
+                    if got.size and _address(got) != _address(target):
+                        target[: got.nbytes] = np.ascontiguousarray(got).view(np.uint8)
+                elif own is not None:
+                    got = tile(own, start, stop, _F32)
+                    target[: got.nbytes] = got.view(np.uint8)
+                else:
+                    break
+                target = target[got.nbytes :]
+
+    def inside(self, searches: int, size: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Room for what lies inside brackets, and for where it is."""
+        if self._inside is None or self._inside[0].shape != (searches, size):
+            self._inside = (
+                np.empty((searches, size), np.int32),
+                np.empty((searches, size), np.int64),
+            )
+        return self._inside
 
     def arguments(self, steps: Program) -> tuple[Any, ...]:
         """What both passes begin with."""
@@ -163,15 +195,18 @@ class Looking:
             Those inside, as integers, and their places in the tensor, before what is arbitrary.
         """
         start, stop = self.room.span
-        count = len(brackets)
-        tallies = np.zeros((count, 4), np.int64)
-        values = np.empty((count, stop - start), np.int32)
-        places = np.empty((count, stop - start), np.int64)
         wanted = np.array(brackets, np.int64)
-        found = self._measure(
-            c.SURVEY, brackets=wanted, tallies=tallies, values=values, places=places
-        )
-        return (tallies, values, places) if found else None
+        # Most tiles hold few, for which the same pages do again and again.
+        for most in ((stop - start) // _FEW, stop - start):
+            tallies = np.zeros((len(brackets), 4), np.int64)
+            values, places = self.room.inside(len(brackets), most + c.SOME)
+            if not self._measure(
+                c.SURVEY, brackets=wanted, tallies=tallies, values=values, places=places
+            ):
+                return None
+            if tallies[:, 2].max() <= most:
+                break
+        return tallies, values, places
 
     def products(self) -> NDArray[np.float64] | None:
         """Inner products of all pairs of rows over blocks, (blocks, rows, rows).
@@ -203,3 +238,8 @@ class Looking:
         arrays = (given.get(name, nothing) for name, nothing in _NOTHING.items())
         begin = self.room.arguments(self.steps)
         return self.kernels.measure(*begin, what, how, *arrays) == c.DONE
+
+
+def _address(array: Array) -> int:
+    found: int = array.__array_interface__["data"][0]
+    return found

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from mergebench.compute.cut import Cut
 from mergebench.compute.gram import is_even
-from mergebench.compute.select import Cut
 
 
 @dataclass(frozen=True)

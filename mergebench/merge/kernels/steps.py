@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mergebench.compute.jit import float_kernel
+from mergebench.compute.jit import inner
 from mergebench.merge.kernels.codes import (
     ADD,
     DISJOINT,
@@ -14,13 +14,12 @@ from mergebench.merge.kernels.codes import (
     DRAW,
     ELECT,
     MULTIPLY,
-    NONE,
     ROW_DRAW,
     ROW_WINDOW,
     STEP,
-    WEIGHTS,
     WINDOW,
 )
+from mergebench.merge.kernels.elections import disjoint, elect, elected_signs
 from mergebench.merge.kernels.masks import chosen, random_words, window
 from mergebench.merge.kernels.ranks import draw_rows
 from mergebench.merge.kernels.thresholds import window_rows
@@ -28,67 +27,19 @@ from mergebench.merge.kernels.thresholds import window_rows
 _0, _1 = np.float32(0), np.float32(1)
 
 
-@float_kernel
+@inner
 def _times(x: Any, by: Any, count: Any) -> None:
     for j in range(count):
         x[j] = x[j] * by
 
 
-@float_kernel
+@inner
 def _over(x: Any, by: Any, count: Any) -> None:
     for j in range(count):
         x[j] = x[j] / by
 
 
-@float_kernel
-def _sign(value: Any) -> Any:
-    return (_1 if value > _0 else _0) - (_1 if value < _0 else _0)
-
-
-@float_kernel
-def total_votes(X: Any, rows: Any, total: Any, weights: Any, how: Any, count: Any) -> None:
-    """The sum that decides on a sign; ``how`` has 1 for weights and 2 for signs."""
-    for i in range(rows):
-        x, w = X[i], weights[i] if how & 1 else _1
-        if how & 2:
-            if i == 0:
-                for j in range(count):
-                    total[j] = _sign(x[j] * w)
-            else:
-                for j in range(count):
-                    total[j] = total[j] + _sign(x[j] * w)
-        elif i == 0:
-            for j in range(count):
-                total[j] = x[j] * w
-        else:
-            for j in range(count):
-                total[j] = total[j] + x[j] * w
-
-
-@float_kernel
-def _elect(X: Any, rows: Any, total: Any, weights: Any, how: Any, tie: Any, count: Any) -> None:
-    """Zero what has not the sign of the sum."""
-    total_votes(X, rows, total, weights, how, count)
-    for i in range(rows):
-        x, w = X[i], weights[i] if how & 1 else _1
-        if tie > 0:
-            for j in range(count):
-                v = x[j] * w
-                agrees = ((v > _0) & (not total[j] < _0)) | ((v < _0) & (total[j] < _0))
-                x[j] = x[j] * (_1 if agrees else _0)
-        elif tie < 0:
-            for j in range(count):
-                v = x[j] * w
-                agrees = ((v > _0) & (total[j] > _0)) | ((v < _0) & (not total[j] > _0))
-                x[j] = x[j] * (_1 if agrees else _0)
-        else:
-            for j in range(count):
-                v = x[j] * w
-                agrees = ((v > _0) & (total[j] > _0)) | ((v < _0) & (total[j] < _0))
-                x[j] = x[j] * (_1 if agrees else _0)
-
-
-@float_kernel
+@inner
 def _add(X: Any, rows: Any, weights: Any, count: Any) -> None:
     total, w = X[0], weights[0]
     if rows == 1:
@@ -103,7 +54,7 @@ def _add(X: Any, rows: Any, weights: Any, count: Any) -> None:
                 total[j] = total[j] + x[j] * v
 
 
-@float_kernel
+@inner
 def _step(X: Any, own: Any, shares: Any, step: Any, exact: Any, count: Any) -> None:
     """``own`` has the pivot, how many others there are, and which."""
     start = X[own[0]]
@@ -127,37 +78,7 @@ def _step(X: Any, own: Any, shares: Any, step: Any, exact: Any, count: Any) -> N
             out[j] = start[j] + step[j]
 
 
-@float_kernel
-def _disjoint(
-    X: Any, rows: Any, weights: Any, divisor: Any, zero: Any, total: Any, behind: Any, count: Any
-) -> None:
-    for i in range(rows):
-        x, w = X[i], weights[i]
-        # A product, as the op has it: a negative weight leaves a negative zero.
-        here, nowhere = (w, w * _0) if divisor == WEIGHTS else (_1, _0)
-        if i == 0:
-            for j in range(count):
-                total[j] = x[j] * w
-            for j in range(count):
-                behind[j] = here if x[j] != _0 else nowhere
-        else:
-            for j in range(count):
-                total[j] = total[j] + x[j] * w
-            for j in range(count):
-                behind[j] = behind[j] + (here if x[j] != _0 else nowhere)
-    out = X[0]
-    if divisor == NONE:
-        for j in range(count):
-            out[j] = total[j]
-    else:
-        for j in range(count):
-            out[j] = total[j] / (behind[j] + (_1 if behind[j] == _0 else _0))
-        if divisor == WEIGHTS and zero:
-            for j in range(count):
-                out[j] = out[j] * (_0 if behind[j] == _0 else _1)
-
-
-@float_kernel
+@inner
 def staged(
     codes: Any,
     ints: Any,
@@ -178,6 +99,8 @@ def staged(
     The others are those of :func:`combine`, for ``m`` entries of the tensor from ``here`` on.
     """
     one, two = X[X.shape[0] - 2], X[X.shape[0] - 1]
+    # An election that a mean comes behind is held in one go with it.
+    elected = -1
     for stage in range(start, stop):
         code, a, b = codes[stage, 0], codes[stage, 1], codes[stage, 2]
         own = floats[stage]
@@ -212,7 +135,11 @@ def staged(
             for i in range(rows):
                 _over(X[i], own[i], m)
         elif code == ELECT:
-            _elect(X, rows, one, own, a, b, m)
+            if stage + 1 < stop and codes[stage + 1, 0] == DISJOINT:
+                elected = stage
+                elected_signs(X, rows, one, own, a, b, m)
+            else:
+                elect(X, rows, one, own, a, b, m)
         elif code == ADD:
             _add(X, rows, own, m)
             rows = 1
@@ -220,6 +147,7 @@ def staged(
             _step(X, ints[stage, :, 0], own, one, a, m)
             rows = 1
         elif code == DISJOINT:
-            _disjoint(X, rows, own, a, b, one, two, m)
+            votes, how = floats[max(elected, 0)], codes[max(elected, 0), 1]
+            disjoint(X, rows, votes, how, one, elected >= 0, own, a, b, two, m)
             rows = 1
     return rows

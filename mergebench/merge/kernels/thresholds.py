@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mergebench.compute.jit import as_bits, as_float, float_kernel
+from mergebench.compute.jit import as_bits, as_float, inner
 from mergebench.merge.kernels.codes import FEW
 from mergebench.merge.kernels.masks import window
 
@@ -25,7 +25,7 @@ _LARGEST, _USUAL = np.int64(0x7F7FFFFF), np.int64(0x3A800000)
 _SOME = 256
 
 
-@float_kernel
+@inner
 def _around(x: Any, pivot: Any) -> Any:
     """How many magnitudes reach a pivot, the least of them, and the greatest of the others."""
     count, least, most = np.int32(0), _ALL, _NONE
@@ -38,7 +38,7 @@ def _around(x: Any, pivot: Any) -> Any:
     return np.int64(count), np.int64(least), np.int64(most)
 
 
-@float_kernel
+@inner
 def _kth(x: Any, rank: Any, hint: Any) -> Any:
     """The ``rank``-th largest magnitude as an integer, and how many entries equal to it stay.
 
@@ -78,7 +78,7 @@ def _kth(x: Any, rank: Any, hint: Any) -> Any:
     return value, stay
 
 
-@float_kernel
+@inner
 def _behind(x: Any, value: Any, stay: Any) -> Any:
     """The place behind so many entries of a magnitude."""
     for begin in range(0, len(x), _SOME):
@@ -96,7 +96,7 @@ def _behind(x: Any, value: Any, stay: Any) -> Any:
     return len(x)
 
 
-@float_kernel
+@inner
 def _limits(x: Any, rank: Any, ties: Any, hint: Any) -> Any:
     """What the ``rank`` largest magnitudes are above, before a place and from there on."""
     if rank >= len(x):
@@ -110,7 +110,7 @@ def _limits(x: Any, rank: Any, ties: Any, hint: Any) -> Any:
     return below, threshold, len(x) if all_stay else _behind(x, np.int32(value), stay)
 
 
-@float_kernel
+@inner
 def _few(x: Any, low: Any, high: Any, ties: Any, sizes: Any) -> None:
     """As :func:`window_rows`, for one short row."""
     for j in range(len(x)):
@@ -125,7 +125,7 @@ def _few(x: Any, low: Any, high: Any, ties: Any, sizes: Any) -> None:
         x[j] = x[j] * (_1 if stays & (rank >= low) else _0)
 
 
-@float_kernel
+@inner
 def window_rows(
     x: Any, length: Any, low: Any, high: Any, ties: Any, hints: Any, sizes: Any, count: Any
 ) -> None:

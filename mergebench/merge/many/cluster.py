@@ -6,12 +6,12 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergebench.checkpoints.writer import Output
 from mergebench.core.errors import MergebenchError, ParameterError
+from mergebench.core.version import own_version
 from mergebench.merge.at import At, Stack
 from mergebench.merge.engine import Progress, fuses, workers
 from mergebench.merge.many.agree import marks_of
@@ -76,7 +76,7 @@ class ClusterRun:
     memory : int, bytes
         Of each worker process.
     stream : bool
-        As in :func:`mergebench.merge.plan.make_plan`.
+        As in :func:`mergebench.merge.planning.make_plan`.
     patience : float
         Seconds to wait while there is no worker.
     """
@@ -145,7 +145,7 @@ def check_versions(client: Client) -> None:
     MergebenchError
     """
     found = client.get_versions(check=False, packages=["mergebench"])
-    mine = version("mergebench")
+    mine = own_version()
     others = {"the scheduler": found["scheduler"]} | {
         f"worker {address}": about for address, about in found["workers"].items()
     }

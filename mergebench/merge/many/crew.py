@@ -20,7 +20,8 @@ from mergebench.merge.engine import fuses, workers
 from mergebench.merge.many.agree import Marks, check_alike, marks_of
 from mergebench.merge.many.labour import Look, Merged, look, merge_unit
 from mergebench.merge.op import Chain
-from mergebench.merge.plan import Plan, make_plan
+from mergebench.merge.plan import Plan
+from mergebench.merge.planning import make_plan
 from mergebench.merge.stream import Evaluator
 from mergebench.merge.sweep import Scope
 from mergebench.recipe import Recipe

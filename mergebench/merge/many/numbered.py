@@ -20,8 +20,10 @@ from typing import Any
 from mergebench.checkpoints.locks import TakenError
 from mergebench.checkpoints.placed import Staged
 from mergebench.checkpoints.reserving import discard, find_reserved, reserve, sharing
-from mergebench.checkpoints.writer import Output, is_resumable
+from mergebench.checkpoints.together import is_resumable
+from mergebench.checkpoints.writer import Output
 from mergebench.core.errors import MergebenchError, ParameterError
+from mergebench.merge.ahead import room_of
 from mergebench.merge.engine import Progress, execute, outputs_of
 from mergebench.merge.many.agree import marks_of
 from mergebench.merge.many.board import Board
@@ -97,7 +99,7 @@ def execute_as_worker(
         As :func:`mergebench.merge.engine.execute`; if another process is the same worker; if
         workers of another number, or of another merge, are at work; and if a worker is missing.
     """
-    outputs = partial(outputs_of, plan, force=force)
+    outputs = partial(outputs_of, plan, force=force, room=room_of(plan))
     if (stands := _stands(plan, force, note)) is not None:
         return stands
     watch, board = Watch(lease), None
@@ -183,10 +185,11 @@ def _finished(
 
     places = [output.stage.place for output in made()]
     since = monotonic()
-    while True:
-        shown = all(each.is_here(place) for each, place in zip(staged, places, strict=True))
-        if shown:
-            return written(plan, found, digests)
+
+    def shown() -> bool:
+        return all(each.is_here(place) for each, place in zip(staged, places, strict=True))
+
+    while not shown():
         try:
             return execute(plan, force=force, run=filled)
         except TakenError:
@@ -195,5 +198,6 @@ def _finished(
             sleep(_LOOK)
         except MergebenchError:
             # It may have appeared since we looked.
-            if not all(each.is_here(place) for each, place in zip(staged, places, strict=True)):
+            if not shown():
                 raise
+    return written(plan, found, digests)

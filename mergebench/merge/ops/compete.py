@@ -9,9 +9,8 @@ import numpy as np
 from annotated_types import Interval
 from numpy.typing import NDArray
 
-from mergebench.compute.namespace import namespace
+from mergebench.compute.namespace import as_numpy, namespace
 from mergebench.compute.scores import Mapped, extremes, kth_smallest
-from mergebench.compute.select import as_numpy
 from mergebench.compute.sums import totals
 from mergebench.merge.at import At, Stack, Statistic, Sweep
 from mergebench.merge.op import op

@@ -10,9 +10,8 @@ from annotated_types import Interval
 
 from mergebench.compute.intruders import Side
 from mergebench.compute.matrices import as_matrices, as_stack, is_matrix
-from mergebench.compute.namespace import namespace
+from mergebench.compute.namespace import as_numpy, namespace
 from mergebench.compute.removal import Control, Removal, removal
-from mergebench.compute.select import as_numpy
 from mergebench.compute.spectra import TOLERANCE, svd_bytes
 from mergebench.core.errors import ParameterError
 from mergebench.core.params import Examples

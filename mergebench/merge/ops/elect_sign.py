@@ -9,8 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mergebench.compute.masking import silence
-from mergebench.compute.namespace import namespace
-from mergebench.compute.select import as_numpy
+from mergebench.compute.namespace import as_numpy, namespace
 from mergebench.merge.at import At, Stack, Statistic, Sweep
 from mergebench.merge.kernels.stages import Elect, Stages
 from mergebench.merge.op import op

@@ -13,9 +13,8 @@ from mergebench.compute.gram import grouped_sums, inner_products
 from mergebench.compute.linkage import Linkage, cosines, grouped
 from mergebench.compute.masking import silence
 from mergebench.compute.matrices import mean_rows, sum_rows
-from mergebench.compute.namespace import namespace
+from mergebench.compute.namespace import as_numpy, namespace
 from mergebench.compute.seen import Seen
-from mergebench.compute.select import as_numpy
 from mergebench.core.site import Site
 from mergebench.merge.at import At, Stack, Statistic, Sweep
 from mergebench.merge.op import op

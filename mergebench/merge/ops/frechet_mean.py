@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+import numpy as np
 from annotated_types import Ge, Interval
 
 from mergebench.compute.gram import combined, gram
@@ -36,6 +37,9 @@ def _shares(at: At, max_iter: int, tol: float) -> tuple[Any, int]:
         there, length = found.moved(mean, found.step(mean, "log"))
         active = active & (length >= tol)
         mean = xp.where(active, there, mean)
+        # On a device, asking would take longer than going on.
+        if isinstance(active, (np.ndarray, np.bool_)) and not active:
+            break
     pivot = max(range(len(at.weights)), key=lambda model: at.weights[model])
     return found.shares(mean, directed, weights), pivot
 

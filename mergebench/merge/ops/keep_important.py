@@ -11,8 +11,8 @@ import numpy as np
 from annotated_types import Ge
 
 from mergebench.compute.masking import silence
-from mergebench.compute.namespace import namespace
-from mergebench.compute.select import as_numpy, kth_magnitudes
+from mergebench.compute.namespace import as_numpy, namespace
+from mergebench.compute.select import kth_magnitudes
 from mergebench.merge.at import At, Stack, Statistic, Sweep
 from mergebench.merge.op import op
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mergebench.compute.matrices import as_matrices
-from mergebench.compute.namespace import namespace
-from mergebench.compute.select import as_numpy
+from mergebench.compute.namespace import as_numpy, namespace
 from mergebench.compute.spectra import TOLERANCE, svd_bytes
 from mergebench.merge.at import At, Stack, Statistic, Sweep
 from mergebench.merge.op import op

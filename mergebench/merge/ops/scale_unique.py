@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 import numpy as np
 from annotated_types import Ge
 
-from mergebench.compute.namespace import namespace
-from mergebench.compute.select import as_numpy
+from mergebench.compute.namespace import as_numpy, namespace
 from mergebench.core.tensor import Array
 from mergebench.merge.at import At, Stack, Statistic, Sweep
 from mergebench.merge.op import op

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 from annotated_types import Interval
 
+from mergebench.compute.cut import Cut
 from mergebench.compute.keep import keep_mask
 from mergebench.compute.masking import silence
-from mergebench.compute.namespace import namespace
-from mergebench.compute.select import Cut, as_numpy, kth_magnitudes
+from mergebench.compute.namespace import as_numpy, namespace
+from mergebench.compute.select import kth_magnitudes
 from mergebench.merge.at import At, Stack, Statistic, Sweep
 from mergebench.merge.op import op
 

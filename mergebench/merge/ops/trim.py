@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
+from mergebench.compute.cut import ALL, Cut
 from mergebench.compute.keep import keep_mask, row_ranks_mask
 from mergebench.compute.masking import silence
-from mergebench.compute.select import ALL, Cut, kth_magnitudes
+from mergebench.compute.select import kth_magnitudes
 from mergebench.merge.at import At, Stack, Statistic, Sweep
 from mergebench.merge.kernels.stages import RowWindow, Stages, Window
 from mergebench.merge.op import Granularity, op

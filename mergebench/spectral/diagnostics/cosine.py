@@ -33,7 +33,14 @@ def _say(values: Values) -> str:
 
 
 @diagnostic(
-    combine=_combine, headline=_headline, say=_say, per="site", on="tensor", base=False, least=2
+    combine=_combine,
+    headline=_headline,
+    say=_say,
+    per="site",
+    on="tensor",
+    base=False,
+    least=2,
+    uses=("products",),
 )
 def cosine(at: SiteSpectrum, site: Site) -> Iterator[Row]:
     """The cosine ⟨τi, τj⟩ / (‖τi‖ ‖τj‖) of each pair of task vectors, flattened.
@@ -45,15 +52,9 @@ def cosine(at: SiteSpectrum, site: Site) -> Iterator[Row]:
     del site
     squares = at.looked.deltas
     known = [model for model in at.everyone if isfinite(squares.get(model, 0.0))]
-    pairs = list(combinations(known, 2))
-    sums = dict.fromkeys(pairs, 0.0)
-    both = [pair for pair in pairs if set(pair) <= set(at.models)]
-    if both:
-        place = {model: number for number, model in enumerate(at.models)}
-        for stack in at.pieces(at.models):
-            for one, other in both:
-                sums[one, other] += float(stack[place[one]] @ stack[place[other]])
-    for one, other in pairs:
-        if one in at.deltas or other in at.deltas:
-            values = _values(sums[one, other], squares.get(one, 0.0), squares.get(other, 0.0))
+    changed = set(at.models)
+    for one, other in combinations(known, 2):
+        if one in changed or other in changed:
+            inner = at.products[one, other] if {one, other} <= changed else 0.0
+            values = _values(inner, squares.get(one, 0.0), squares.get(other, 0.0))
             yield Row(values, one, other)

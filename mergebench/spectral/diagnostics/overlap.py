@@ -6,26 +6,11 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Annotated, Any
 
-import numpy as np
 from annotated_types import Interval
 
 from mergebench.core.site import Site
-from mergebench.core.tensor import Array
 from mergebench.spectral.diagnostic import Row, Values, diagnostic, ratio, total
 from mergebench.spectral.spectrum import SiteSpectrum
-
-
-def support(matrix: Array, kept: int) -> Array:
-    """Where the ``kept`` largest magnitudes are, zeros never; among equals the earlier."""
-    magnitudes = np.abs(matrix).reshape(-1)
-    kept = min(kept, int(np.count_nonzero(magnitudes)))
-    if kept == 0:
-        return np.zeros(magnitudes.size, bool)
-    threshold = np.partition(magnitudes, magnitudes.size - kept)[magnitudes.size - kept]
-    mask = magnitudes > threshold
-    ties = np.flatnonzero(magnitudes == threshold)
-    mask[ties[: kept - int(np.count_nonzero(mask))]] = True
-    return np.asarray(mask)
 
 
 def _values(shared: int, least: int, expected: float) -> Values:
@@ -56,10 +41,6 @@ def _say(values: Values) -> str:
     )
 
 
-def _work(rows: int, columns: int, models: int) -> int:
-    return rows * columns * (models + 32)
-
-
 @diagnostic(
     combine=_combine,
     headline=_headline,
@@ -67,7 +48,7 @@ def _work(rows: int, columns: int, models: int) -> int:
     per="site",
     base=False,
     least=2,
-    work=_work,
+    uses=("entries",),
 )
 def overlap(
     at: SiteSpectrum, site: Site, *, density: Annotated[float, Interval(gt=0, le=1)] = 0.1
@@ -84,9 +65,8 @@ def overlap(
     del site
     size = at.site.size
     kept = max(int(density * size), 1)
-    masks = {model: support(at.delta_matrix(model), kept) for model in at.models}
-    counts = {model: int(np.count_nonzero(mask)) for model, mask in masks.items()}
+    shared = at.shared_supports(kept)
     for one, other in combinations(at.models, 2):
-        shared = int(np.count_nonzero(masks[one] & masks[other]))
-        chance = counts[one] * counts[other] / size
-        yield Row(_values(shared, min(counts[one], counts[other]), chance), one, other)
+        first, second = shared[one, one], shared[other, other]
+        values = _values(shared[one, other], min(first, second), first * second / size)
+        yield Row(values, one, other)

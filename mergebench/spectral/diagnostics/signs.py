@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Any
 
-import numpy as np
-
 from mergebench.core.site import Site
 from mergebench.spectral.diagnostic import Row, Values, diagnostic, ratio, total
 from mergebench.spectral.spectrum import SiteSpectrum
@@ -32,7 +30,14 @@ def _say(values: Values) -> str:
 
 
 @diagnostic(
-    combine=_combine, headline=_headline, say=_say, per="site", on="tensor", base=False, least=2
+    combine=_combine,
+    headline=_headline,
+    say=_say,
+    per="site",
+    on="tensor",
+    base=False,
+    least=2,
+    uses=("signs",),
 )
 def signs(at: SiteSpectrum, site: Site) -> Iterator[Row]:
     """How often two task vectors push an entry in opposite directions.
@@ -40,14 +45,5 @@ def signs(at: SiteSpectrum, site: Site) -> Iterator[Row]:
     Of the entries that both change, the share whose signs differ: 0.5 for unrelated task vectors.
     """
     del site
-    pairs = list(combinations(range(len(at.models)), 2))
-    if not pairs:
-        return
-    counts = np.zeros((len(pairs), 2), np.int64)
-    for stack in at.pieces(at.models):
-        sign = np.sign(stack).astype(np.int8)
-        for number, (one, other) in enumerate(pairs):
-            product = sign[one] * sign[other]
-            counts[number] += [np.count_nonzero(product < 0), np.count_nonzero(product)]
-    for (one, other), (conflicts, entries) in zip(pairs, counts.tolist(), strict=True):
-        yield Row(_values(conflicts, entries), at.models[one], at.models[other])
+    for one, other in combinations(at.models, 2):
+        yield Row(_values(*at.signs[one, other]), one, other)

@@ -1,0 +1,196 @@
+"""Machine code linked by llvmlite, and called as numba calls what it has compiled."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from threading import Lock, local
+from typing import Any, NamedTuple
+from weakref import ref
+
+import numpy as np
+
+#: Calls a function with what it was given, or with that as numba hands it over.
+Call = Callable[[Sequence[Any], Sequence[Any]], int]
+#: What LLVM calls the types of arguments, and what C does.
+_TYPES = {"ptr": ctypes.c_void_p, "i64": ctypes.c_int64, "i8": ctypes.c_int8}
+#: Functions that code may call: the system's, and numba's destructor of arrays that a kernel
+#: allocates, which is never called where none does.
+_FUNCTIONS: Mapping[str, Any] = {
+    "memset": ctypes.memset,
+    "memmove": ctypes.memmove,
+    "memcpy": ctypes.memmove,
+    "NRT_MemInfo_call_dtor": ctypes.CFUNCTYPE(None)(os.abort),
+}
+_NAMING = Lock()
+
+
+@dataclass(frozen=True)
+class Code:
+    """A compiled function.
+
+    Attributes
+    ----------
+    name : str
+        In Python.
+    symbol : str
+        Its name in the object file.
+    result : str
+        What it gives, as numba calls it.
+    types : tuple of str
+        Of its arguments: ``ptr``, ``i64`` or ``i8``.
+    outside : tuple of str
+        Functions of others that it calls.
+    """
+
+    name: str
+    symbol: str
+    result: str
+    types: tuple[str, ...]
+    outside: tuple[str, ...]
+
+    def fits(self, given: Sequence[Any]) -> bool:
+        """Whether it is called as here, gives a number or nothing, and calls nothing unknown."""
+        handed = ("ptr", "ptr", *types_of(given))
+        return (
+            self.types == handed
+            and self.result in {"int64", "none"}
+            and _FUNCTIONS.keys() >= set(self.outside)
+        )
+
+
+def linked(code: Code, data: bytes) -> Call:
+    """Link an object file, and find a function in it that fits what it is given.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    from llvmlite import binding
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    with _NAMING:
+        for name in code.outside:
+            if binding.address_of_symbol(name) is None:
+                binding.add_symbol(name, ctypes.cast(_FUNCTIONS[name], ctypes.c_void_p).value)
+    machine = binding.Target.from_default_triple().create_target_machine()
+    engine: Any = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+    engine.add_object_file(binding.ObjectFileRef.from_data(data))
+    engine.finalize_object()
+    address = engine.get_function_address(code.symbol)
+    if not address:
+        raise ValueError(code.symbol)
+    types = [_TYPES[each] for each in code.types]
+    function = ctypes.CFUNCTYPE(ctypes.c_int32, *types)(address)
+
+    def call(given: Sequence[Any], values: Sequence[Any]) -> int:
+        del given
+        result, raised = ctypes.c_int64(), ctypes.c_void_p()
+        status = function(ctypes.addressof(result), ctypes.addressof(raised), *values)
+        if status:
+            raise RuntimeError(f"{code.name}: ended with error {status}")
+        return result.value
+
+    # The code lives as long as its engine.
+    call.engine = engine  # type: ignore[attr-defined]
+    return call
+
+
+class Arguments(local):
+    """Remembers how the arguments of a thread's last call were handed over: most come again."""
+
+    def __init__(self) -> None:
+        self._last: list[_Leaf] = []
+
+    def of(self, given: Sequence[Any]) -> tuple[tuple[str, ...], list[Any]]:
+        """What they are, and as numba hands them over.
+
+        Raises
+        ------
+        TypeError, OverflowError
+            If one is of another type, or no integer of 64 bits.
+        """
+        leaves, nested = list(_leaves(given)), _nested(given)
+        if len(leaves) != len(self._last):
+            self._last = [_Leaf(_nothing, None, "", [])] * len(leaves)
+        last = self._last
+        for place, each in enumerate(leaves):
+            about = _about(each)
+            # What a dead reference gives is an argument, too.
+            if about is None or last[place].held() is not each or last[place].about != about:
+                # A reference that counted would keep the room of a merge that has ended.
+                held = _nothing if about is None else ref(each)
+                values = [value for _, value in _flat(each)]
+                last[place] = _Leaf(held, about, _kind(each), values)
+        values = list(chain.from_iterable(each.values for each in last))
+        return (nested, *(each.kind for each in last)), values
+
+
+class _Leaf(NamedTuple):
+    held: Callable[[], Any]
+    about: Any
+    kind: str
+    values: list[Any]
+
+
+def _nothing() -> Any:
+    return Arguments
+
+
+def _about(each: Any) -> Any:
+    """What may change in an array while it is the same."""
+    return (
+        (each.shape, each.strides, each.dtype, each.flags.num)
+        if isinstance(each, np.ndarray)
+        else None
+    )
+
+
+def types_of(given: Sequence[Any]) -> tuple[str, ...]:
+    """Types of what numba hands over for arguments, as LLVM writes them."""
+    return tuple(each for each, _ in chain.from_iterable(map(_flat, _leaves(given))))
+
+
+def _leaves(given: Sequence[Any]) -> Iterator[Any]:
+    for each in given:
+        if isinstance(each, tuple):
+            yield from _leaves(each)
+        else:
+            yield each
+
+
+def _nested(given: Sequence[Any]) -> str:
+    """How arguments stand in tuples, of which each kind is another type."""
+    return "".join(
+        f"{type(each).__name__}({_nested(each)})" if isinstance(each, tuple) else "."
+        for each in given
+    )
+
+
+def _kind(each: Any) -> str:
+    if not isinstance(each, np.ndarray):
+        return type(each).__name__
+    flags = each.flags
+    layout = "C" if flags.c_contiguous else "F" if flags.f_contiguous else "A"
+    marks = f"{flags.aligned:d}{flags.writeable:d}"
+    return f"{each.dtype.str}{each.ndim}{layout}{marks}"
+
+
+def _flat(each: Any) -> list[tuple[str, Any]]:
+    """An argument as numba hands it over: arrays by owner, size, place, shape and strides."""
+    if isinstance(each, np.ndarray):
+        sides = [("i64", number) for number in (*each.shape, *each.strides)]
+        sizes = [("ptr", None), ("ptr", None), ("i64", each.size), ("i64", each.itemsize)]
+        return [*sizes, ("ptr", each.__array_interface__["data"][0]), *sides]
+    if each is None:
+        return [("ptr", None)]
+    if not isinstance(each, (bool, int)):
+        raise TypeError(f"a kernel takes arrays, integers and None, not {each!r:.50}")
+    if not -(1 << 63) <= each < 1 << 63:
+        raise OverflowError(f"{each} has more than 64 bits")
+    return [("i8" if isinstance(each, bool) else "i64", int(each))]

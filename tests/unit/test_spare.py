@@ -1,0 +1,28 @@
+"""Room that jobs use one after the other."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mergebench.compute.spare import Spare
+
+
+def test_what_was_given_back_is_given_out_again() -> None:
+    """Whatever part of it is asked for; two at a time are never the same."""
+    spare = Spare(100)
+    one, other = spare.take(100), spare.take(7)
+    assert not np.shares_memory(one, other)
+    assert one.size == other.size == 100
+    spare.give(other)
+    assert spare.take(3) is other
+    assert not np.shares_memory(spare.take(3), other)
+
+
+def test_what_is_larger_is_not_kept() -> None:
+    """So that nothing is held beyond what was planned."""
+    spare = Spare(100)
+    large = spare.take(101)
+    assert large.size == 101
+    spare.give(large)
+    assert spare.take(101) is not large
+    assert spare.take(100).size == 100
