@@ -193,7 +193,7 @@ def compare(
     inputs = [*used, *(["--base", "base"] if theirs.get("base") else [])]
     read = [*used, *(["base"] if theirs.get("base") else [])]
     options = ["--quiet", "--no-copy-tokenizer", "--no-write-model-card"]
-    start = "from mergebench.cli.main import main; main()"
+    start = "from mergebench.cli.start import main; main()"
     (folder / "case.yml").write_text(yaml_of(theirs))
     other = measured([str(mergekit), "case.yml", "out", *options], folder)
     shutil.rmtree(folder / "out")

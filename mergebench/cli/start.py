@@ -1,11 +1,17 @@
 """Where the command begins, with as little imported as possible: an interrupt may come early."""
 
+import gc
 import os
 import signal
 import sys
 from typing import Any
 
 _LINE = "error: interrupted; nothing was written\n"
+#: OpenBLAS makes threads when numpy is imported, which look for work by turning a tenth of a second
+#: on every core unless this says how long: two to the power of so many ticks, here microseconds.
+_SPINNING = "OPENBLAS_THREAD_TIMEOUT", "12"
+#: Objects made between two collections of garbage. Imports make many and leave none behind.
+_OBJECTS = 20_000
 
 
 def main() -> None:
@@ -13,6 +19,8 @@ def main() -> None:
     # An interrupt that is ignored, as for jobs in the background, stays so.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
+    os.environ.setdefault(*_SPINNING)
+    gc.set_threshold(_OBJECTS)
     try:
         from mergebench.cli.main import main as run
     except KeyboardInterrupt:

@@ -233,6 +233,27 @@ main()
     assert ran == Ran(130, "", "error: interrupted; nothing was written\n")
 
 
+def test_threads_that_wait_for_work_sleep(scene: Scene) -> None:
+    """Those of OpenBLAS begin when numpy is imported; what the user has asked for stays."""
+    name = "OPENBLAS_THREAD_TIMEOUT"
+    code = f"""
+import os, sys
+os.environ.pop({name!r})
+if len(sys.argv) > 1:
+    os.environ[{name!r}] = sys.argv.pop()
+sys.argv.append("--version")
+from mergebench.cli.start import main
+try:
+    main()
+finally:
+    print(os.environ[{name!r}])
+"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, "9")
+        assert run_python(code, cwd=scene.path).out.split()[-1] == "12"
+        assert run_python(code, "20", cwd=scene.path).out.split()[-1] == "20"
+
+
 def test_python_runs_the_package(scene: Scene) -> None:
     """``python -m mergebench`` is the command."""
     code = "import runpy; runpy.run_module('mergebench', run_name='__main__')"
