@@ -195,8 +195,7 @@ class _Added:
     def add(self, parts: Iterable[tuple[Any, bool | None]]) -> None:
         for found, ends in parts:
             if ends is None:
-                for block in found:
-                    self.total = block if self.total is None else self.total + block
+                self.total = _onto(self.total, found)
                 continue
             # What tiles have cut is put together again before it is summed.
             self.held.append(found)
@@ -204,6 +203,17 @@ class _Added:
                 whole = np.concatenate(self.held, axis=1)
                 self.held = []
                 self.add([(self.measure(whole[:, None, :]), None)])
+
+
+def _onto(total: Any, blocks: Any) -> Any:
+    """A sum, and blocks (b, …) added to it one after the other."""
+    if isinstance(blocks, np.ndarray):
+        # Sums would be taken in pairs where there is a single number per block.
+        begun = blocks if total is None else np.concatenate([total[None, ...], blocks])
+        return np.add.accumulate(begun, axis=0)[-1] if len(begun) else total
+    for block in blocks:
+        total = block if total is None else total + block
+    return total
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,29 @@ def linked(code: Code, data: bytes) -> Call:
     return call
 
 
+class Held:
+    """Arguments of many calls, side by side, taken apart once.
+
+    Nothing about its arrays may change but what they hold.
+    """
+
+    __slots__ = ("given", "kinds", "nested", "values")
+
+    def __init__(self, *given: Any) -> None:
+        leaves = list(_leaves(given))
+        self.given = given
+        self.nested, self.kinds = _nested(given), [_kind(each) for each in leaves]
+        self.values = [value for each in leaves for _, value in _flat(each)]
+
+
+def plain(given: Sequence[Any]) -> list[Any]:
+    """Arguments as a function in Python takes them."""
+    found: list[Any] = []
+    for each in given:
+        found += each.given if isinstance(each, Held) else (each,)
+    return found
+
+
 class Arguments(local):
     """Remembers how the arguments of a thread's last call were handed over: most come again."""
 
@@ -115,20 +138,34 @@ class Arguments(local):
         TypeError, OverflowError
             If one is of another type, or no integer of 64 bits.
         """
-        leaves, nested = list(_leaves(given)), _nested(given)
-        if len(leaves) != len(self._last):
-            self._last = [_Leaf(_nothing, None, "", [])] * len(leaves)
-        last = self._last
-        for place, each in enumerate(leaves):
-            about = _about(each)
-            # What a dead reference gives is an argument, too.
-            if about is None or last[place].held() is not each or last[place].about != about:
-                # A reference that counted would keep the room of a merge that has ended.
-                held = _nothing if about is None else ref(each)
-                values = [value for _, value in _flat(each)]
-                last[place] = _Leaf(held, about, _kind(each), values)
-        values = list(chain.from_iterable(each.values for each in last))
-        return (nested, *(each.kind for each in last)), values
+        nested, kinds, values = "", [""], []
+        place = 0
+        for each in given:
+            if isinstance(each, Held):
+                nested += each.nested
+                kinds += each.kinds
+                values += each.values
+                continue
+            nested += _nested((each,))
+            for leaf in _leaves((each,)):
+                known = self._of(leaf, place)
+                place += 1
+                kinds.append(known.kind)
+                values += known.values
+        kinds[0] = nested
+        return tuple(kinds), values
+
+    def _of(self, each: Any, place: int) -> _Leaf:
+        if place == len(self._last):
+            self._last.append(_Leaf(_nothing, None, "", []))
+        last, about = self._last[place], _about(each)
+        # What a dead reference gives is an argument, too.
+        if about is None or last.held() is not each or last.about != about:
+            # A reference that counted would keep the room of a merge that has ended.
+            held = _nothing if about is None else ref(each)
+            values = [value for _, value in _flat(each)]
+            self._last[place] = last = _Leaf(held, about, _kind(each), values)
+        return last
 
 
 class _Leaf(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the machine has: cores, and bytes of memory."""
+"""What the machine has: cores, and bytes of memory, in pages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
+
+#: Bytes that systems keep of a file, or hand to a disk, as one; or a multiple of it.
+PAGE = 1 << 12
 
 
 def cores() -> int:

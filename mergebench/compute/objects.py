@@ -23,7 +23,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from mergebench.compute.linking import Arguments, Call, Code, linked
+from mergebench.compute.linking import Arguments, Call, Code, linked, plain
 from mergebench.core.cache_folder import cache_folder
 
 #: Entries, over all models and passes, that are done with otherwise before code is loaded.
@@ -43,7 +43,8 @@ class Entry:
     ----------
     module, name : str
         Of the function, which :mod:`mergebench.compute.jit` compiles. It takes arrays, booleans,
-        integers, ``None`` and tuples of these, and gives an integer.
+        integers, ``None`` and tuples of these, some of them maybe as
+        :class:`~mergebench.compute.linking.Held`, and gives an integer.
     """
 
     #: One is found at a time, as numba compiles one at a time.
@@ -68,7 +69,7 @@ class Entry:
         known = self._known.get(kinds)
         if known is None:
             with Entry._finding:
-                known = self._known.get(kinds) or self._found(kinds, given)
+                known = self._known.get(kinds) or self._found(kinds, plain(given))
                 self._known[kinds] = known
         return known(given, values)
 
@@ -103,7 +104,7 @@ class Entry:
 
     def _by_numba(self) -> Call:
         function = self._function()
-        return lambda given, _: int(function(*given) or 0)
+        return lambda given, _: int(function(*plain(given)) or 0)
 
 
 def _renew() -> None:

@@ -7,6 +7,8 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
+from mergebench.compute.machine import PAGE
+
 
 class Spare:
     """Blocks of memory that are used again.
@@ -26,15 +28,22 @@ class Spare:
         self._free: deque[NDArray[np.uint8]] = deque()
 
     def take(self, size: int) -> NDArray[np.uint8]:
-        """At least so many bytes, with anything in them; any thread."""
+        """At least so many bytes from a page's beginning on, anything in them; any thread."""
         if size > self.size:
-            return np.empty(size, np.uint8)
+            return _block(size)
         try:
             return self._free.pop()
         except IndexError:
-            return np.empty(self.size, np.uint8)
+            return _block(self.size)
 
     def give(self, block: NDArray[np.uint8]) -> None:
         """Give back what :meth:`take` gave, when nothing looks at it any more; any thread."""
         if block.size == self.size:
             self._free.append(block)
+
+
+def _block(size: int) -> NDArray[np.uint8]:
+    # Allocators put a few bytes of their own before a large block.
+    room = np.empty(size + PAGE, np.uint8)
+    start = -int(room.__array_interface__["data"][0]) % PAGE
+    return room[start : start + size]

@@ -104,6 +104,11 @@ class Load:
         return 2 * largest + int(window * per_job)
 
 
+def least_room(models: int) -> int:
+    """Bytes that ops may take for every entry of a tile, as :meth:`Load.bytes` counts them."""
+    return 4 * (4 * models + 8)
+
+
 def fit(load: Load, budget: int, workers: int) -> tuple[Tiling, int]:
     """The largest tiling within ``budget`` bytes and the least memory that any tiling needs.
 

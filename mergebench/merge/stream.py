@@ -10,8 +10,9 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from mergebench.compute.machine import PAGE
 from mergebench.compute.spare import Spare
-from mergebench.compute.tiles import Tiling
+from mergebench.compute.tiles import Tiling, least_room
 from mergebench.merge.abreast import Abreast
 from mergebench.merge.ahead import Ahead
 from mergebench.merge.at import At, Reading, Stack
@@ -68,8 +69,8 @@ class Evaluator:
     def __post_init__(self) -> None:
         models = max((len(item.deltas) for item in self.items.values()), default=0)
         # As wide as Fused.tile makes them; most results are no wider than float32.
-        self.read_into = Spare(8 * self.tiling.tile * (models + 1))
-        self.results = Spare(4 * self.tiling.job)
+        self.read_into = Spare(least_room(models) * self.tiling.tile)
+        self.results = Spare(4 * self.tiling.job + PAGE)
 
     def prepare(self, ops: Chain, item: Item, *, whole: bool = False) -> None:
         """Measure everything that ``ops`` needs before it can run on ``item``.

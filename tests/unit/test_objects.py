@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from mergebench.compute import jit, objects
+from mergebench.compute.linking import Held
 from mergebench.compute.objects import Entry
 from tests.helpers.running import Ran, python
 
@@ -82,6 +83,7 @@ def fails(x):
 ALONE = f"""
 import sys
 import numpy as np
+from mergebench.compute.linking import Held
 from mergebench.compute.objects import Entry
 x, pair = np.arange(3), (np.array([7]), 5)
 found = Entry("{MODULE}", "total")(x, np.ones((1, 2), int), True, 2, None, pair)
@@ -205,6 +207,22 @@ def test_arrays_that_change_in_place(kept: Path) -> None:
     table.setflags(write=False)
     assert entry(table) == 1 + 20
     assert len(list(kept.glob("*.o"))) == 3
+
+
+def test_arguments_that_are_held(kept: Path, compiled: list[str]) -> None:
+    """Taken apart once, they are the same arguments; what their arrays hold may change."""
+    entry, x, maybe = Entry(MODULE, "total"), np.arange(4), np.zeros(2)
+    table = np.arange(6).reshape(2, 3)
+    front, back = Held(x, table), Held(3, maybe, Pair(np.array([7]), 5))
+    assert entry(x, table, True, 3, maybe, Pair(np.array([7]), 5)) == TOTAL + 2000
+    for _ in range(2):
+        assert entry(front, True, back) == TOTAL + 2000
+    assert entry(front, True, Held(3), Held(None, Pair(np.array([7]), 5))) == TOTAL
+    x[:] = 0
+    assert entry(front, True, back) == TOTAL + 2000 - 36
+    assert compiled == ["total"] * 2
+    assert maybe[0] == 753 + 2000
+    assert Entry(MODULE, "half")(Held(np.arange(8))) == 4
 
 
 def test_what_no_kernel_takes(kept: Path) -> None:

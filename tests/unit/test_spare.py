@@ -26,3 +26,11 @@ def test_what_is_larger_is_not_kept() -> None:
     spare.give(large)
     assert spare.take(101) is not large
     assert spare.take(100).size == 100
+
+
+def test_blocks_begin_with_a_page() -> None:
+    spare = Spare(100)
+    for size in (1, 100, 5000, 1 << 20):
+        block = spare.take(size)
+        assert block.__array_interface__["data"][0] % 4096 == 0
+        assert block.size >= size

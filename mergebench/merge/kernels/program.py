@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergebench.compute.cut import Cut
+from mergebench.compute.linking import Held
 from mergebench.core.site import Site
 from mergebench.merge.kernels import codes as c
 from mergebench.merge.kernels.stages import (
@@ -69,6 +71,11 @@ class Program:
     sorts: bool
     rows: int
     onto: int
+
+    @cached_property
+    def held(self) -> Held:
+        """What the passes are told of it."""
+        return Held(self.codes, self.ints, self.floats, self.bounds)
 
 
 def program(

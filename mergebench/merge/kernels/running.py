@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mergebench.compute.linking import Held
 from mergebench.compute.spare import Spare
 from mergebench.core.delta import tile
 from mergebench.core.tensor import Array
@@ -22,15 +24,15 @@ _FEW = 16
 _NO_STACK = np.empty((1, 0), np.float32)
 _NO_HALVES = np.empty(0, np.uint16)
 #: What a measurement takes, where it is another that needs it.
-_NOTHING: Mapping[str, Array] = {
-    "weights": np.empty(0, np.float32),
-    "brackets": np.empty((0, 3), np.int64),
-    "tallies": np.empty((0, 4), np.int64),
-    "values": np.empty((0, 0), np.int32),
-    "places": np.empty((0, 0), np.int64),
-    "wide": np.empty((0, 0)),
-    "lanes": np.empty((0, 0)),
-    "sums": np.empty((0, 0)),
+_NOTHING: Mapping[str, Held] = {
+    "weights": Held(np.empty(0, np.float32)),
+    "brackets": Held(np.empty((0, 3), np.int64)),
+    "tallies": Held(np.empty((0, 4), np.int64)),
+    "values": Held(np.empty((0, 0), np.int32)),
+    "places": Held(np.empty((0, 0), np.int64)),
+    "wide": Held(np.empty((0, 0))),
+    "lanes": Held(np.empty((0, 0))),
+    "sums": Held(np.empty((0, 0))),
 }
 
 
@@ -91,6 +93,8 @@ class Buffers:
         self.counts = np.empty(max(sorted_ + 1, c.DIGITS) if sorted_ else 0, np.uint32)
         self.pairs = np.empty((2, sorted_), np.uint64)
         self._inside: tuple[NDArray[np.int32], NDArray[np.int64]] | None = None
+        self._rows = Held(self.halves, self.words)
+        self._room: dict[Program, Held] = {}
 
     def close(self) -> None:
         """Give the room back; nothing may look at it any more."""
@@ -133,12 +137,10 @@ class Buffers:
     def arguments(self, steps: Program) -> tuple[Any, ...]:
         """What both passes begin with."""
         start, stop = self.span
-        source = self.source
-        return (
-            self.halves, self.words, source.kinds, source.minus, source.based, start, stop - start,
-            steps.codes, steps.ints, steps.floats, steps.bounds,
-            self.work, self.numbers, self.numbers.view(np.uint32), self._along(steps),
-        )  # fmt: skip
+        if (room := self._room.get(steps)) is None:
+            draws, along = self.numbers.view(np.uint32), self._along(steps)
+            room = self._room[steps] = Held(self.work, self.numbers, draws, along)
+        return self._rows, self.source.held, start, stop - start, steps.held, room
 
     def _along(self, steps: Program) -> Along | None:
         if not steps.row:
@@ -217,7 +219,7 @@ class Looking:
             return None
         start, stop = self.room.span
         rows = self.steps.rows
-        one, other = np.triu_indices(rows)
+        one, other = _pairs(rows)
         sums = np.empty((-(-(stop - start) // c.BLOCK), len(one)))
         wide, lanes = np.empty((rows, 4 * c.LANES)), np.empty((len(one), c.LANES))
         if not self._measure(c.PRODUCTS, wide=wide, lanes=lanes, sums=sums):
@@ -238,6 +240,11 @@ class Looking:
         arrays = (given.get(name, nothing) for name, nothing in _NOTHING.items())
         begin = self.room.arguments(self.steps)
         return self.kernels.measure(*begin, what, how, *arrays) == c.DONE
+
+
+@cache
+def _pairs(rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    return np.triu_indices(rows)
 
 
 def _address(array: Array) -> int:

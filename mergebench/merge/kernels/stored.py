@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mergebench.compute.linking import Held
 from mergebench.core.delta import Delta, Dense, Difference
 from mergebench.core.site import Site
 from mergebench.core.tensor import DTYPES, Tensor
@@ -23,11 +25,11 @@ class Stored:
     ----------
     site : Site
     rows : tuple of Tensor or None
-        Per model, then the base: what is read.
+        Per model, then the base if there is one: what is read.
     computed : tuple of Delta or None
-        Per model, then nothing: what has to be computed instead.
-    kinds : int64 array, (rows,)
-        The dtype of each.
+        As many: what has to be computed instead.
+    kinds : int64 array, (models + 1,)
+        The dtype of each, and of the base.
     minus : int64 array, (models,)
         1 where the base is to be subtracted.
     based : bool
@@ -43,6 +45,11 @@ class Stored:
     minus: NDArray[np.int64]
     based: bool
     width: int
+
+    @cached_property
+    def held(self) -> Held:
+        """What the passes are told of it."""
+        return Held(self.kinds, self.minus, self.based)
 
     @property
     def models(self) -> int:
@@ -79,8 +86,9 @@ def stored(site: Site, deltas: Sequence[Delta | None], base: Tensor | None) -> S
                 rows.append(None)
                 computed[-1] = delta
     minus = np.array([isinstance(each, Difference) for each in deltas], np.int64)
-    rows.append(origin)
-    computed.append(None)
+    if origin is not None:
+        rows.append(origin)
+        computed.append(None)
     names = [
         "" if row is None and own is None else "F32" if row is None else row.dtype
         for row, own in zip(rows, computed, strict=True)
@@ -91,7 +99,7 @@ def stored(site: Site, deltas: Sequence[Delta | None], base: Tensor | None) -> S
         site,
         tuple(rows),
         tuple(computed),
-        np.array([c.KINDS[name] for name in names]),
+        np.array([c.KINDS[name] for name in names] + [c.ZEROS] * (origin is None)),
         minus,
         origin is not None,
         max(DTYPES[name].itemsize if name else 1 for name in names),
