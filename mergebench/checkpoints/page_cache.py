@@ -15,8 +15,6 @@ from mergebench.core.errors import MergebenchError, ParameterError
 VARIABLE = "MERGEBENCH_PAGE_CACHE"
 #: Written bytes of a file that may stand in the cache before they are let go.
 STEP = 1 << 23
-#: What lies closer together than this is in one page, or the next.
-PAGE = 1 << 12
 _SHARE = 2
 #: Bytes for which there is room everywhere: to ask takes longer than to merge them.
 LITTLE = 1 << 24

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from mergebench.checkpoints import page_cache
+from mergebench.compute.machine import PAGE
 from mergebench.core.delta import Delta, reads
 from mergebench.core.extents import Extent, Store, extents
 from mergebench.core.tensor import Tensor, nbytes, size_of
@@ -55,7 +56,7 @@ def _stretches(found: list[Extent]) -> Iterator[tuple[int, int]]:
     found.sort(key=lambda each: each.offset)
     start, stop = found[0].offset, found[0].end
     for each in found[1:]:
-        if each.offset > stop + page_cache.PAGE:
+        if each.offset > stop + PAGE:
             yield start, stop
             start, stop = each.offset, each.end
         stop = max(stop, each.end)

@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from mergebench.checkpoints.descriptors import WRITE, Handle
+from mergebench.checkpoints.direct import Direct
 from mergebench.checkpoints.disk import create, disk_errors, flush, holds, remove
 from mergebench.checkpoints.page_cache import Behind
 from mergebench.checkpoints.placed import Staged
@@ -52,6 +53,8 @@ class Output:
         Names everything that decides the bytes; equal keys mean equal bytes.
     lean : bool, default False
         Do not leave what is written in the page cache.
+    direct : bool, default False
+        Write past the page cache where the file system can.
 
     Attributes
     ----------
@@ -65,6 +68,8 @@ class Output:
         Whether the work of an earlier run was thrown away, as of another key or damaged.
     beside : mapping of name to digest
         xxh3-128 of every side file and of the index, as they were written.
+    direct : bool
+        Whether whoever writes is to expect to wait for a disk.
     kept : bool
         Whether, after an error, there is something to go on from.
     """
@@ -79,8 +84,11 @@ class Output:
         force: bool = False,
         key: str | None = None,
         lean: bool = False,
+        direct: bool = False,
     ) -> None:
         self._behind = Behind() if lean else None
+        self.direct = direct
+        self._direct = Direct() if direct else None
         self.destination, self.layout = Path(destination), layout
         self._single = single_file
         self._side = dict(side or {})
@@ -148,7 +156,9 @@ class Output:
                     if entry.name not in planned:
                         remove(entry)
         for file in self.layout.files:
-            self._handles[file.name] = Handle(self._path(file), WRITE)
+            self._handles[file.name] = handle = Handle(self._path(file), WRITE)
+            if self._direct is not None:
+                self._direct.open(self._path(file), handle)
         if self.layout.index is not None:
             self._add(self.layout.index, self.layout.index_bytes())
         for name, content in self._side.items():
@@ -206,9 +216,13 @@ class Output:
             return
         with self._disk_errors():
             handle = self._handles[place.file]
-            handle.write_at(view, place.offset + byte_start)
+            cached, offset = len(view), place.offset + byte_start
+            if self._direct is None:
+                handle.write_at(view, offset)
+            else:
+                cached = self._direct.write(handle, view, offset)
             if self._behind is not None:
-                self._behind.wrote(handle, len(view))
+                self._behind.wrote(handle, cached)
             if self._recorder is not None:
                 self._recorder.poll()
         self._spans.add(name, byte_start, stop)
@@ -389,6 +403,8 @@ class Output:
         for handle in self._handles.values():
             handle.close()
         self._handles.clear()
+        if self._direct is not None:
+            self._direct.close()
 
 
 def _bytes_of(data: bytes | memoryview | Array) -> memoryview:

@@ -91,7 +91,8 @@ PageCache = Annotated[
         "--page-cache",
         metavar="SIZE|auto",
         help="A merge that reads and writes more than this takes out of the system's page cache "
-        "what it is done with; auto: half of the memory that is available.",
+        "what it is done with; auto: half of the memory that is available, and outputs of "
+        "256 MiB and more go past it.",
         envvar="MERGEBENCH_PAGE_CACHE",
         callback=_page_cache,
     ),

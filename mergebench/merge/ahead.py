@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 from mergebench.checkpoints import page_cache
+from mergebench.compute.machine import PAGE
 from mergebench.core.delta import Delta, LowRank, reads
 from mergebench.core.extents import Extent, Store, extents
 from mergebench.core.tensor import Tensor, nbytes, size_of
@@ -236,7 +237,7 @@ class _Done:
         self.start = self.stop = self.told = start
 
     def add(self, extent: Extent) -> None:
-        if not self.start <= extent.offset <= self.stop + page_cache.PAGE:
+        if not self.start <= extent.offset <= self.stop + PAGE:
             self.tell()
             self.start = self.stop = self.told = extent.offset
         self.stop = max(self.stop, extent.end)

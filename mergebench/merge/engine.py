@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
+from mergebench.checkpoints import direct, page_cache
 from mergebench.checkpoints.destination import check_destination
 from mergebench.checkpoints.together import together
 from mergebench.checkpoints.writer import Output
@@ -66,7 +67,6 @@ def workers(count: int, *, apart: bool = False) -> Iterator[Executor]:
     """Threads for an evaluator; ``apart`` from this one, even if there is only one."""
     # Every worker computes on one core; a BLAS with threads of its own would fight them.
     with one_thread():
-        # This thread writes: a large output waits for its disk, and the one worker need not.
         if count == 1 and not apart:
             yield _Here()
             return
@@ -163,14 +163,17 @@ def outputs_of(plan: Plan, *, force: bool, room: int | None) -> list[Output]:
     for variant in plan.variants:
         if variant.out is None:
             raise ValueError("a variant has no place to be written to")
+        layout = plan.package.layout_of(variant)
         output = Output(
             variant.out,
-            plan.package.layout_of(variant),
+            layout,
             single_file=plan.package.single_file,
             side=plan.package.sides(variant),
             force=force,
             key=resume_key(plan, variant),
             lean=room is not None,
+            direct=room is not None
+            or (layout.total_bytes >= direct.LARGE and not page_cache.asked()),
         )
         found.append(output)
     return found
@@ -186,7 +189,9 @@ def _run_here(
 ) -> tuple[Found, list[dict[str, str]]]:
     sinks = [Digests(output) for output in outputs]
     with ahead_of(plan, room) as ahead:
-        found = _run(plan, sinks, progress, ledger, ahead, note)
+        # This thread writes: a large output waits for its disk, and the one worker need not.
+        apart = any(output.direct for output in outputs)
+        found = _run(plan, sinks, progress, ledger, ahead, note, apart=apart)
     return found, [sink.digests() for sink in sinks]
 
 
@@ -221,13 +226,15 @@ def _run(
     ledger: Ledger,
     ahead: Ahead,
     note: Callable[[str], None] | None = None,
+    *,
+    apart: bool = False,
 ) -> Found:
     total = plan.entries * plan.passes
     done = ledger.swept
     found = Found.nothing(plan)
     # A lane that waits for its device leaves the core to another.
     count = max(plan.tiling.workers, 1 if plan.device is None else 2)
-    with workers(count, apart=ahead.large) as pool:
+    with workers(count, apart=apart) as pool:
 
         def swept(entries: int) -> None:
             nonlocal done

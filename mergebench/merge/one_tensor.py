@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mergebench.compute.machine import PAGE
 from mergebench.compute.masking import moved
 from mergebench.compute.rounding import round_to
 from mergebench.core.tensor import DTYPES, Array, Tensor, size_of
@@ -24,7 +25,7 @@ from mergebench.merge.item import Item, load_with_holes, located, opened, passed
 from mergebench.merge.op import Chain
 from mergebench.merge.outcome import Outcome
 from mergebench.merge.plan import Plan
-from mergebench.merge.sinks import Sink
+from mergebench.merge.sinks import Sink, place_in
 from mergebench.merge.stream import Evaluator
 from mergebench.merge.variants import Variant
 
@@ -58,7 +59,8 @@ def merge_tensor(
         merged(item.site.size)
     elif item is not None:
         holes = False
-        for start, parts, some in pieces(plan, evaluator, item):
+        places = [place_in(sink, targets[0]) for sink in sinks]
+        for start, parts, some in pieces(plan, evaluator, item, places):
             holes |= some
             for sink, part in zip(sinks, parts, strict=True):
                 for target in targets:
@@ -76,10 +78,14 @@ def targets_of(plan: Plan, name: str) -> list[str]:
     return [plan.package.renamed.get(name, name), *plan.aligned.twins.get(name, ())]
 
 
-def pieces(plan: Plan, evaluator: Evaluator, item: Item) -> Iterator[tuple[int, list[Array], bool]]:
+def pieces(
+    plan: Plan, evaluator: Evaluator, item: Item, places: Sequence[int]
+) -> Iterator[tuple[int, list[Array], bool]]:
     """``(first entry, one array per variant, any holes)`` of every job of a tensor, in order.
 
-    The arrays are used again for what comes behind.
+    The arrays are used again for what comes behind. They lie to pages of memory as they will to
+    those of files, in which the tensor begins at ``places``, one per variant: see
+    :mod:`mergebench.checkpoints.direct`.
     """
     dtype = plan.package.dtype_of(item.site.name)
     chains = [variant.at(item.site.name) for variant in plan.variants]
@@ -118,8 +124,12 @@ def pieces(plan: Plan, evaluator: Evaluator, item: Item) -> Iterator[tuple[int, 
 
     def job(start: int, stop: int) -> tuple[int, list[Array], bool, list[NDArray[np.uint8]]]:
         length = (stop - start) * size
-        blocks = [spare.take(length) for _ in plan.variants]
-        outs = [block[:length].view(DTYPES[dtype]) for block in blocks]
+        skews = [(place + start * size) % PAGE // size * size for place in places]
+        blocks = [spare.take(skew + length) for skew in skews]
+        outs = [
+            block[skew : skew + length].view(DTYPES[dtype])
+            for block, skew in zip(blocks, skews, strict=True)
+        ]
         return start, outs, work(start, stop, outs), blocks
 
     def coming() -> Iterator[Any]:

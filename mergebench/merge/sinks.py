@@ -42,6 +42,11 @@ class Memory:
         """Nothing is left to do."""
 
 
+def place_in(sink: Sink, name: str) -> int:
+    """The byte of its file at which a tensor begins; 0 in a sink that writes none."""
+    return sink.output.layout.places[name].offset if isinstance(sink, Digests) else 0
+
+
 @dataclass(eq=False)
 class Digests:
     """Hashes what passes through on its way to an output; what was there before stays."""

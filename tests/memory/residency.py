@@ -1,10 +1,14 @@
-"""How much of a file the page cache holds."""
+"""How much of a file the page cache holds, and places where it can be told to let go."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _PAGE = mmap.PAGESIZE
@@ -40,3 +44,26 @@ def forget(path: Path) -> None:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(fd)
+
+
+@contextmanager
+def on_disk(folder: Path) -> Iterator[Path]:
+    """A folder, or one beside the tests, as temporary ones may be in memory."""
+    if _drops(folder):
+        yield folder
+        return
+    other = Path(tempfile.mkdtemp(prefix=".page-cache-", dir=Path(__file__).parent))
+    try:
+        yield other
+    finally:
+        shutil.rmtree(other)
+
+
+def _drops(folder: Path) -> bool:
+    probe = folder / "probe"
+    probe.write_bytes(bytes(1 << 20))
+    forget(probe)
+    try:
+        return resident(probe) == 0
+    finally:
+        probe.unlink()

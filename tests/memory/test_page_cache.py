@@ -2,52 +2,38 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mergebench import merge_models
+from mergebench.checkpoints import direct
 from tests.helpers.files import BF16, tree, write
 from tests.helpers.forked import forked
 from tests.helpers.running import MAIN, assert_done
 from tests.memory.measure import MIB, READY
-from tests.memory.residency import forget, resident
+from tests.memory.residency import forget, on_disk, resident
 
 INPUTS = ("base", "ft1", "ft2")
 #: Of a tensor in bf16.
 SHAPE = (2048, 2048)
 
 
-def drops(folder: Path) -> bool:
-    """Whether files there are on a disk, and not in memory whatever is said."""
-    probe = folder / "probe"
-    probe.write_bytes(bytes(MIB))
-    forget(probe)
-    return resident(probe) == 0
-
-
 @pytest.fixture
 def models(tmp_path: Path) -> Iterator[Path]:
     """Three models of 48 MiB on a real disk."""
-    folder = tmp_path
-    if not drops(tmp_path):
-        # Such as a temporary folder in memory.
-        folder = Path(tempfile.mkdtemp(prefix=".page-cache-", dir=Path(__file__).parent))
-    random = np.random.default_rng(0)
-    for file in INPUTS:
-        arrays = {
-            f"layers.{n}.weight": random.standard_normal(SHAPE, np.float32).astype(BF16)
-            for n in range(6)
-        }
-        write(folder / f"{file}.safetensors", arrays)
-        forget(folder / f"{file}.safetensors")
-    try:
+    with on_disk(tmp_path) as folder:
+        random = np.random.default_rng(0)
+        for file in INPUTS:
+            arrays = {
+                f"layers.{n}.weight": random.standard_normal(SHAPE, np.float32).astype(BF16)
+                for n in range(6)
+            }
+            write(folder / f"{file}.safetensors", arrays)
+            forget(folder / f"{file}.safetensors")
         yield folder
-    finally:
-        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(("method", "workers"), [("task_arithmetic", 1), ("ties", 2)])
@@ -93,3 +79,32 @@ def test_large_models_are_looked_at_and_left(models: Path, look: tuple[str, ...]
 
     assert max(found) < 1 / 48
     assert said[0] == said[1] != ""
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_large_outputs_go_past_the_cache(
+    models: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Wherever tensors begin in a file, but for a page at either end of what is written at once."""
+    monkeypatch.delenv("MERGEBENCH_PAGE_CACHE", raising=False)
+    inputs = [str(models / f"{name}.safetensors") for name in INPUTS]
+    for place, least in enumerate((1 << 28, 0)):
+        monkeypatch.setattr(direct, "LARGE", least)
+        for form in ("file.safetensors", "folder"):
+            out = models / f"{place}{form}"
+            chosen = {"base": inputs[0], "method": method, "allow_base_mismatch": True}
+            merge_models(inputs[1:], out=out, **chosen)
+    written = {path: resident(path) / path.stat().st_size for path in weights(models, "0")}
+    past = {path: resident(path) / path.stat().st_size for path in weights(models, "1")}
+
+    assert len(written) == len(past) == 2
+    assert min(written.values()) > 0.9
+    assert max(past.values()) < 1 / 48
+    for one, other in zip(written, past, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+
+
+def weights(folder: Path, first: str) -> list[Path]:
+    return sorted(folder.glob(f"{first}*.safetensors")) + sorted(
+        folder.glob(f"{first}*/*.safetensors")
+    )
