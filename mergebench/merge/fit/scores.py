@@ -66,7 +66,7 @@ class Outcome:
         """Plain data."""
         about = {"problem": self.problem} if self.problem else {}
         return {"task": self.task, "split": self.split, "scores": self.scores,
-                "seconds": round(self.seconds, 3), "merging": round(self.merging, 3),
+                "seconds": round(self.seconds, 6), "merging": round(self.merging, 6),
                 "kept": self.kept, **about}  # fmt: skip
 
 
@@ -161,7 +161,7 @@ class Scores:
             merging = _merging(candidate) - before
             seconds = perf_counter() - started - merging
             # As they are kept, so that a later run says the same.
-            measured = scores, round(seconds, 3), round(merging, 3)
+            measured = scores, round(seconds, 6), round(merging, 6)
             self._keep(key, *measured)
             return _outcome(task, split, *measured)
         if self.on_error == "stop":
