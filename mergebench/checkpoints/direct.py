@@ -15,6 +15,7 @@ import numpy as np
 
 from mergebench.checkpoints.descriptors import WRITE, Handle
 from mergebench.compute.machine import PAGE
+from mergebench.core.tensor import address
 
 #: An output from this size on is written so where nobody has said what the cache may hold.
 LARGE = 1 << 28
@@ -30,25 +31,31 @@ class Direct:
 
     Safe under threads, as long as no two write to one page at the same time unless both go through
     the cache, which holds for pieces that do not overlap: only whole pages go past it.
+
+    Attributes
+    ----------
+    works : bool
+        Whether nothing has refused to be written so.
     """
 
     def __init__(self) -> None:
         self._handles: dict[Handle, Handle] = {}
-        self._works = _FLAG != 0
+        self.works = _FLAG != 0
 
     def open(self, path: Path, handle: Handle) -> None:
         """Make ready for a file; nothing happens where its file system cannot do it."""
-        if not self._works:
+        if not self.works:
             return
         try:
             os.close(os.open(path, WRITE | _FLAG))
-        except OSError:
-            self._works = False
+        except OSError as error:
+            # For anything else, such as too many open files, this one goes through the cache.
+            self.works = error.errno not in _CANNOT
         else:
             self._handles[handle] = Handle(path, WRITE | _FLAG)
 
-    def write(self, handle: Handle, view: memoryview, offset: int) -> int:
-        """Write all bytes of a view at ``offset``; how many of them have gone through the cache.
+    def write(self, handle: Handle, view: memoryview, offset: int) -> None:
+        """Write all bytes of a view at ``offset``.
 
         Raises
         ------
@@ -57,31 +64,29 @@ class Direct:
         """
         start = -offset % PAGE
         length = max((len(view) - start) // PAGE * PAGE, 0)
-        straight = self._handles.get(handle) if self._works else None
-        if straight is None or length < _LEAST or (_address(view) + start) % PAGE:
+        straight = self._handles.get(handle) if self.works else None
+        if (
+            straight is None
+            or length < _LEAST
+            or (address(np.frombuffer(view, np.uint8)) + start) % PAGE
+        ):
             handle.write_at(view, offset)
-            return len(view)
+            return
         try:
             straight.write_at(view[start : start + length], offset + start)
         except OSError as error:
             if error.errno not in _CANNOT:
                 raise
-            self._works = False
+            self.works = False
             handle.write_at(view, offset)
-            return len(view)
+            return
         if start:
             handle.write_at(view[:start], offset)
         if start + length < len(view):
             handle.write_at(view[start + length :], offset + start + length)
-        return len(view) - length
 
     def close(self) -> None:
         """Close what :meth:`open` has made ready."""
         with suppress(KeyError):
             while True:
                 self._handles.popitem()[1].close()
-
-
-def _address(view: memoryview) -> int:
-    found: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
-    return found

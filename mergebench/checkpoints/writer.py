@@ -68,8 +68,6 @@ class Output:
         Whether the work of an earlier run was thrown away, as of another key or damaged.
     beside : mapping of name to digest
         xxh3-128 of every side file and of the index, as they were written.
-    direct : bool
-        Whether whoever writes is to expect to wait for a disk.
     kept : bool
         Whether, after an error, there is something to go on from.
     """
@@ -87,7 +85,6 @@ class Output:
         direct: bool = False,
     ) -> None:
         self._behind = Behind() if lean else None
-        self.direct = direct
         self._direct = Direct() if direct else None
         self.destination, self.layout = Path(destination), layout
         self._single = single_file
@@ -216,13 +213,13 @@ class Output:
             return
         with self._disk_errors():
             handle = self._handles[place.file]
-            cached, offset = len(view), place.offset + byte_start
             if self._direct is None:
-                handle.write_at(view, offset)
+                handle.write_at(view, place.offset + byte_start)
             else:
-                cached = self._direct.write(handle, view, offset)
+                self._direct.write(handle, view, place.offset + byte_start)
+            # File systems may take what is to go past the cache, and keep it there all the same.
             if self._behind is not None:
-                self._behind.wrote(handle, cached)
+                self._behind.wrote(handle, len(view))
             if self._recorder is not None:
                 self._recorder.poll()
         self._spans.add(name, byte_start, stop)
@@ -276,6 +273,11 @@ class Output:
         """
         files = [file.name for file in self.layout.files]
         return Staged.of(root, None if self._single else files)
+
+    @property
+    def waits(self) -> bool:
+        """Whether writing waits for a disk."""
+        return self._direct is not None and self._direct.works
 
     @property
     def staged(self) -> Staged:

@@ -7,10 +7,11 @@ import sys
 from typing import Any
 
 _LINE = "error: interrupted; nothing was written\n"
-#: OpenBLAS makes threads when numpy is imported, which look for work by turning a tenth of a second
-#: on every core unless this says how long: two to the power of so many ticks, here microseconds.
+#: OpenBLAS makes threads when numpy is imported, which look for work on every core for a tenth of a
+#: second before they sleep, unless this says how long: 2^12 ticks of the clock, or microseconds.
 _SPINNING = "OPENBLAS_THREAD_TIMEOUT", "12"
-#: Objects made between two collections of garbage. Imports make many and leave none behind.
+#: Objects made between two collections of garbage: imports, which go on until the work begins, make
+#: many and leave none behind, and tiles are freed as soon as nothing refers to them.
 _OBJECTS = 20_000
 
 

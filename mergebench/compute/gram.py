@@ -210,7 +210,7 @@ def _onto(total: Any, blocks: Any) -> Any:
     if isinstance(blocks, np.ndarray):
         # Sums would be taken in pairs where there is a single number per block.
         begun = blocks if total is None else np.concatenate([total[None, ...], blocks])
-        return np.add.accumulate(begun, axis=0)[-1] if len(begun) else total
+        return np.add.accumulate(begun, axis=0)[-1].copy() if len(begun) else total
     for block in blocks:
         total = block if total is None else total + block
     return total

@@ -13,6 +13,8 @@ from weakref import ref
 
 import numpy as np
 
+from mergebench.core.tensor import address
+
 #: Calls a function with what it was given, or with that as numba hands it over.
 Call = Callable[[Sequence[Any], Sequence[Any]], int]
 #: What LLVM calls the types of arguments, and what C does.
@@ -114,6 +116,10 @@ class Held:
         self.given = given
         self.nested, self.kinds = _nested(given), [_kind(each) for each in leaves]
         self.values = [value for each in leaves for _, value in _flat(each)]
+
+    def __reduce__(self) -> Any:
+        # Arrays stand elsewhere in a copy.
+        return Held, self.given
 
 
 def plain(given: Sequence[Any]) -> list[Any]:
@@ -223,7 +229,7 @@ def _flat(each: Any) -> list[tuple[str, Any]]:
     if isinstance(each, np.ndarray):
         sides = [("i64", number) for number in (*each.shape, *each.strides)]
         sizes = [("ptr", None), ("ptr", None), ("i64", each.size), ("i64", each.itemsize)]
-        return [*sizes, ("ptr", each.__array_interface__["data"][0]), *sides]
+        return [*sizes, ("ptr", address(each)), *sides]
     if each is None:
         return [("ptr", None)]
     if not isinstance(each, (bool, int)):

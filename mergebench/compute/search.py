@@ -228,10 +228,9 @@ class Tie:
     number: int
     wanted: int
 
-    def find(self, magnitudes: NDArray[Any], start: int) -> int:
-        """Its place in the tensor."""
-        equal = np.flatnonzero(magnitudes == self.number)
-        return int(equal[self.wanted - 1]) + start
+    def find(self, magnitudes: NDArray[Any], start: int) -> NDArray[np.int64]:
+        """Places in the tensor of those among some of its entries, in order."""
+        return np.flatnonzero(magnitudes == self.number)[: self.wanted] + start
 
     def settle(self, place: int) -> None:
         """Take note of the place of the last."""

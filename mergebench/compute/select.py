@@ -72,12 +72,15 @@ def kth_magnitudes(sweep: Any, ranks: Sequence[Sequence[int]]) -> list[list[Cut]
 
 def _settle(sweep: Any, ties: Sequence[Tie]) -> None:
     spans = {(each.name, each.start, each.stop) for each in ties}
-    # Sweeps that cannot look at single tiles again look at all of them.
+    # Sweeps that cannot look at some entries again look at all of them.
     again = getattr(sweep, "again", None)
     looked = sweep(Locate(ties)) if again is None else again(Locate(ties), spans)
+    left = [each.wanted for each in ties]
     for _, found in looked:
-        for number, place in found:
-            ties[number].settle(place)
+        for number, places in found:
+            if 0 < left[number] <= places.size:
+                ties[number].settle(int(places[left[number] - 1]))
+            left[number] -= places.size
 
 
 def _each(sweep: Any, jobs: Sequence[Callable[[], R]]) -> list[R]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 from collections import deque
 
 import numpy as np
 from numpy.typing import NDArray
-
-from mergebench.compute.machine import PAGE
 
 
 class Spare:
@@ -43,7 +42,9 @@ class Spare:
 
 
 def _block(size: int) -> NDArray[np.uint8]:
-    # Allocators put a few bytes of their own before a large block.
-    room = np.empty(size + PAGE, np.uint8)
-    start = -int(room.__array_interface__["data"][0]) % PAGE
-    return room[start : start + size]
+    # From the system itself: it begins with a page, and nothing of it is left when it is let go of,
+    # of which allocators keep megabytes.
+    private = (
+        {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    )
+    return np.frombuffer(mmap.mmap(-1, max(size, 1), **private), np.uint8)[:size]

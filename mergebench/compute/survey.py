@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mergebench.compute.magnitudes import magnitudes
 from mergebench.compute.search import BINS, Found, Search, Tie
@@ -52,16 +53,16 @@ class Survey:
 
 @dataclass(frozen=True)
 class Locate:
-    """Finds ties in the tiles that hold them; other tiles are passed over."""
+    """Finds ties where they are; other tiles are passed over."""
 
     ties: Sequence[Tie]
 
-    def __call__(self, stack: Any, at: Any) -> list[tuple[int, int]]:
-        """Which of the ties are in a tile, and where in the tensor their last one is."""
+    def __call__(self, stack: Any, at: Any) -> list[tuple[int, NDArray[np.int64]]]:
+        """Which of the ties are in a tile, and where in the tensor."""
         here = [
             (number, each)
             for number, each in enumerate(self.ties)
-            if each.name == at.site.name and each.start == at.start
+            if each.name == at.site.name and each.start <= at.start < each.stop
         ]
         if not here:
             return []

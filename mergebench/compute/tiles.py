@@ -33,15 +33,19 @@ class Tiling:
         """The smallest number of entries that may stand alone."""
         return {"entry": 1, "row": max(row, 1), "tensor": max(size, 1)}[granularity]
 
+    def step(self, unit: int) -> int:
+        """Entries of a tile of whole units."""
+        return max(self.tile // unit, 1) * unit
+
     def tiles(self, start: int, stop: int, unit: int) -> Iterator[tuple[int, int]]:
         """Cut a job into tiles of whole units."""
-        step = max(self.tile // unit, 1) * unit
+        step = self.step(unit)
         for begin in range(start, stop, step):
             yield begin, min(begin + step, stop)
 
     def jobs(self, size: int, unit: int) -> Iterator[tuple[int, int]]:
         """Cut a tensor into jobs of whole tiles."""
-        tile = max(self.tile // unit, 1) * unit
+        tile = self.step(unit)
         step = max(self.job // tile, 1) * tile
         for begin in range(0, size, step):
             yield begin, min(begin + step, size)
@@ -85,8 +89,7 @@ class Load:
         """Anonymous memory of a merge with this tiling, above the imported libraries."""
         tile = min(max(tiling.tile, self.unit), max(self.largest, 1))
         job = min(max(tiling.job, tile), max(self.largest, 1))
-        # Per worker: what was read, the float stack, and about two more of it in temporaries.
-        stacks = (4 + self.shared) * self.models + 6 + 2 * self.outputs
+        stacks = _stacks(self.models, self.outputs, self.shared)
         working = tile * self.itemsize * stacks + self.workspace
         queued = job * self.out_itemsize * self.outputs
         window = 2 * tiling.workers + 1
@@ -104,9 +107,15 @@ class Load:
         return 2 * largest + int(window * per_job)
 
 
+def _stacks(models: int, outputs: int = 1, shared: int = 0) -> int:
+    """Numbers that a worker holds for every entry of a tile."""
+    # What was read, the float stack, and about two more of it in temporaries.
+    return (4 + shared) * models + 6 + 2 * outputs
+
+
 def least_room(models: int) -> int:
-    """Bytes that ops may take for every entry of a tile, as :meth:`Load.bytes` counts them."""
-    return 4 * (4 * models + 8)
+    """Bytes that every merge of so many models may take for an entry of a tile."""
+    return 4 * _stacks(models)
 
 
 def fit(load: Load, budget: int, workers: int) -> tuple[Tiling, int]:

@@ -118,6 +118,12 @@ class ArrayTensor:
         return flat
 
 
+def address(array: Array) -> int:
+    """The place in memory at which an array begins."""
+    found: int = array.__array_interface__["data"][0]
+    return found
+
+
 def read_all(tensor: Tensor) -> Array:
     """The whole tensor in its stored dtype and shape."""
     return tensor.read(0, size_of(tensor.shape)).reshape(tensor.shape)

@@ -131,7 +131,7 @@ def execute(
         another run is writing one of the outputs.
     """
     room = room_of(plan)
-    outputs = outputs_of(plan, force=force, room=room)
+    outputs = outputs_of(plan, force=force, room=room, past=run is None)
     with together(outputs):
         ledger = Ledger(plan, outputs, shared)
         if note is not None:
@@ -154,16 +154,18 @@ def _unseen(what: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
-def outputs_of(plan: Plan, *, force: bool, room: int | None) -> list[Output]:
+def outputs_of(plan: Plan, *, force: bool, room: int | None, past: bool = False) -> list[Output]:
     """The outputs of a plan, not yet open; every variant must have a place.
 
-    ``room`` is that of :func:`mergebench.merge.ahead.room_of`.
+    ``room`` is that of :func:`mergebench.merge.ahead.room_of`. With ``past`` large ones are written
+    past the page cache, unless the user has asked for something to stay there.
     """
     found = []
     for variant in plan.variants:
         if variant.out is None:
             raise ValueError("a variant has no place to be written to")
         layout = plan.package.layout_of(variant)
+        large = layout.total_bytes >= direct.LARGE and not page_cache.asked()
         output = Output(
             variant.out,
             layout,
@@ -172,8 +174,7 @@ def outputs_of(plan: Plan, *, force: bool, room: int | None) -> list[Output]:
             force=force,
             key=resume_key(plan, variant),
             lean=room is not None,
-            direct=room is not None
-            or (layout.total_bytes >= direct.LARGE and not page_cache.asked()),
+            direct=past and (room is not None or large),
         )
         found.append(output)
     return found
@@ -190,7 +191,7 @@ def _run_here(
     sinks = [Digests(output) for output in outputs]
     with ahead_of(plan, room) as ahead:
         # This thread writes: a large output waits for its disk, and the one worker need not.
-        apart = any(output.direct for output in outputs)
+        apart = ahead.large or any(output.waits for output in outputs)
         found = _run(plan, sinks, progress, ledger, ahead, note, apart=apart)
     return found, [sink.digests() for sink in sinks]
 
@@ -216,7 +217,8 @@ def execute_into(
     over the whole model is measured over all of its items.
     """
     with ahead_of(plan, room_of(plan)) as ahead:
-        return _run(plan, sinks, progress or _unseen, Ledger(plan, (), shared), ahead)
+        ledger = Ledger(plan, (), shared)
+        return _run(plan, sinks, progress or _unseen, ledger, ahead, apart=ahead.large)
 
 
 def _run(
@@ -227,7 +229,7 @@ def _run(
     ahead: Ahead,
     note: Callable[[str], None] | None = None,
     *,
-    apart: bool = False,
+    apart: bool,
 ) -> Found:
     total = plan.entries * plan.passes
     done = ledger.swept

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,6 @@ from mergebench.compute.machine import PAGE
 from mergebench.compute.masking import moved
 from mergebench.compute.rounding import round_to
 from mergebench.core.tensor import DTYPES, Array, Tensor, size_of
-from mergebench.merge.ahead import Ahead
 from mergebench.merge.apart import place_of
 from mergebench.merge.at import Stack
 from mergebench.merge.averaged import Mean
@@ -25,6 +23,7 @@ from mergebench.merge.item import Item, load_with_holes, located, opened, passed
 from mergebench.merge.op import Chain
 from mergebench.merge.outcome import Outcome
 from mergebench.merge.plan import Plan
+from mergebench.merge.runner import Room
 from mergebench.merge.sinks import Sink, place_in
 from mergebench.merge.stream import Evaluator
 from mergebench.merge.variants import Variant
@@ -47,7 +46,7 @@ def merge_tensor(
     nonfinite: Mapping[str, int] = {}
     if item is None:
         for target in targets:
-            _copy(plan, name, target, sinks, evaluator.ahead)
+            _copy(plan, evaluator, name, target, sinks)
         tensor = plan.aligned.copies[name]
         nonfinite = tensor.nonfinite() if isinstance(tensor, Mean) else {}
     else:
@@ -101,11 +100,12 @@ def pieces(
     def by_kernel(start: int, stop: int, outs: Sequence[Array]) -> bool:
         assert fused is not None
         wide, some = fused.tile(evaluator.tiling.tile, unit), False
-        with closing(fused.buffers(wide, evaluator.read_into)) as room:
+        with Room(fused, wide, evaluator.read_into) as room:
             for begin in range(start, stop, wide):
                 end = min(begin + wide, stop)
                 parts = [out[begin - start : end - start] for out in outs]
-                if not fused.merge(room, (begin, end), dtype, parts):
+                if not fused.merge(room.buffers, (begin, end), dtype, parts):
+                    room.leave()
                     some |= by_ops(begin, end, parts)
         return some
 
@@ -183,29 +183,38 @@ def merged_tile(
     return found, holes
 
 
-def _copy(plan: Plan, name: str, target: str, sinks: Sequence[Sink], ahead: Ahead) -> None:
+def _copy(plan: Plan, evaluator: Evaluator, name: str, target: str, sinks: Sequence[Sink]) -> None:
     if own := plan.aligned.own.get(name):
         for variant, sink in zip(plan.variants, sinks, strict=True):
-            _copy_of(plan, name, target, own[place_of(variant.tail)], [sink], ahead)
+            _copy_of(plan, evaluator, name, target, own[place_of(variant.tail)], [sink])
     else:
-        _copy_of(plan, name, target, plan.aligned.copies[name], sinks, ahead)
+        _copy_of(plan, evaluator, name, target, plan.aligned.copies[name], sinks)
 
 
 def _copy_of(
-    plan: Plan, name: str, target: str, tensor: Tensor, sinks: Sequence[Sink], ahead: Ahead
+    plan: Plan,
+    evaluator: Evaluator,
+    name: str,
+    target: str,
+    tensor: Tensor,
+    sinks: Sequence[Sink],
 ) -> None:
     size = size_of(tensor.shape)
     dtype = plan.layout.places[target].spec.dtype
     itemsize = DTYPES[dtype].itemsize
+    stored, place = DTYPES[tensor.dtype].itemsize, place_in(sinks[0], target)
     for start in range(0, size, plan.tiling.job):
         stop = min(start + plan.tiling.job, size)
-        ahead.comes(name, stop)
-        piece = np.ascontiguousarray(tensor.read(start, stop))
+        evaluator.ahead.comes(name, stop)
+        skew = (place + start * itemsize) % PAGE
+        block = evaluator.results.take(skew + (stop - start) * stored)
+        piece = np.ascontiguousarray(tensor.read(start, stop, block[skew:]))
         if dtype != tensor.dtype:
             wide = np.float64 if tensor.dtype == "F64" else np.float32
             piece = _converted(piece.astype(wide), dtype, name, plan.recipe.allow_nonfinite)
         for sink in sinks:
             sink.write(target, start * itemsize, piece)
+        evaluator.results.give(block)
 
 
 def _converted(values: Array, dtype: str, name: str, lenient: bool) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -15,7 +14,7 @@ from mergebench.merge.at import At, Stack
 from mergebench.merge.chains import combines, needs_base
 from mergebench.merge.item import Item, load, located, opened
 from mergebench.merge.op import Chain
-from mergebench.merge.runner import Runner
+from mergebench.merge.runner import Room, Runner
 
 if TYPE_CHECKING:
     from mergebench.merge.stream import Evaluator
@@ -104,7 +103,7 @@ class ItemSweep:
     def again(
         self, visit: Callable[[Stack, At], R], spans: Collection[tuple[str, int, int]]
     ) -> Iterator[tuple[At, R]]:
-        """Run ``visit`` on some of the tiles only, named by tensor and entries."""
+        """Run ``visit`` on some entries only, named by tensor, first and last, tile by tile."""
         for results in self.owner.each_job(self._jobs_again(visit, spans)):
             yield from results
 
@@ -112,33 +111,38 @@ class ItemSweep:
         self, visit: Callable[[Stack, At], R], spans: Collection[tuple[str, int, int]]
     ) -> Iterator[Callable[[], list[tuple[At, R]]]]:
         for item in self.items:
-            own = [(start, stop) for name, start, stop in spans if name == item.site.name]
-            ready = opened(item) if own else item
-            for span in own:
-                yield partial(self._ops_job, visit, ready, partial(iter, [span]))
+            own = sorted((start, stop) for name, start, stop in spans if name == item.site.name)
+            if own:
+                yield from map(partial(partial, self._job(visit, item)), own)
 
     def _jobs(self, visit: Callable[[Stack, At], R]) -> Iterator[Callable[[], list[tuple[At, R]]]]:
         for item in self.items:
             self.owner.prepare(self.ops, item)
-            unit, jobs = self.owner.pieces([self.asking], item)
-            ready = opened(item)
-            fused = self._fused(ready, unit)
+            _, jobs = self.owner.pieces([self.asking], item)
+            work = self._job(visit, item)
             for start, stop in jobs:
                 self.owner.ahead.comes(item.site.name, stop)
-                tiles = partial(self.owner.tiling.tiles, start, stop, unit)
-                if fused is None:
-                    yield partial(self._ops_job, visit, ready, tiles)
-                else:
-                    yield partial(self._fused_job, visit, ready, fused, unit, (start, stop))
+                yield partial(work, (start, stop))
+
+    def _job(
+        self, visit: Callable[[Stack, At], R], item: Item
+    ) -> Callable[[tuple[int, int]], list[tuple[At, R]]]:
+        """What looks at some entries of an item."""
+        unit, _ = self.owner.pieces([self.asking], item)
+        ready = opened(item)
+        fused = self._fused(ready, unit)
+        if fused is None:
+            return partial(self._ops_job, visit, ready, unit)
+        return partial(self._fused_job, visit, ready, fused, unit)
 
     # What overflows is found, and refused, where it is rounded.
     @np.errstate(over="ignore", invalid="ignore")
     def _ops_job(
-        self, visit: Callable[[Stack, At], R], item: Item, tiles: Callable[[], Tiles]
+        self, visit: Callable[[Stack, At], R], item: Item, unit: int, job: tuple[int, int]
     ) -> list[tuple[At, R]]:
-        return [(at, visit(stack, at)) for at, stack in self._by_ops(item, tiles())]
+        tiles = self.owner.tiling.tiles(*job, unit)
+        return [(_bare(at), visit(stack, at)) for at, stack in self._by_ops(item, tiles)]
 
-    @np.errstate(over="ignore", invalid="ignore")
     def _fused_job(
         self,
         visit: Callable[[Stack, At], R],
@@ -148,26 +152,41 @@ class ItemSweep:
         job: tuple[int, int],
     ) -> list[tuple[At, R]]:
         by_kernel = getattr(visit, "by_kernel", None)
-        narrow, found = self.owner.tiling.tile, []
-        wide = fused.tile(narrow, unit)
-        with closing(fused.buffers(wide, self.owner.read_into)) as room:
-            looking = fused.looking(room)
+        tiling, found = self.owner.tiling, []
+        wide = fused.tile(tiling.tile, unit) if by_kernel is not None else tiling.step(unit)
+        with Room(fused, wide, self.owner.read_into) as room:
             for begin in range(*job, wide):
                 end = min(begin + wide, job[1])
-                at = self.after(item.at(begin, end))
-                room.read(begin, end)
-                result = None if by_kernel is None else by_kernel(looking, at)
-                if result is not None:
-                    found.append((at, result))
-                    continue
-                stack = fused.stack(room)
-                if stack is None:
-                    tiles = self.owner.tiling.tiles(begin, end, unit)
-                    found += [(at, visit(stack, at)) for at, stack in self._by_ops(item, tiles)]
-                else:
-                    at = at if self.ops else replace(at, models=stack)
-                    found.append((at, visit(stack, at)))
+                if by_kernel is not None:
+                    at = self.after(item.at(begin, end))
+                    room.buffers.read(begin, end)
+                    result = by_kernel(fused.looking(room.buffers), at)
+                    if result is not None:
+                        found.append((at, result))
+                        continue
+                # A float32 stack and what visitors make of it are larger than what was read.
+                for span in tiling.tiles(begin, end, unit):
+                    found += self._visited(visit, item, fused, unit, room, span)
         return found
+
+    # What overflows is found, and refused, where it is rounded.
+    @np.errstate(over="ignore", invalid="ignore")
+    def _visited(
+        self,
+        visit: Callable[[Stack, At], R],
+        item: Item,
+        fused: Runner,
+        unit: int,
+        room: Room,
+        span: tuple[int, int],
+    ) -> list[tuple[At, R]]:
+        room.buffers.read(*span)
+        stack = fused.stack(room.buffers)
+        if stack is None:
+            room.leave()
+            return self._ops_job(visit, item, unit, span)
+        at = self.after(item.at(*span))
+        return [(at, visit(stack, at if self.ops else replace(at, models=stack)))]
 
     def _fused(self, item: Item, unit: int) -> Runner | None:
         """What comes before the statistic, for kernels; ``None`` where more is looked at."""
@@ -225,13 +244,13 @@ class ItemSweep:
             return np.concatenate([self._run_by_ops(item, span) for span in spans], axis=1)
         parts = []
         total = sum(stop - start for start, stop in spans)
-        with closing(fused.buffers(total, self.owner.read_into)) as room:
-            together = fused.runs(room, spans)
+        with Room(fused, total, self.owner.read_into) as room:
+            together = fused.runs(room.buffers, spans)
             if together is not None:
                 return as_numpy(together)
             for span in spans:
-                room.read(*span)
-                stack = fused.stack(room)
+                room.buffers.read(*span)
+                stack = fused.stack(room.buffers)
                 parts.append(self._run_by_ops(item, span) if stack is None else as_numpy(stack))
         return np.concatenate(parts, axis=1)
 
@@ -240,3 +259,8 @@ class ItemSweep:
     def _run_by_ops(self, item: Item, span: tuple[int, int]) -> Stack:
         ((_, stack),) = self._by_ops(item, [span])
         return stack
+
+
+def _bare(at: At) -> At:
+    """A place without the entries there, which results that wait would hold on to."""
+    return replace(at, models=None, base=None, collected=None)

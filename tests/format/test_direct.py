@@ -24,6 +24,7 @@ from tests.memory.residency import on_disk, resident
 
 from .helpers import plan_arrays, random_array
 
+pytestmark = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="the system has no such way")
 MIB = 1 << 20
 #: Beginnings in the file that are at no page's.
 ARRAYS = {
@@ -47,10 +48,12 @@ def placed(data: bytes, offset: int) -> Array:
     return room
 
 
-def save(path: Path, *, step: int = 300_000, congruent: bool = True, past: bool = True) -> None:
+def save(
+    path: Path, *, step: int = 300_000, congruent: bool = True, past: bool = True, **options: Any
+) -> None:
     """Write in pieces, from several threads and backwards."""
     layout = plan_arrays(ARRAYS)
-    with Output(path, layout, single_file=True, direct=past) as output:
+    with Output(path, layout, single_file=True, direct=past, **options) as output:
 
         def write(piece: tuple[str, int]) -> None:
             name, at = piece
@@ -81,6 +84,39 @@ def test_whole_pages_go_past_the_cache(folder: Path, expected: bytes) -> None:
     # Two pages of every piece, and pieces that are small.
     assert resident(folder / "again.safetensors") < len(expected) // 20
     assert resident(folder / "cached.safetensors") > len(expected) // 2
+
+
+def test_what_is_kept_in_the_cache_all_the_same_is_let_go_of(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File systems may open such files, and write to them as to any other."""
+    monkeypatch.setattr(direct, "_FLAG", os.O_NOATIME)
+    save(folder / "out.safetensors", step=MIB, lean=True)
+    assert resident(folder / "out.safetensors") < MIB
+
+
+def test_what_was_finished_stays(folder: Path, expected: bytes) -> None:
+    """A run is interrupted, and another one writes the rest."""
+    layout, path = plan_arrays(ARRAYS), folder / "out.safetensors"
+    written: list[str] = []
+
+    def run(names: list[str], *, ends: bool) -> None:
+        with Output(path, layout, single_file=True, direct=True, key="k") as output:
+            for name in set(names) - set(output.finished):
+                data = ARRAYS[name].tobytes()
+                output.write(name, 0, placed(data, layout.places[name].offset))
+                output.finish(name, "0" * 32)
+                written.append(name)
+            if not ends:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(["a", "d"], ends=False)
+    assert not path.exists()
+    run(list(ARRAYS), ends=True)
+    assert {*written[:2]} == {"a", "d"}
+    assert {*written[2:]} == {"b", "c"}
+    assert path.read_bytes() == expected
 
 
 def test_what_lies_otherwise_in_memory_goes_through_it(folder: Path, expected: bytes) -> None:

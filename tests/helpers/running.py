@@ -39,7 +39,7 @@ class Ran:
 
 
 #: Code that runs the command line in a process of its own.
-MAIN = "from mergebench.cli.main import main; main()"
+MAIN = "from mergebench.cli.start import main; main()"
 #: The same where it hears Ctrl-C: a shell that starts tests in the background leaves their children
 #: deaf to it.
 START = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {MAIN}"

@@ -36,7 +36,7 @@ from pathlib import Path
 
 import psutil
 
-from mergebench.cli.main import main
+from mergebench.cli.start import main
 
 status = Path("/proc/self/status")
 

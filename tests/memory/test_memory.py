@@ -74,6 +74,30 @@ def vectors(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize(
+    ("method", "memory"),
+    [("task_arithmetic", 40), ("sce", 128), ("ramplus_tl", 128), ("ties", 128)],
+)
+@pytest.mark.parametrize("holes", [False, True])
+def test_what_kernels_leave_to_ops_is_planned_for(
+    tmp_path: Path, method: str, memory: int, holes: bool
+) -> None:
+    """Many models, of which ops make float32 stacks where visitors look or an entry is NaN."""
+    random = np.random.default_rng(0)
+    names = [f"ft{n}.safetensors" for n in range(12)]
+    shape = 4096, 1024
+    for place, name in enumerate(["base.safetensors", *names]):
+        values = random.standard_normal(shape, np.float32).astype(BF16)
+        if holes and place in {2, 3}:
+            values[::64] = np.nan
+        write(tmp_path / name, {"weight": values})
+    merge = ["merge", *names, "-b", "base.safetensors", "-m", method, "-o", "out.safetensors"]
+    merge += ["--workers", 2, "--allow-base-mismatch", "--allow-nonfinite"]
+    merge += ["-p", "scope=tensor"] if method == "ties" else []
+
+    assert_within(measure([*merge, "--memory", f"{memory}MiB"], tmp_path), memory * MIB)
+
+
 def test_too_little_memory_is_refused_with_the_number(vectors: Path) -> None:
     """The plan says how much is needed, before any work; with that much the merge works."""
     merge = ("merge", *FILES, "-m", "ties", "-p", "scope=row", "-o", "out.safetensors")

@@ -81,9 +81,11 @@ def test_large_models_are_looked_at_and_left(models: Path, look: tuple[str, ...]
     assert said[0] == said[1] != ""
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+@pytest.mark.parametrize(
+    ("method", "include"), [("task_arithmetic", ()), ("ties", ()), ("linear", ("layers.3.*",))]
+)
 def test_large_outputs_go_past_the_cache(
-    models: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    models: Path, monkeypatch: pytest.MonkeyPatch, method: str, include: tuple[str, ...]
 ) -> None:
     """Wherever tensors begin in a file, but for a page at either end of what is written at once."""
     monkeypatch.delenv("MERGEBENCH_PAGE_CACHE", raising=False)
@@ -92,8 +94,10 @@ def test_large_outputs_go_past_the_cache(
         monkeypatch.setattr(direct, "LARGE", least)
         for form in ("file.safetensors", "folder"):
             out = models / f"{place}{form}"
-            chosen = {"base": inputs[0], "method": method, "allow_base_mismatch": True}
-            merge_models(inputs[1:], out=out, **chosen)
+            merge_models(
+                inputs[1:], base=inputs[0], method=method, out=out, include=include,
+                allow_base_mismatch=True,
+            )  # fmt: skip
     written = {path: resident(path) / path.stat().st_size for path in weights(models, "0")}
     past = {path: resident(path) / path.stat().st_size for path in weights(models, "1")}
 

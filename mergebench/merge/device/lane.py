@@ -90,7 +90,7 @@ class Lane:
             with torch.cuda.stream(self._stream):
                 yield
 
-    def close(self) -> None:
+    def close(self, *, keep: bool = True) -> None:
         """Nothing is given back."""
 
     def read(self, start: int, stop: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from mergebench.merge.item import Item, load, located, opened
 from mergebench.merge.op import Chain
 from mergebench.merge.ops.scale_parts import partition
 from mergebench.merge.plan import Plan
+from mergebench.merge.runner import Room
 from mergebench.merge.stream import Evaluator
 from mergebench.recipe import Recipe
 
@@ -255,12 +255,14 @@ def _processed(evaluator: Evaluator, ops: Chain, item: Item) -> Array:
 
     def by_kernel(first: int, last: int) -> None:
         assert fused is not None
-        wide = fused.tile(evaluator.tiling.tile, unit)
-        with closing(fused.buffers(wide, evaluator.read_into)) as room:
+        # Besides what was read there are float32 stacks.
+        wide = evaluator.tiling.step(unit)
+        with Room(fused, wide, evaluator.read_into) as room:
             for start in range(first, last, wide):
                 stop = min(start + wide, last)
-                room.read(start, stop)
-                if (stack := fused.stack(room)) is None:
+                room.buffers.read(start, stop)
+                if (stack := fused.stack(room.buffers)) is None:
+                    room.leave()
                     by_ops(start, stop)
                 else:
                     out[:, start:stop] = stack

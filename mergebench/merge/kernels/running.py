@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mergebench.compute.linking import Held
 from mergebench.compute.spare import Spare
 from mergebench.core.delta import tile
-from mergebench.core.tensor import Array
+from mergebench.core.tensor import Array, address
 from mergebench.merge.kernels import codes as c
 from mergebench.merge.kernels.program import Program
 from mergebench.merge.kernels.stored import Stored
@@ -96,9 +96,10 @@ class Buffers:
         self._rows = Held(self.halves, self.words)
         self._room: dict[Program, Held] = {}
 
-    def close(self) -> None:
-        """Give the room back; nothing may look at it any more."""
-        self._spare.give(self._block)
+    def close(self, *, keep: bool = True) -> None:
+        """Give the room back, or let go of it; nothing may look at it any more."""
+        if keep:
+            self._spare.give(self._block)
 
     def read(self, start: int, stop: int) -> None:
         """Read entries ``start:stop`` of every row."""
@@ -116,7 +117,7 @@ class Buffers:
             for start, stop in spans:
                 if row is not None:
                     got = row.read(start, stop, target)
-                    if got.size and _address(got) != _address(target):
+                    if got.size and address(got) != address(target):
                         target[: got.nbytes] = np.ascontiguousarray(got).view(np.uint8)
                 elif own is not None:
                     got = tile(own, start, stop, _F32)
@@ -245,8 +246,3 @@ class Looking:
 @cache
 def _pairs(rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return np.triu_indices(rows)
-
-
-def _address(array: Array) -> int:
-    found: int = array.__array_interface__["data"][0]
-    return found
