@@ -75,9 +75,9 @@ def test_memory_and_workers_are_those_of_the_candidates(
     seen = []
     run = engine._run
 
-    def noted(plan: Plan, *given: Any) -> Any:
+    def noted(plan: Plan, *given: Any, **options: Any) -> Any:
         seen.append((plan.tiling.workers, plan.form))
-        return run(plan, *given)
+        return run(plan, *given, **options)
 
     monkeypatch.setattr(engine, "_run", noted)
 
