@@ -102,7 +102,8 @@ def combine(
         m = min(step, count - begin)
         here = first + begin
         if ready:
-            flaws = gathered(halves, words, kinds, ints[0, :, 0], floats[0], X, begin, m)
+            own, stored = ints[0, :, 0], last == 1 and kind != ZEROS
+            flaws = gathered(halves, words, kinds, own, floats[0], X, begin, m, stored)
         else:
             flaws = loaded(halves, words, kinds, minus, base, X, begin, m)
         if flaws & HIGHEST:

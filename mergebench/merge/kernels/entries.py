@@ -113,12 +113,39 @@ def _accumulate(halves: Any, words: Any, kind: Any, low: Any, weight: Any, total
 
 
 @inner
-def _accumulate_two(one: Any, other: Any, low: Any, by: Any, and_by: Any, total: Any) -> None:
+def _accumulate_two(halves: Any, own: Any, begin: Any, low: Any, weights: Any, total: Any) -> None:
     """The same of two rows of bfloat16, one after the other for each entry."""
+    a, b = halves[own[0], begin:], halves[own[1], begin:]
+    v, w = weights[0], weights[1]
     for j in range(len(total)):
-        first = as_float(np.uint32(np.uint32(one[j]) << np.uint32(16))) - low[j]
-        second = as_float(np.uint32(np.uint32(other[j]) << np.uint32(16))) - low[j]
-        total[j] = (total[j] + first * by) + second * and_by
+        base = low[j]
+        one = as_float(np.uint32(np.uint32(a[j]) << np.uint32(16))) - base
+        two = as_float(np.uint32(np.uint32(b[j]) << np.uint32(16))) - base
+        total[j] = (total[j] + one * v) + two * w
+
+
+@inner
+def _accumulate_three(
+    halves: Any, own: Any, begin: Any, low: Any, weights: Any, total: Any
+) -> None:
+    """The same of three."""
+    a, b, c = halves[own[0], begin:], halves[own[1], begin:], halves[own[2], begin:]
+    u, v, w = weights[0], weights[1], weights[2]
+    for j in range(len(total)):
+        base = low[j]
+        one = as_float(np.uint32(np.uint32(a[j]) << np.uint32(16))) - base
+        two = as_float(np.uint32(np.uint32(b[j]) << np.uint32(16))) - base
+        three = as_float(np.uint32(np.uint32(c[j]) << np.uint32(16))) - base
+        total[j] = ((total[j] + one * u) + two * v) + three * w
+
+
+@inner
+def _alike(kinds: Any, own: Any, place: Any) -> Any:
+    """How many rows of bfloat16 come next, up to three."""
+    found = 0
+    while found < 3 and place + found < own[1] and kinds[own[2 + place + found]] == BF16:
+        found += 1
+    return found
 
 
 @inner
@@ -182,11 +209,20 @@ def loaded(
 
 @inner
 def gathered(
-    halves: Any, words: Any, kinds: Any, own: Any, weights: Any, X: Any, begin: Any, count: Any
+    halves: Any,
+    words: Any,
+    kinds: Any,
+    own: Any,
+    weights: Any,
+    X: Any,
+    begin: Any,
+    count: Any,
+    stored: Any,
 ) -> Any:
     """The weighted sum of displacements of rows from another, whose entries are loaded too.
 
-    ``own`` has the row that is left, how many others there are, and which; flaws as above.
+    ``own`` has the row that is left, how many others there are, and which; flaws as above. If the
+    sum is ``stored`` as it is, all of them are found there.
     """
     total, low = X[0, :count], X[X.shape[0] - SPARE]
     flaws = load(halves[own[0], begin:], words[own[0], begin:], kinds[own[0]], low, count)
@@ -194,15 +230,17 @@ def gathered(
     total[:] = -_0
     place = 0
     while place < own[1]:
-        i, w = own[2 + place], weights[place]
-        k = own[2 + min(place + 1, own[1] - 1)]
-        if i != k and kinds[i] == BF16 and kinds[k] == BF16:
-            one, other = halves[i, begin:], halves[k, begin:]
-            _accumulate_two(one, other, low, w, weights[place + 1], total)
-            place += 2
+        some, rows, w = _alike(kinds, own, place), own[2 + place :], weights[place:]
+        if some == 3:
+            _accumulate_three(halves, rows, begin, low, w, total)
+        elif some == 2:
+            _accumulate_two(halves, rows, begin, low, w, total)
         else:
-            _accumulate(halves[i, begin:], words[i, begin:], kinds[i], low, w, total)
-            place += 1
+            i, some = rows[0], 1
+            _accumulate(halves[i, begin:], words[i, begin:], kinds[i], low, w[0], total)
+        place += some
+    if stored:
+        return np.uint32(0)
     # What is not finite stays so, whatever is added to it.
     for j in range(count):
         flaws |= _flaw(total[j])
