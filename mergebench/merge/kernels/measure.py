@@ -57,10 +57,29 @@ def _survey(
 
 
 @inner
+def _products_of_two(x: Any, y: Any, lanes: Any, count: Any) -> None:
+    """As :func:`_products` of two rows, without copies of them in float64."""
+    xx, xy, yy = lanes[0], lanes[1], lanes[2]
+    for begin in range(0, count, 4 * LANES):
+        p, q = x[begin : begin + 4 * LANES], y[begin : begin + 4 * LANES]
+        for j in range(LANES):
+            a, b = np.float64(p[j]), np.float64(q[j])
+            c, d = np.float64(p[j + LANES]), np.float64(q[j + LANES])
+            e, f = np.float64(p[j + 2 * LANES]), np.float64(q[j + 2 * LANES])
+            g, h = np.float64(p[j + 3 * LANES]), np.float64(q[j + 3 * LANES])
+            xx[j] = (((xx[j] + a * a) + c * c) + e * e) + g * g
+            xy[j] = (((xy[j] + a * b) + c * d) + e * f) + g * h
+            yy[j] = (((yy[j] + b * b) + d * d) + f * f) + h * h
+
+
+@inner
 def _products(X: Any, rows: Any, wide: Any, lanes: Any, count: Any) -> None:
     """Add products of all pairs of rows to their lanes, in float64."""
-    step = wide.shape[1]
-    for begin in range(0, count, step):
+    step, done = wide.shape[1], 0
+    if rows == 2:
+        done = count // step * step
+        _products_of_two(X[0], X[1], lanes, done)
+    for begin in range(done, count, step):
         m = min(step, count - begin)
         for i in range(rows):
             x, w = X[i, begin : begin + m], wide[i]
