@@ -12,7 +12,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -191,19 +191,37 @@ class Handle:
         MergebenchError
             If the system refuses.
         """
-        done = 0
+        return self.read_runs(view, [(offset, len(view))])
+
+    def read_runs(self, view: memoryview, runs: Iterable[tuple[int, int]]) -> int:
+        """Fill a byte view from runs ``(offset, length)``, one behind the other.
+
+        Returns
+        -------
+        int
+            The bytes read; fewer than asked for only if a run goes beyond the end of the file.
+
+        Raises
+        ------
+        MergebenchError
+            If the system refuses.
+        """
+        done, at = 0, 0
         if not len(view):
             return done
         # Small reads are many: a context would take as long as the read.
         fd = _POOL.acquire(self._slot)
         try:
-            while done < len(view):
-                count = self._read(fd, view[done : done + _CALL], offset + done)
-                if count == 0:
-                    break
-                done += count
+            for start, length in runs:
+                at, stop = start, done + length
+                while done < stop:
+                    piece = view[done : min(stop, done + _CALL)]
+                    count = self._read(fd, piece, at)
+                    if count == 0:
+                        return done
+                    done, at = done + count, at + count
         except OSError as error:
-            raise cannot(f"read at byte {offset + done}", self.path, error) from error
+            raise cannot(f"read at byte {at}", self.path, error) from error
         finally:
             _POOL.release(self._slot)
         return done

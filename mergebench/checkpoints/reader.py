@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -91,13 +91,30 @@ class FileTensor:
             raise ValueError(f"out holds {out.size} bytes, {length} are needed")
         got = self.handle.read_at(out.data[:length], first)
         if got < length:
-            raise FormatError(
-                f"{self.handle.path}: the file ends inside tensor {self.name!r}",
-                expected=f"{length} bytes at byte {first}",
-                got=f"{got}",
-                fix="it was cut while in use; " + _AGAIN,
-            )
+            raise self._ends(length, first, got)
         return out[:length].view(dtype)
+
+    def read_runs(self, spans: Sequence[tuple[int, int]], out: Array) -> Array:
+        """Several runs of entries side by side, as :meth:`read` gives each with ``out``."""
+        runs = [self._span(start, stop) for start, stop in spans]
+        length = sum(size for _, size in runs)
+        together = getattr(self.handle, "read_runs", None)
+        if together is None or out.size < length:
+            at = 0
+            for (start, stop), (_, size) in zip(spans, runs, strict=True):
+                self.read(start, stop, out[at:])
+                at += size
+        elif (got := together(out.data[:length], runs)) < length:
+            raise self._ends(length, runs[0][0], got)
+        return out[:length].view(DTYPES[self.dtype])
+
+    def _ends(self, length: int, first: int, got: int) -> FormatError:
+        return FormatError(
+            f"{self.handle.path}: the file ends inside tensor {self.name!r}",
+            expected=f"{length} bytes at byte {first}",
+            got=f"{got}",
+            fix="it was cut while in use; " + _AGAIN,
+        )
 
     def advise(self, start: int, stop: int, advice: str) -> None:
         """Tell the system that entries ``start:stop`` are ``"willneed"`` or ``"dontneed"``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol, runtime_checkable
@@ -122,6 +122,24 @@ def address(array: Array) -> int:
     """The place in memory at which an array begins."""
     found: int = array.__array_interface__["data"][0]
     return found
+
+
+def read_runs(tensor: Tensor, spans: Sequence[tuple[int, int]], out: Array) -> Array:
+    """Runs of entries side by side, in stored dtype; ``out`` is as for :meth:`Tensor.read`.
+
+    A tensor that can read them faster than one by one has a method of this name.
+    """
+    together = getattr(tensor, "read_runs", None)
+    if together is not None and len(spans) > 1:
+        found: Array = together(spans, out)
+        return found
+    room = out
+    for start, stop in spans:
+        got = tensor.read(start, stop, room)
+        if got.size and address(got) != address(room):
+            room[: got.nbytes] = np.ascontiguousarray(got).view(np.uint8)
+        room = room[got.nbytes :]
+    return out[: out.size - room.size].view(DTYPES[tensor.dtype])
 
 
 def read_all(tensor: Tensor) -> Array:

@@ -6,7 +6,9 @@ import errno
 import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from mergebench.checkpoints import descriptors
 from mergebench.checkpoints.descriptors import Handle
 from mergebench.checkpoints.reader import open_safetensors
 from mergebench.core.errors import FormatError, MergebenchError
-from mergebench.core.tensor import DTYPES, Tensor, read_all
+from mergebench.core.tensor import DTYPES, ArrayTensor, Tensor, read_all, read_runs
 
 from .helpers import assert_array, assert_as_library, build, entry, put, random_array, save
 
@@ -302,3 +304,36 @@ def test_advice_is_taken_without_effect_on_values(tmp_path: Path) -> None:
         tensor.advise(0, 1, "soon")
     with pytest.raises(IndexError):
         tensor.advise(0, 3001, "willneed")
+
+
+def test_runs_of_entries_side_by_side(tmp_path: Path) -> None:
+    """As they are read one by one, whatever reads them; of a file that was cut there are none."""
+    array = random_array("BF16", (50, 20))
+    file = open_safetensors(save(tmp_path / "a.safetensors", {"w": array}))
+    tensor = file.tensors["w"]
+    spans = [(0, 3), (999, 1000), (40, 40), (7, 500)]
+    expected = np.concatenate([array.reshape(-1)[start:stop] for start, stop in spans])
+    out = np.zeros(2 * expected.size + 9, np.uint8)
+
+    assert_array(read_runs(tensor, spans, out), expected)
+    assert out[-9:].sum() == 0
+    assert_array(read_runs(ArrayTensor(array), spans, out), expected)
+    assert_array(read_runs(tensor, spans[-1:], out), expected[-493:])
+    with pytest.raises(ValueError, match="out holds"):
+        read_runs(tensor, spans, out[:100])
+    with pytest.raises(IndexError, match="7:1001 of 1000"):
+        read_runs(tensor, [(7, 1001), (0, 1)], out)
+    assert_array(read_runs(replace(tensor, handle=Slowly(tensor.handle)), spans, out), expected)
+    os.truncate(file.path, file.path.stat().st_size - 1)
+    with pytest.raises(FormatError, match="the file ends inside tensor 'w'"):
+        read_runs(tensor, spans, out)
+
+
+@dataclass(frozen=True)
+class Slowly:
+    """A handle that reads one piece after the other."""
+
+    real: Any
+
+    def read_at(self, view: memoryview, offset: int) -> int:
+        return self.real.read_at(view, offset)

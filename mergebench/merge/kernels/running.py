@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mergebench.compute.linking import Held
 from mergebench.compute.spare import Spare
 from mergebench.core.delta import tile
-from mergebench.core.tensor import Array, address
+from mergebench.core.tensor import Array, read_runs
 from mergebench.merge.kernels import codes as c
 from mergebench.merge.kernels.program import Program
 from mergebench.merge.kernels.stored import Stored
@@ -112,19 +112,15 @@ class Buffers:
         self.span = 0, sum(stop - start for start, stop in spans)
 
     def _fill(self, spans: Sequence[tuple[int, int]]) -> None:
-        for whole, row, own in zip(self.raw, self.source.rows, self.source.computed, strict=True):
-            target = whole
-            for start, stop in spans:
-                if row is not None:
-                    got = row.read(start, stop, target)
-                    if got.size and address(got) != address(target):
-                        target[: got.nbytes] = np.ascontiguousarray(got).view(np.uint8)
-                elif own is not None:
-                    got = tile(own, start, stop, _F32)
-                    target[: got.nbytes] = got.view(np.uint8)
-                else:
-                    break
-                target = target[got.nbytes :]
+        for target, row, own in zip(self.raw, self.source.rows, self.source.computed, strict=True):
+            if row is not None:
+                read_runs(row, spans, target)
+            elif own is not None:
+                at = 0
+                for start, stop in spans:
+                    got = tile(own, start, stop, _F32).view(np.uint8)
+                    target[at : at + got.size] = got
+                    at += got.size
 
     def inside(self, searches: int, size: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Room for what lies inside brackets, and for where it is."""
