@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +86,6 @@ class Direct:
 
     def close(self) -> None:
         """Close what :meth:`open` has made ready."""
-        with suppress(KeyError):
-            while True:
-                self._handles.popitem()[1].close()
+        for straight in self._handles.values():
+            straight.close()
+        self._handles.clear()
