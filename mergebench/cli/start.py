@@ -1,5 +1,6 @@
 """Where the command begins, with as little imported as possible: an interrupt may come early."""
 
+import atexit
 import gc
 import os
 import signal
@@ -12,7 +13,7 @@ _LINE = "error: interrupted; nothing was written\n"
 _SPINNING = "OPENBLAS_THREAD_TIMEOUT", "12"
 #: Objects made between two collections of garbage: imports, which go on until the work begins, make
 #: many and leave none behind, and tiles are freed as soon as nothing refers to them.
-_OBJECTS = 20_000
+_OBJECTS = 100_000
 
 
 def main() -> None:
@@ -22,6 +23,8 @@ def main() -> None:
         signal.signal(signal.SIGINT, _interrupt)
     os.environ.setdefault(*_SPINNING)
     gc.set_threshold(_OBJECTS)
+    # Python looks twice for garbage among all objects while it ends, just before all of them go.
+    atexit.register(gc.freeze)
     try:
         from mergebench.cli.main import main as run
     except KeyboardInterrupt:
