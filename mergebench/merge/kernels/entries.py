@@ -56,6 +56,13 @@ def load(halves: Any, words: Any, kind: Any, x: Any, count: Any) -> Any:
 
 
 @inner
+def _expand(halves: Any, x: Any, count: Any) -> None:
+    """The same of bfloat16, where flaws are found later."""
+    for j in range(count):
+        x[j] = as_float(np.uint32(np.uint32(halves[j]) << np.uint32(16)))
+
+
+@inner
 def differ(halves: Any, words: Any, kind: Any, base: Any, x: Any, count: Any) -> Any:
     """As :func:`_load`, with the base subtracted."""
     flaws = np.uint32(0)
@@ -224,8 +231,11 @@ def gathered(
     ``own`` has the row that is left, how many others there are, and which; flaws as above. If the
     sum is ``stored`` as it is, all of them are found there.
     """
-    total, low = X[0, :count], X[X.shape[0] - SPARE]
-    flaws = load(halves[own[0], begin:], words[own[0], begin:], kinds[own[0]], low, count)
+    total, low, flaws = X[0, :count], X[X.shape[0] - SPARE], np.uint32(0)
+    if stored and kinds[own[0]] == BF16:
+        _expand(halves[own[0], begin:], low, count)
+    else:
+        flaws |= load(halves[own[0], begin:], words[own[0], begin:], kinds[own[0]], low, count)
     # The only number that changes nothing it is added to, negative zeros included.
     total[:] = -_0
     place = 0
