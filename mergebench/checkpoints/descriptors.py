@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mergebench.compute.machine import PAGE
 from mergebench.core.errors import FormatError, MergebenchError
 
 #: Idle descriptors kept open, over all files of the process.
@@ -28,6 +29,8 @@ PUT = os.O_WRONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _CALL = 1 << 30
 _PREADV: Any = getattr(os, "preadv", None)
 _PWRITE: Any = getattr(os, "pwrite", None)
+#: Read only what the system has in its cache.
+_CACHED: int = getattr(os, "RWF_NOWAIT", 0)
 
 
 class _Slot:
@@ -146,6 +149,12 @@ def cannot(verb: str, path: str | Path, error: OSError) -> MergebenchError:
     )
 
 
+def _advise(fd: int, offset: int, length: int, advice: str) -> None:
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(fd, offset, length, getattr(os, "POSIX_FADV_" + advice.upper()))
+
+
 class Handle:
     """One file, opened when first needed and closed when collected; safe under threads.
 
@@ -191,10 +200,20 @@ class Handle:
         MergebenchError
             If the system refuses.
         """
-        return self.read_runs(view, [(offset, len(view))])
+        if not len(view):
+            return 0
+        # Small reads are many: a context would take as long as the read.
+        fd = _POOL.acquire(self._slot)
+        try:
+            return self._fill(fd, view, offset)
+        finally:
+            _POOL.release(self._slot)
 
     def read_runs(self, view: memoryview, runs: Iterable[tuple[int, int]]) -> int:
-        """Fill a byte view from runs ``(offset, length)``, one behind the other.
+        """Fill a byte view from short runs ``(offset, length)``, one behind the other.
+
+        They leave nothing in the system's cache that was not there: single pages, between which
+        Linux would bring in one page at a time what is read around them later, at twice the cost.
 
         Returns
         -------
@@ -206,25 +225,51 @@ class Handle:
         MergebenchError
             If the system refuses.
         """
-        done, at = 0, 0
+        done = 0
         if not len(view):
             return done
-        # Small reads are many: a context would take as long as the read.
         fd = _POOL.acquire(self._slot)
         try:
+            # Linux would go on reading behind two runs that happen to lie close together.
+            _advise(fd, 0, 0, "random")
             for start, length in runs:
-                at, stop = start, done + length
-                while done < stop:
-                    piece = view[done : min(stop, done + _CALL)]
-                    count = self._read(fd, piece, at)
-                    if count == 0:
-                        return done
-                    done, at = done + count, at + count
-        except OSError as error:
-            raise cannot(f"read at byte {at}", self.path, error) from error
+                got = self._look(fd, view[done : done + length], start)
+                done += got
+                if got < length:
+                    break
         finally:
+            _advise(fd, 0, 0, "normal")
             _POOL.release(self._slot)
         return done
+
+    def _fill(self, fd: int, view: memoryview, offset: int) -> int:
+        done = 0
+        try:
+            while done < len(view):
+                count = self._read(fd, view[done : done + _CALL], offset + done)
+                if count == 0:
+                    break
+                done += count
+        except OSError as error:
+            raise cannot(f"read at byte {offset + done}", self.path, error) from error
+        return done
+
+    def _look(self, fd: int, view: memoryview, offset: int) -> int:
+        absent = False
+        if _PREADV is not None and _CACHED and len(view):
+            try:
+                if _PREADV(fd, [view], offset, _CACHED) == len(view):
+                    return len(view)
+                absent = True
+            except BlockingIOError:
+                absent = True
+            except OSError:
+                pass  # a file system that cannot tell
+        got = self._fill(fd, view, offset)
+        if absent:
+            first = offset - offset % PAGE
+            _advise(fd, first, offset + got - first + -(offset + got) % PAGE, "dontneed")
+        return got
 
     def _read(self, fd: int, view: memoryview, offset: int) -> int:
         if _PREADV is not None:
@@ -268,7 +313,6 @@ class Handle:
         advice : str
             ``"willneed"`` or ``"dontneed"``. Nothing happens where the system takes no advice.
         """
-        flag = {"willneed": "POSIX_FADV_WILLNEED", "dontneed": "POSIX_FADV_DONTNEED"}[advice]
-        if hasattr(os, "posix_fadvise") and length > 0:
-            with self.borrow() as fd, suppress(OSError):
-                os.posix_fadvise(fd, offset, length, getattr(os, flag))
+        if length > 0:
+            with self.borrow() as fd:
+                _advise(fd, offset, length, advice)

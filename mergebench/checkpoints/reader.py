@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -42,6 +42,11 @@ class Readable(Store, Protocol):
 
     def read_at(self, view: memoryview, offset: int) -> int:
         """Fill a view from a byte on; how many bytes there were."""
+        ...
+
+    def read_runs(self, view: memoryview, runs: Iterable[tuple[int, int]]) -> int:
+        """Fill a view from short runs ``(offset, length)``; how many bytes there were."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,26 +90,19 @@ class FileTensor:
         first, length = self._span(start, stop)
         if out is None:
             out = np.empty(length, np.uint8)
-        elif out.dtype != np.uint8 or out.ndim != 1 or not out.flags.c_contiguous:
-            raise ValueError(f"out must be 1-D contiguous uint8, got {out.dtype} {out.shape}")
-        elif out.size < length:
-            raise ValueError(f"out holds {out.size} bytes, {length} are needed")
+        else:
+            _check_room(out, length)
         got = self.handle.read_at(out.data[:length], first)
         if got < length:
             raise self._ends(length, first, got)
         return out[:length].view(dtype)
 
     def read_runs(self, spans: Sequence[tuple[int, int]], out: Array) -> Array:
-        """Several runs of entries side by side, as :meth:`read` gives each with ``out``."""
+        """Short runs of entries side by side, as :meth:`read` gives each with ``out``."""
         runs = [self._span(start, stop) for start, stop in spans]
         length = sum(size for _, size in runs)
-        together = getattr(self.handle, "read_runs", None)
-        if together is None or out.size < length:
-            at = 0
-            for (start, stop), (_, size) in zip(spans, runs, strict=True):
-                self.read(start, stop, out[at:])
-                at += size
-        elif (got := together(out.data[:length], runs)) < length:
+        _check_room(out, length)
+        if (got := self.handle.read_runs(out.data[:length], runs)) < length:
             raise self._ends(length, runs[0][0], got)
         return out[:length].view(DTYPES[self.dtype])
 
@@ -130,6 +128,13 @@ class FileTensor:
             raise IndexError(f"{self.name}: entries {start}:{stop} of {size}")
         item = DTYPES[self.dtype].itemsize
         return self.offset + start * item, (stop - start) * item
+
+
+def _check_room(out: Array, length: int) -> None:
+    if out.dtype != np.uint8 or out.ndim != 1 or not out.flags.c_contiguous:
+        raise ValueError(f"out must be 1-D contiguous uint8, got {out.dtype} {out.shape}")
+    if out.size < length:
+        raise ValueError(f"out holds {out.size} bytes, {length} are needed")
 
 
 @dataclass(frozen=True, eq=False)

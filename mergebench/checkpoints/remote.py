@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -114,6 +114,16 @@ class RemoteHandle:
             view[at - offset : at - offset + len(piece)] = piece
             at += len(piece)
         return max(stop - offset, 0)
+
+    def read_runs(self, view: memoryview, runs: Iterable[tuple[int, int]]) -> int:
+        """Fill a byte view from runs ``(offset, length)``, as :meth:`read_at` does from one."""
+        done = 0
+        for start, length in runs:
+            got = self.read_at(view[done : done + length], start)
+            done += got
+            if got < length:
+                break
+        return done
 
     def stop_at(self, edges: Sequence[int]) -> None:
         """Where tensors end, sorted: what follows may never be needed."""

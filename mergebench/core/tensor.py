@@ -124,21 +124,26 @@ def address(array: Array) -> int:
     return found
 
 
-def read_runs(tensor: Tensor, spans: Sequence[tuple[int, int]], out: Array) -> Array:
-    """Runs of entries side by side, in stored dtype; ``out`` is as for :meth:`Tensor.read`.
+def read_into(tensor: Tensor, start: int, stop: int, out: Array) -> Array:
+    """Entries ``start:stop``, always in ``out``, which is as for :meth:`Tensor.read`."""
+    got = tensor.read(start, stop, out)
+    if got.size and address(got) != address(out):
+        out[: got.nbytes] = np.ascontiguousarray(got).view(np.uint8)
+    return out[: got.nbytes].view(DTYPES[tensor.dtype])
 
-    A tensor that can read them faster than one by one has a method of this name.
+
+def read_runs(tensor: Tensor, spans: Sequence[tuple[int, int]], out: Array) -> Array:
+    """Short runs of entries side by side, in stored dtype; ``out`` as for :meth:`Tensor.read`.
+
+    A tensor that has a better way than one by one has a method of this name.
     """
     together = getattr(tensor, "read_runs", None)
-    if together is not None and len(spans) > 1:
+    if together is not None:
         found: Array = together(spans, out)
         return found
     room = out
     for start, stop in spans:
-        got = tensor.read(start, stop, room)
-        if got.size and address(got) != address(room):
-            room[: got.nbytes] = np.ascontiguousarray(got).view(np.uint8)
-        room = room[got.nbytes :]
+        room = room[read_into(tensor, start, stop, room).nbytes :]
     return out[: out.size - room.size].view(DTYPES[tensor.dtype])
 
 

@@ -12,7 +12,7 @@ from mergebench.adapters_zoo.computed import Computed
 from mergebench.adapters_zoo.scattered import Scattered
 from mergebench.core.delta import Delta, Dense, Difference, LowRank, factors, reads, resident
 from mergebench.core.site import kind_of
-from mergebench.core.tensor import FLOATING, Array, Tensor, size_of
+from mergebench.core.tensor import DTYPES, FLOATING, Array, Tensor, read_runs, size_of
 from mergebench.merge.item import Item
 from mergebench.sources import Applied
 
@@ -201,8 +201,9 @@ def _dot(left: Array, right: Array) -> float:
 
 
 def _entries(tensor: Tensor, places: Sequence[tuple[int, int]]) -> Array:
-    parts = [tensor.read(start, stop).astype(np.float64) for start, stop in places]
-    return np.concatenate(parts) if parts else np.empty(0)
+    size = sum(stop - start for start, stop in places)
+    room = np.empty(size * DTYPES[tensor.dtype].itemsize, np.uint8)
+    return read_runs(tensor, places, room).astype(np.float64)
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -217,7 +218,8 @@ def task_norms(items: Mapping[str, Item]) -> list[tuple[float, float]]:
     names = sorted(items, key=str.encode)
     if not names:
         return []
-    norms = []
+    norms: list[tuple[float, float]] = []
+    bases: dict[tuple[int, int], Array] = {}
     for place in range(len(items[names[0]].deltas)):
         own = [name for name in names if items[name].deltas[place] is not None]
         stored = sum(_stored(items[name].deltas[place]) for name in own)
@@ -228,7 +230,7 @@ def task_norms(items: Mapping[str, Item]) -> list[tuple[float, float]]:
         for name in chosen:
             delta = items[name].deltas[place]
             assert delta is not None
-            square = _square(delta, RUNS // len(chosen)) * total / max(looked, 1)
+            square = _square(delta, RUNS // len(chosen), bases) * total / max(looked, 1)
             squares += square
             weighted += square * items[name].weights[place] ** 2
         norms.append((sqrt(squares), sqrt(weighted)))
@@ -246,8 +248,11 @@ def _is_computed(delta: Delta) -> bool:
     return isinstance(delta, Dense) and isinstance(delta.values, Computed)
 
 
-def _square(delta: Delta, each: int) -> float:
-    """Estimate of ``‖τ‖²``; exact for factors and for a few stored entries."""
+def _square(delta: Delta, each: int, bases: dict[tuple[int, int], Array]) -> float:
+    """Estimate of ``‖τ‖²``; exact for factors and for a few stored entries.
+
+    ``bases`` keeps the samples of bases, which models share, by the base and how many entries.
+    """
     size = size_of(delta.shape)
     if isinstance(delta, LowRank):
         left, right = factors(delta, np.dtype(np.float64))
@@ -260,7 +265,10 @@ def _square(delta: Delta, each: int) -> float:
         places = list(runs(size, min(each, FEW) if _is_computed(delta) else each))
         values = _entries(_values(reads(delta)[0]), places)
         if isinstance(delta, Difference):
-            values = values - _entries(_values(delta.base), places)
+            key = id(delta.base), values.size
+            if key not in bases:
+                bases[key] = _entries(_values(delta.base), places)
+            values = values - bases[key]
         values = values[np.isfinite(values)]
         square = _dot(values, values) * size / max(values.size, 1)
     return max(square, 0.0) if isfinite(square) else 0.0

@@ -121,7 +121,11 @@ class Machine:
             self._fail()
         return count
 
-    def preadv(self, true: Callable[..., int], fd: int, views: Any, offset: int) -> int:
+    def preadv(
+        self, true: Callable[..., int], fd: int, views: Any, offset: int, flags: int = 0
+    ) -> int:
+        if flags == os.RWF_NOWAIT:
+            raise BlockingIOError  # nothing is in memory, so that every read is a step
         if self._now("read", _name(fd), self.reads):
             self._fail()
         return true(fd, views, offset)

@@ -10,6 +10,9 @@ import pytest
 
 from mergebench import merge_models
 from mergebench.checkpoints import direct
+from mergebench.checkpoints.reader import open_safetensors
+from mergebench.compute.machine import PAGE
+from mergebench.core.tensor import read_all, read_runs
 from tests.helpers.files import BF16, tree, write
 from tests.helpers.forked import forked
 from tests.helpers.running import MAIN, assert_done
@@ -54,6 +57,28 @@ def test_a_large_merge_leaves_nothing_behind(models: Path, method: str, workers:
     # A page or two of headers, which were read before the merge was known to be large.
     assert max(left) < MIB
     assert tree(models)["out.safetensors"] == small
+
+
+def test_samples_leave_nothing_behind(models: Path) -> None:
+    """Runs close together, too; what was there stays."""
+    path = models / "base.safetensors"
+    tensors = open_safetensors(path).tensors
+    size = SHAPE[0] * SHAPE[1]
+    # Behind what the system has read beyond the header.
+    starts = (200_000, 202_048, 204_000, 209_000, size // 2, size - 300)
+    spans = [(start, start + 300) for start in starts]
+    out = np.empty(6 * 600, np.uint8)
+    header = resident(path)
+    cold = [read_runs(tensor, spans, out).copy() for tensor in tensors.values()]
+    left = resident(path)
+    whole = [read_all(tensor).reshape(-1) for tensor in tensors.values()]
+    hot = [read_runs(tensor, spans, out).copy() for tensor in tensors.values()]
+
+    assert left == header
+    assert resident(path) == -(-path.stat().st_size // PAGE) * PAGE
+    for one, again, entries in zip(cold, hot, whole, strict=True):
+        expected = np.concatenate([entries[start:stop] for start, stop in spans])
+        assert one.tobytes() == again.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mergebench.compute.linking import Held
 from mergebench.compute.spare import Spare
 from mergebench.core.delta import tile
-from mergebench.core.tensor import Array, read_runs
+from mergebench.core.tensor import Array, read_into, read_runs
 from mergebench.merge.kernels import codes as c
 from mergebench.merge.kernels.program import Program
 from mergebench.merge.kernels.stored import Stored
@@ -113,7 +113,9 @@ class Buffers:
 
     def _fill(self, spans: Sequence[tuple[int, int]]) -> None:
         for target, row, own in zip(self.raw, self.source.rows, self.source.computed, strict=True):
-            if row is not None:
+            if row is not None and len(spans) == 1:
+                read_into(row, *spans[0], target)
+            elif row is not None:
                 read_runs(row, spans, target)
             elif own is not None:
                 at = 0
