@@ -5,8 +5,9 @@
 - reading alone, cached: ``preadv`` into a buffer beside touching a mapping, CPU seconds; and what
   happens to each when the file is cut meanwhile;
 - a merge of files that are not cached, with the page cache left alone and with all of it let go,
-  where the system reads ahead by itself and where it does not (``POSIX_FADV_RANDOM``): CPU, and the
-  seconds for which its reads were neither running nor waiting for a core;
+  asked for ahead and not, where the system reads ahead by itself and where it does not
+  (``POSIX_FADV_RANDOM``): CPU, and the seconds for which its reads were neither running nor waiting
+  for a core;
 - a merge of inputs behind a network of a given speed, asked for ahead and not.
 """
 
@@ -80,7 +81,7 @@ def waited() -> float:
 
 def merge(task: dict[str, Any]) -> dict[str, float]:
     """A merge in this process: CPU, wall, and seconds for which reads waited."""
-    from mergebench.checkpoints import descriptors
+    from mergebench.checkpoints import descriptors, pace
     from mergebench.merge import ahead
     from mergebench.merge.engine import execute
     from mergebench.merge.kernels import ready
@@ -106,6 +107,7 @@ def merge(task: dict[str, Any]) -> dict[str, float]:
         behind(network)
     else:
         handle.read_at = read_at
+    pace.ENOUGH = float("inf")
     if not task["asks"]:
         ahead.Ahead.comes = lambda *_: None  # type: ignore[method-assign]
     for name in task["drop"]:
@@ -229,14 +231,15 @@ def main() -> None:
     recipe |= {"out": str(args.data / "out.safetensors")}
     recipe |= {} if args.method == "linear" else {"base": str(base)}
     names = [str(path) for path in files]
-    cold = {"recipe": recipe, "workers": args.workers, "drop": names, "asks": True}
+    cold = {"recipe": recipe, "workers": args.workers, "drop": names, "asks": False}
     network = {"seconds": args.latency, "rate": args.rate}
-    far = {**cold, "drop": [], "network": network}
+    far = {**cold, "drop": [], "asks": True, "network": network}
     cases: dict[str, tuple[dict[str, Any], str]] = {
         "system reads ahead, cache left alone": (cold, "1TB"),
         "system reads ahead, all let go": (cold, "1B"),
+        "system reads ahead, all let go, asked for": ({**cold, "asks": True}, "1B"),
         "no reading ahead, cache left alone": ({**cold, "random": True}, "1TB"),
-        "no reading ahead, all let go, asked for": ({**cold, "random": True}, "1B"),
+        "no reading ahead, all let go, asked for": ({**cold, "asks": True, "random": True}, "1B"),
         "network, not asked for ahead": ({**far, "asks": False}, "1TB"),
         "network, asked for ahead": (far, "1TB"),
     }

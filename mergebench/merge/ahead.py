@@ -1,18 +1,19 @@
 """What is asked for before it is read, and let go after it was: the policy, without the calls.
 
-Inputs that come over a network are asked for ahead always. Files are, and are let go of, in runs
-that read and write more than the page cache should hold.
+Inputs that come over a network are asked for ahead always. Files are let go of in runs that read
+and write more than the page cache should hold, and in those of slow disks they are asked for.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 from mergebench.checkpoints import page_cache
+from mergebench.checkpoints.pace import to_ask
 from mergebench.compute.machine import PAGE
 from mergebench.core.delta import Delta, LowRank, reads
 from mergebench.core.extents import Extent, Store, extents
@@ -131,10 +132,18 @@ class Ahead:
     room : int or None
         Bytes that may stay in the page cache between a reading and the last; ``None`` to leave
         files alone, and to ask only for what comes over a network.
+    ask : collection of Store or None
+        What is asked for then; ``None`` for everything.
     """
 
-    def __init__(self, steps: Sequence[Step] = (), room: int | None = None) -> None:
+    def __init__(
+        self,
+        steps: Sequence[Step] = (),
+        room: int | None = None,
+        ask: Collection[Store] | None = None,
+    ) -> None:
         self.room = room
+        self._ask = ask
         self._lines = [_Line(steps)]
         self._uses: Counter[tuple[int, int]] = Counter()
         for step in steps:
@@ -176,7 +185,8 @@ class Ahead:
             return
         for step, begin, end in line.until(name, stop):
             for store, offset, length in self._mine(step.lies(begin, end)):
-                store.advise(offset, length, "willneed")
+                if self._ask is None or store in self._ask:
+                    store.advise(offset, length, "willneed")
 
     def read(self, name: str, start: int, stop: int, *, last: bool) -> None:
         """Say that entries ``start:stop`` of a tensor have been read, maybe for the last time."""
@@ -285,5 +295,7 @@ def ahead_of(plan: Plan, room: int | None) -> Ahead:
         else:
             tensors = own.get(name) or (copies[name],)
             steps.append(Step(name, size_of(copies[name].shape), tuple(tensors)))
-    far = any(each.store.far for step in steps for each in step.whole())
-    return Ahead(steps, room) if far or room is not None else Ahead()
+    stores = {each.store for step in steps for each in step.whole()}
+    if room is not None:
+        return Ahead(steps, room, to_ask(stores))
+    return Ahead(steps) if any(store.far for store in stores) else Ahead()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from mergebench.checkpoints import page_cache
+from mergebench.checkpoints import pace, page_cache
 from mergebench.checkpoints.descriptors import Handle
 from mergebench.checkpoints.reader import FileTensor, open_safetensors
 from mergebench.compute.tiles import Tiling
@@ -115,6 +115,8 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorded:
     monkeypatch.setattr(ahead, "PIECE", 3 * 2 * JOB)
     monkeypatch.setattr(ahead, "STEP", 2 * JOB)
     monkeypatch.setattr(page_cache, "STEP", 2 * JOB)
+    # As on a slow disk.
+    monkeypatch.setattr(pace, "pace_of", lambda handle, size: 0.0)
     return found
 
 
