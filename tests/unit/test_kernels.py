@@ -359,6 +359,23 @@ def test_what_is_not_finite_is_left_to_the_ops(
     assert words[0] == words[1]
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [100, 8999], ids=["in a stretch", "at the end"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_no_products_of_what_is_not_finite(
+    monkeypatch: pytest.MonkeyPatch, bad: float, place: int, dtype: Any
+) -> None:
+    """Also where rows are multiplied as they are stored, and nothing looks at single entries."""
+    random = np.random.default_rng(6)
+    models = [{"w": random.normal(size=9000).astype(dtype)} for _ in range(2)]
+    models[0]["w"][place] = bad
+    seen = assert_kernels_equal_ops(
+        monkeypatch, models, None, [1.0, 1.0], "slerp", {}, allow_nonfinite=True
+    )
+    assert seen.done["products"] == 0
+    assert seen.left > 0
+
+
 @pytest.mark.parametrize(("dtype", "stored"), [(F32, "f16"), (F16, "keep"), (BF16, "keep")])
 def test_what_overflows_is_refused_with_the_same_words(
     monkeypatch: pytest.MonkeyPatch, dtype: Any, stored: str

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mergebench.compute.jit import as_bits, as_float, inner
-from mergebench.merge.kernels.codes import BF16, EXACTLY, F16, F32, PLAINLY, SPARE
+from mergebench.merge.kernels.codes import BF16, EXACTLY, F16, F32, PLAINLY, SPARE, ZEROS
 
 SIZE, _INFINITE = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 #: Set where an entry is not finite.
@@ -226,13 +226,15 @@ def gathered(
     count: Any,
     stored: Any,
 ) -> Any:
-    """The weighted sum of displacements of rows from another, whose entries are loaded too.
+    """The weighted sum of displacements of rows from another, or from zero.
 
     ``own`` has the row that is left, how many others there are, and which; flaws as above. If the
     sum is ``stored`` as it is, all of them are found there.
     """
     total, low, flaws = X[0, :count], X[X.shape[0] - SPARE], np.uint32(0)
-    if stored and kinds[own[0]] == BF16:
+    if kinds[own[0]] == ZEROS:
+        low[:count] = _0
+    elif stored and kinds[own[0]] == BF16:
         _expand(halves[own[0], begin:], low, count)
     else:
         flaws |= load(halves[own[0], begin:], words[own[0], begin:], kinds[own[0]], low, count)

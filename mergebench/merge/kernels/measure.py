@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from mergebench.compute.jit import as_bits, float_kernel, inner, lowest, ones, reaching
+from mergebench.compute.jit import as_bits, as_float, float_kernel, inner, lowest, ones, reaching
 from mergebench.merge.kernels.codes import (
     BAD_INPUT,
     BALLOT,
+    BF16,
     BLOCK,
     DONE,
     LANES,
@@ -57,16 +58,26 @@ def _survey(
 
 
 @inner
-def _products_of_two(x: Any, y: Any, lanes: Any, count: Any) -> None:
+def _as_it_is(value: Any) -> Any:
+    return np.float64(value)
+
+
+@inner
+def _from_bf16(half: Any) -> Any:
+    return np.float64(as_float(np.uint32(np.uint32(half) << np.uint32(16))))
+
+
+@inner
+def _products_of_two(x: Any, y: Any, wide: Any, lanes: Any, count: Any) -> None:
     """As :func:`_products` of two rows, without copies of them in float64."""
     xx, xy, yy = lanes[0], lanes[1], lanes[2]
     for begin in range(0, count, 4 * LANES):
         p, q = x[begin : begin + 4 * LANES], y[begin : begin + 4 * LANES]
         for j in range(LANES):
-            a, b = np.float64(p[j]), np.float64(q[j])
-            c, d = np.float64(p[j + LANES]), np.float64(q[j + LANES])
-            e, f = np.float64(p[j + 2 * LANES]), np.float64(q[j + 2 * LANES])
-            g, h = np.float64(p[j + 3 * LANES]), np.float64(q[j + 3 * LANES])
+            a, b = wide(p[j]), wide(q[j])
+            c, d = wide(p[j + LANES]), wide(q[j + LANES])
+            e, f = wide(p[j + 2 * LANES]), wide(q[j + 2 * LANES])
+            g, h = wide(p[j + 3 * LANES]), wide(q[j + 3 * LANES])
             xx[j] = (((xx[j] + a * a) + c * c) + e * e) + g * g
             xy[j] = (((xy[j] + a * b) + c * d) + e * f) + g * h
             yy[j] = (((yy[j] + b * b) + d * d) + f * f) + h * h
@@ -78,7 +89,7 @@ def _products(X: Any, rows: Any, wide: Any, lanes: Any, count: Any) -> None:
     step, done = wide.shape[1], 0
     if rows == 2:
         done = count // step * step
-        _products_of_two(X[0], X[1], lanes, done)
+        _products_of_two(X[0], X[1], _as_it_is, lanes, done)
     for begin in range(done, count, step):
         m = min(step, count - begin)
         for i in range(rows):
@@ -172,15 +183,20 @@ def measure(
     step = STRETCH
     if along is not None:
         step = max(STRETCH // along.length, 1) * along.length
+    # Two rows of bfloat16 are multiplied as they are; what is not finite makes its square so.
+    bare = what == PRODUCTS and len(codes) == 0 and minus.shape[0] == 2 and not minus.any()
+    bare = bare and kinds[0] == BF16 and kinds[1] == BF16
     for begin in range(0, count, step):
         m = min(step, count - begin)
-        if loaded(halves, words, kinds, minus, base, X, begin, m) & HIGHEST:
-            return BAD_INPUT
-        here = first + begin
-        rows = staged(
-            codes, ints, floats, bounds, X, minus.shape[0],
-            here, m, numbers, draws, none, len(codes), along,
-        )  # fmt: skip
+        here, rows = first + begin, minus.shape[0]
+        stored = bare and m % (4 * LANES) == 0
+        if not stored:
+            if loaded(halves, words, kinds, minus, base, X, begin, m) & HIGHEST:
+                return BAD_INPUT
+            rows = staged(
+                codes, ints, floats, bounds, X, rows,
+                here, m, numbers, draws, none, len(codes), along,
+            )  # fmt: skip
         if what == SURVEY:
             for search in range(len(brackets)):
                 own = brackets[search]
@@ -189,10 +205,16 @@ def measure(
         elif what == PRODUCTS:
             if begin % BLOCK == 0:
                 lanes[:] = 0.0
-            _products(X, rows, wide, lanes, m)
+            if stored:
+                x, y = halves[0, begin:], halves[1, begin:]
+                _products_of_two(x, y, _from_bf16, lanes, m)
+            else:
+                _products(X, rows, wide, lanes, m)
             if (begin + m) % BLOCK == 0 or begin + m == count:
                 for pair in range(len(lanes)):
                     sums[begin // BLOCK, pair] = _folded(lanes[pair])
+                if bare and not np.isfinite(sums[begin // BLOCK, 0] + sums[begin // BLOCK, 2]):
+                    return BAD_INPUT
         elif what == BALLOT:
             total = X[minus.shape[0] + 1]
             total_votes(X, rows, total, weights, how, m)

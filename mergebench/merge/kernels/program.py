@@ -145,7 +145,8 @@ def _gathered(stages: Stages, models: int, rows: Rows, onto: int) -> list[int] |
     ``None`` if the first stage is not a weighted sum of such displacements.
     """
     match stages:
-        case [Add(), *_] if rows == "differences":
+        case [Add(), *_] if rows == "differences" or (rows == "values" and onto == c.NOWHERE):
+            # Behind values there is no row, which is read as zeros.
             return [models, models, *range(models)]
         case [Step(pivot, towards)] if rows == "values" and len(towards) == models - 1:
             # Its end is where a result is added to the base, of which there must be none.
