@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from functools import cache
 from typing import Any, NoReturn
 
 from mergebench.core.errors import FormatError, did_you_mean
@@ -65,112 +66,109 @@ _KNOWN_ENTRIES = frozenset(
 _LYCORIS = r"^(lora_|lycoris_|diffusion_model\.).*"
 
 #: Family -> tensor names that betray it, and why a file of it is not read (yet).
-FAMILIES: Mapping[str, tuple[re.Pattern[str], str]] = {
+FAMILIES: Mapping[str, tuple[str, str]] = {
     "DoRA": (
-        re.compile(r"\.lora_magnitude_vector(\.|$)|\.dora_scale$"),
+        r"\.lora_magnitude_vector(\.|$)|\.dora_scale$",
         _MIXED,
     ),
-    "KaSA": (re.compile(r"\.lora_diag(\.|$)"), FEATURES["kasa_config"]),
+    "KaSA": (r"\.lora_diag(\.|$)", FEATURES["kasa_config"]),
     "LoRA with a middle factor": (
-        re.compile(r"\.lora_mid\.weight$"),
+        r"\.lora_mid\.weight$",
         _MIXED,
     ),
     "LoRA on nn.MultiheadAttention": (
-        re.compile(r"\.base_layer\.out_proj\.lora_[AB](\.|$)"),
+        r"\.base_layer\.out_proj\.lora_[AB](\.|$)",
         (
             "PEFT up to 0.21 adds its output projection twice while training, so the update that "
             "was trained depends on PEFT's version"
         ),
     ),
     "LoRA on stacked experts": (
-        re.compile(r"\.base_layer\.lora_[AB](\.|$)"),
+        r"\.base_layer\.lora_[AB](\.|$)",
         "adapter_config.json, which names the parameters (target_parameters), must lie beside it",
     ),
     "AdaLoRA or loralib": (
-        re.compile(r"\.lora_([ABE]|ranknum)(\.[^.]+)?$"),
+        r"\.lora_([ABE]|ranknum)(\.[^.]+)?$",
         _MIXED,
     ),
     "trained token rows": (
-        re.compile(r"(^|\.)trainable_tokens_(delta|indices)(\.|$)"),
+        r"(^|\.)trainable_tokens_(delta|indices)(\.|$)",
         _MIXED,
     ),
-    "LoHa": (re.compile(r"\.hada_[wt]\d"), _MIXED),
-    "LoKr": (re.compile(r"\.lokr_[wt]\d"), _MIXED),
-    "(IA)³": (re.compile(rf"\.ia3_l(\.|$)|{_LYCORIS}\.on_input$"), _LATER),
+    "LoHa": (r"\.hada_[wt]\d", _MIXED),
+    "LoKr": (r"\.lokr_[wt]\d", _MIXED),
+    "(IA)³": (rf"\.ia3_l(\.|$)|{_LYCORIS}\.on_input$", _LATER),
     "full difference (LyCORIS)": (
-        re.compile(rf"{_LYCORIS}\.(diff(_b)?|[wb]_norm)$"),
+        rf"{_LYCORIS}\.(diff(_b)?|[wb]_norm)$",
         _LATER,
     ),
     "GLoRA (LyCORIS)": (
-        re.compile(rf"{_LYCORIS}\.[ab][12]\.weight$"),
+        rf"{_LYCORIS}\.[ab][12]\.weight$",
         (
             "its update W A + B is not computed yet; merge it into the base with LyCORIS and give "
             "the merged checkpoint"
         ),
     ),
     "LoRA in XLabs' names": (
-        re.compile(
-            r"(double|single)_blocks\.\d+\.processor\.(qkv|proj)_lora\d?\.(down|up)\.weight$"
-        ),
+        r"(double|single)_blocks\.\d+\.processor\.(qkv|proj)_lora\d?\.(down|up)\.weight$",
         (
             "not supported yet; diffusers reads them (load_lora_weights) and saves others "
             "(transformer.save_lora_adapter)"
         ),
     ),
     "LoRA in diffusers' old names": (
-        re.compile(r"(\.lora|_lora|\.lora_linear_layer)\.(up|down)\.weight$"),
+        r"(\.lora|_lora|\.lora_linear_layer)\.(up|down)\.weight$",
         _MIXED,
     ),
-    "LoRA in dotted Kohya names": (re.compile(r"\.lora_(down|up)\.weight$"), _MIXED),
+    "LoRA in dotted Kohya names": (r"\.lora_(down|up)\.weight$", _MIXED),
     "LoRA in cloneofsimo's names": (
-        re.compile(r"^(unet|text_encoder)(:unet)?:\d+:(up|down)$"),
+        r"^(unet|text_encoder)(:unet)?:\d+:(up|down)$",
         (
             "modules are numbered in the order in which the code of the trained model made them, "
             "which no name in a base tells; convert it with the program that trained it"
         ),
     ),
     "LoRA on an enlarged weight": (
-        re.compile(r"\.reshape_weight$"),
+        r"\.reshape_weight$",
         (
             "it is meant for a weight padded with zeros to a larger shape (reshape_weight); pad "
             "the base first"
         ),
     ),
-    "VeRA": (re.compile(r"(^|\.)vera_(lambda_[bd]|A|B)(\.|$)"), _MIXED),
-    "PVeRA": (re.compile(r"(^|\.)pvera_(lambda_[bd]|A|B)(\.|$)"), _CONFIG),
-    "RandLoRA": (re.compile(r"(^|\.)randlora_(lambda|gamma|A|B)(\.|$)"), _CONFIG),
-    "FourierFT or WaveFT": (re.compile(r"\.\w+_spectrum(\.|$)"), _CONFIG),
-    "VB-LoRA": (re.compile(r"(^|\.)vblora_(logits_[AB]|vector_bank)"), _CONFIG),
-    "UniLoRA": (re.compile(r"(^|\.)unilora_(indices|scales|theta_d)"), _CONFIG),
-    "TinyLoRA": (re.compile(r"(^|\.)tinylora_[ABPv](\.|$)"), _CONFIG),
-    "DeLoRA": (re.compile(r"\.delora_(A|B|lambda|w_norm)(\.|$)"), _CONFIG),
-    "GraLoRA": (re.compile(r"\.gralora_[AB](_general)?(\.|$)"), _CONFIG),
-    "Super-Tuning": (re.compile(r"\.supertuning_(values|indices|lora_[AB])(\.|$)"), _CONFIG),
-    "AdaMSS": (re.compile(r"\.adamss_(A|B|newB)(\.|$)"), _CONFIG),
-    "HiRA": (re.compile(r"\.hira_(embedding_)?[AB](\.|$)"), _CONFIG),
-    "PSOFT": (re.compile(r"\.psoft_R\."), _CONFIG),
-    "OSF": (re.compile(r"\.osf_svd_params\."), _CONFIG),
-    "DEFT": (re.compile(r"\.deft_[PR](\.|$)"), _CONFIG),
-    "PEANuT": (re.compile(r"\.peanut_(A|B|encoders|decoders)\."), _CONFIG),
-    "GLoRA": (re.compile(r"\.glora_[A-E]\."), _CONFIG),
-    "RoAd": (re.compile(r"\.road_(theta|alpha)(\.|$)"), _CONFIG),
-    "FRoD": (re.compile(r"(^|\.)frod_(lambda_l|lambda_s_values|V|s_\w+)(\.|$)"), _MIXED),
-    "BEFT": (re.compile(r"\.beft_bias(\.|$)"), _MIXED),
-    "LN tuning": (re.compile(r"\.ln_tuning_layers\."), _MIXED),
-    "SHiRA": (re.compile(r"\.shira_(weight|indices)(\.|$)"), _MIXED),
-    "C3A": (re.compile(r"\.c3a_kernel(\.|$)"), _MIXED),
-    "MiSS": (re.compile(r"\.(miss|bone)_block(\.|$)"), _MIXED),
-    "OFT or BOFT": (re.compile(r"\.b?oft_(R|s)(\.|$)"), _MIXED),
-    "OFT (LyCORIS)": (re.compile(rf"\.oft_blocks(\.|$)|{_LYCORIS}\.rescale$"), _LATER),
-    "HRA": (re.compile(r"\.hra_u(\.|$)"), _MIXED),
-    "prompt or prefix tuning": (re.compile(r"(^|\.)prompt_(embeddings|encoder)(\.|$)"), _PROMPT),
+    "VeRA": (r"(^|\.)vera_(lambda_[bd]|A|B)(\.|$)", _MIXED),
+    "PVeRA": (r"(^|\.)pvera_(lambda_[bd]|A|B)(\.|$)", _CONFIG),
+    "RandLoRA": (r"(^|\.)randlora_(lambda|gamma|A|B)(\.|$)", _CONFIG),
+    "FourierFT or WaveFT": (r"\.\w+_spectrum(\.|$)", _CONFIG),
+    "VB-LoRA": (r"(^|\.)vblora_(logits_[AB]|vector_bank)", _CONFIG),
+    "UniLoRA": (r"(^|\.)unilora_(indices|scales|theta_d)", _CONFIG),
+    "TinyLoRA": (r"(^|\.)tinylora_[ABPv](\.|$)", _CONFIG),
+    "DeLoRA": (r"\.delora_(A|B|lambda|w_norm)(\.|$)", _CONFIG),
+    "GraLoRA": (r"\.gralora_[AB](_general)?(\.|$)", _CONFIG),
+    "Super-Tuning": (r"\.supertuning_(values|indices|lora_[AB])(\.|$)", _CONFIG),
+    "AdaMSS": (r"\.adamss_(A|B|newB)(\.|$)", _CONFIG),
+    "HiRA": (r"\.hira_(embedding_)?[AB](\.|$)", _CONFIG),
+    "PSOFT": (r"\.psoft_R\.", _CONFIG),
+    "OSF": (r"\.osf_svd_params\.", _CONFIG),
+    "DEFT": (r"\.deft_[PR](\.|$)", _CONFIG),
+    "PEANuT": (r"\.peanut_(A|B|encoders|decoders)\.", _CONFIG),
+    "GLoRA": (r"\.glora_[A-E]\.", _CONFIG),
+    "RoAd": (r"\.road_(theta|alpha)(\.|$)", _CONFIG),
+    "FRoD": (r"(^|\.)frod_(lambda_l|lambda_s_values|V|s_\w+)(\.|$)", _MIXED),
+    "BEFT": (r"\.beft_bias(\.|$)", _MIXED),
+    "LN tuning": (r"\.ln_tuning_layers\.", _MIXED),
+    "SHiRA": (r"\.shira_(weight|indices)(\.|$)", _MIXED),
+    "C3A": (r"\.c3a_kernel(\.|$)", _MIXED),
+    "MiSS": (r"\.(miss|bone)_block(\.|$)", _MIXED),
+    "OFT or BOFT": (r"\.b?oft_(R|s)(\.|$)", _MIXED),
+    "OFT (LyCORIS)": (rf"\.oft_blocks(\.|$)|{_LYCORIS}\.rescale$", _LATER),
+    "HRA": (r"\.hra_u(\.|$)", _MIXED),
+    "prompt or prefix tuning": (r"(^|\.)prompt_(embeddings|encoder)(\.|$)", _PROMPT),
 }
 
 
 _KOHYA = re.compile(r"lora_(unet|te\d*|transformer|prior_unet)[_.]")
 # Names of unclaimed tensors that an error lists.
 _SHOWN = 8
-_ANY_FAMILY = re.compile("|".join(form.pattern for form, _ in FAMILIES.values()))
 
 
 def refuse_type(label: str, peft_type: str, read: Iterable[str]) -> NoReturn:
@@ -233,9 +231,15 @@ def refuse_features(label: str, where: str, config: Mapping[str, Any]) -> None:
 def family_of(key: str) -> str | None:
     """The family whose tensors are named like this; None where no table entry matches."""
     # Whole checkpoints are asked about, name by name, and almost none matches.
-    if not _ANY_FAMILY.search(key):
+    if not _any_family().search(key):
         return None
-    return next((name for name, (form, _) in FAMILIES.items() if form.search(key)), None)
+    return next((name for name, (form, _) in FAMILIES.items() if re.search(form, key)), None)
+
+
+@cache
+def _any_family() -> re.Pattern[str]:
+    # Compiled when first asked for: it takes as long as the import of ten modules.
+    return re.compile("|".join(form for form, _ in FAMILIES.values()))
 
 
 def refuse_keys(label: str, unclaimed: Collection[str]) -> NoReturn:
