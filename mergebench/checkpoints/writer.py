@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -10,10 +10,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from mergebench.checkpoints.descriptors import WRITE, Handle
-from mergebench.checkpoints.direct import Direct
-from mergebench.checkpoints.disk import create, disk_errors, flush, holds, remove
-from mergebench.checkpoints.page_cache import Behind
+from mergebench.checkpoints.disk import create, disk_errors, holds, remove
+from mergebench.checkpoints.open_files import OpenFiles
 from mergebench.checkpoints.placed import Staged
 from mergebench.checkpoints.placement import Layout, Place, PlannedFile
 from mergebench.checkpoints.recorder import Recorder
@@ -84,8 +82,7 @@ class Output:
         lean: bool = False,
         direct: bool = False,
     ) -> None:
-        self._behind = Behind() if lean else None
-        self._direct = Direct() if direct else None
+        self._files = OpenFiles(lean=lean, direct=direct)
         self.destination, self.layout = Path(destination), layout
         self._single = single_file
         self._side = dict(side or {})
@@ -106,7 +103,6 @@ class Output:
         self._alone = ExitStack()
         self.stage = Stage(self.destination, single_file=single_file, force=force, key=key)
         self._recorder: Recorder | None = None
-        self._handles: dict[str, Handle] = {}
         self._open = self._foreign = False
         self._spans = Spans()
 
@@ -153,9 +149,7 @@ class Output:
                     if entry.name not in planned:
                         remove(entry)
         for file in self.layout.files:
-            self._handles[file.name] = handle = Handle(self._path(file), WRITE)
-            if self._direct is not None:
-                self._direct.open(self._path(file), handle)
+            self._files.open(file.name, self._path(file))
         if self.layout.index is not None:
             self._add(self.layout.index, self.layout.index_bytes())
         for name, content in self._side.items():
@@ -164,7 +158,7 @@ class Output:
             with self._disk_errors():
                 stage.begin()
         if stage.journal is not None:
-            self._recorder = Recorder(stage.journal, self._sync)
+            self._recorder = Recorder(stage.journal, self._files.sync)
 
     def _path(self, file: PlannedFile) -> Path:
         return self.stage.part if self._single else self.stage.part / file.name
@@ -212,14 +206,7 @@ class Output:
         if name in self.finished or self.stage.finished:
             return
         with self._disk_errors():
-            handle = self._handles[place.file]
-            if self._direct is None:
-                handle.write_at(view, place.offset + byte_start)
-            else:
-                self._direct.write(handle, view, place.offset + byte_start)
-            # File systems may take what is to go past the cache, and keep it there all the same.
-            if self._behind is not None:
-                self._behind.wrote(handle, len(view))
+            self._files.write(place.file, view, place.offset + byte_start)
             if self._recorder is not None:
                 self._recorder.poll()
         self._spans.add(name, byte_start, stop)
@@ -277,7 +264,7 @@ class Output:
     @property
     def waits(self) -> bool:
         """Whether writing waits for a disk."""
-        return self._direct is not None and self._direct.works
+        return self._files.waits
 
     @property
     def staged(self) -> Staged:
@@ -341,10 +328,10 @@ class Output:
         if not self.stage.finished:
             if self._foreign:
                 self.record()
-                # Opened again, a network disk sees what others have written beside the header.
-                self._handles[file.name].close()
+                # Others have written beside the header.
+                self._files.renew(file.name)
             with self._disk_errors():
-                self._handles[file.name].write_at(memoryview(data), start)
+                self._files.fill(file.name, data, start)
 
     def _check_side(self, name: str) -> None:
         check_side(name, {file.name for file in self.layout.files} | {self.layout.index})
@@ -359,11 +346,6 @@ class Output:
             return None
         return self._spans.first_gap(name, place.nbytes)
 
-    def _sync(self, files: Collection[str]) -> None:
-        for name in sorted(files):
-            with self._handles[name].borrow() as fd:
-                flush(fd, data_only=True)
-
     def record(self) -> None:
         """Bring what has been noted to the disk."""
         if self._recorder is not None:
@@ -376,11 +358,7 @@ class Output:
             if missing := self._missing(name, place):
                 raise RuntimeError(f"{name!r}: bytes {missing[0]}:{missing[1]} were never written")
         with self._disk_errors():
-            for handle in self._handles.values():
-                with handle.borrow() as fd:
-                    flush(fd)
-                if self._behind is not None:
-                    self._behind.drop(handle)
+            self._files.seal()
         self.record()
         self._close()
         self.stage.seal()
@@ -402,11 +380,7 @@ class Output:
         self._open = False
         if self._recorder is not None:
             self._recorder.close()
-        for handle in self._handles.values():
-            handle.close()
-        self._handles.clear()
-        if self._direct is not None:
-            self._direct.close()
+        self._files.close()
 
 
 def _bytes_of(data: bytes | memoryview | Array) -> memoryview:

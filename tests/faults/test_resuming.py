@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mergebench.checkpoints import disk, locks, staging, writer
+from mergebench.checkpoints import disk, locks, open_files, staging
 from mergebench.checkpoints.destination import check_destination, staged_bytes
 from mergebench.checkpoints.journal import VERSION
 from mergebench.checkpoints.together import together
@@ -341,7 +341,7 @@ def test_nothing_is_recorded_after_data_were_lost(
             raise OSError(errno.EIO, "Input/output error")
         true_flush(fd, data_only=data_only)
 
-    monkeypatch.setattr(writer, "flush", fail_once)
+    monkeypatch.setattr(open_files, "flush", fail_once)
     output = opened(place)
 
     def write_then_finish() -> None:

@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from mergebench.checkpoints import descriptors, disk, replacing, staging, writer
+from mergebench.checkpoints import descriptors, disk, open_files, replacing, staging
 from mergebench.checkpoints.destination import check_destination
 from mergebench.checkpoints.layout import open_checkpoint
 from mergebench.checkpoints.placement import TensorSpec, plan_layout
@@ -273,7 +273,7 @@ def test_a_failure_at_the_end_leaves_the_old_output(
         raise KeyboardInterrupt
 
     if step == "sync":
-        monkeypatch.setattr(writer, "flush", broken)
+        monkeypatch.setattr(open_files, "flush", broken)
     else:
         monkeypatch.setattr(staging, "swap_in", broken)
     with pytest.raises(MergebenchError if step == "sync" else KeyboardInterrupt):
