@@ -201,6 +201,7 @@ def _bad(row: Array) -> NDArray[np.bool_] | None:
     return bad if bad.any() else None
 
 
+@np.errstate(invalid="ignore")
 def _check_stored(
     item: Item, delta: Delta | None, bad: NDArray[np.bool_], start: int, stop: int
 ) -> None:
@@ -244,6 +245,8 @@ def _stored(item: Item) -> Iterator[tuple[str, Tensor, bool]]:
         yield "the base", item.base, False
 
 
+# Of signalling NaN numpy warns while it converts them.
+@np.errstate(invalid="ignore")
 def _count(tensor: Tensor) -> tuple[int, int, int]:
     """How many entries are NaN, how many infinite, of how many."""
     nan = infinite = 0

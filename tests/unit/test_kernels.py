@@ -359,16 +359,49 @@ def test_what_is_not_finite_is_left_to_the_ops(
     assert words[0] == words[1]
 
 
+#: NaN with every bit set, as GPUs make them, and with few; of each dtype, in both signs.
+NANS = {F32: (0x7FFFFFFF, 0x7FFF8000, 0x7F800001), F16: (0x7FFF, 0x7C01), BF16: (0x7FFF, 0x7F81)}
+
+
+@pytest.mark.parametrize("stored", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("dtype", list(NANS), ids=str)
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "slerp", "ties"])
+def test_no_nan_passes_for_a_number(
+    monkeypatch: pytest.MonkeyPatch, stored: str, dtype: Any, method: str
+) -> None:
+    """Whatever its bits are, and whatever it would be rounded to."""
+    based = method in ("task_arithmetic", "ties")
+    places = ["model", "base"] if based else ["model"]
+    words = np.uint32 if dtype == F32 else np.uint16
+    for number, (nan, where) in enumerate(product(NANS[dtype], places)):
+        random = np.random.default_rng(number)
+        base = {"w": random.normal(size=5000).astype(dtype)} if based else None
+        models = [{"w": random.normal(size=5000).astype(dtype)} for _ in range(2)]
+        sign = (number % 2) << (8 * dtype.itemsize - 1)
+        (models[1] if where == "model" or base is None else base)["w"].view(words)[70] = nan | sign
+        said = []
+        for choice in ("off", "on"):
+            monkeypatch.setenv(ready.VARIABLE, choice)
+            with pytest.raises(MergebenchError, match="1 NaN") as caught:
+                merged(models, base, [1.0, 1.0], method, {}, dtype=stored)
+            said.append(str(caught.value))
+        assert said[0] == said[1]
+        assert_kernels_equal_ops(
+            monkeypatch, models, base, [1.0, 1.0], method, {}, dtype=stored, allow_nonfinite=True
+        )
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("place", [100, 8999], ids=["in a stretch", "at the end"])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("place", [100, -1], ids=["in a stretch", "at the end"])
+@pytest.mark.parametrize("model", [0, 1])
+@pytest.mark.parametrize(("dtype", "size"), [(F32, 9000), (BF16, 9000), (BF16, 9216)], ids=str)
 def test_no_products_of_what_is_not_finite(
-    monkeypatch: pytest.MonkeyPatch, bad: float, place: int, dtype: Any
+    monkeypatch: pytest.MonkeyPatch, bad: float, place: int, model: int, dtype: Any, size: int
 ) -> None:
     """Also where rows are multiplied as they are stored, and nothing looks at single entries."""
     random = np.random.default_rng(6)
-    models = [{"w": random.normal(size=9000).astype(dtype)} for _ in range(2)]
-    models[0]["w"][place] = bad
+    models = [{"w": random.normal(size=size).astype(dtype)} for _ in range(2)]
+    models[model]["w"][place] = bad
     seen = assert_kernels_equal_ops(
         monkeypatch, models, None, [1.0, 1.0], "slerp", {}, allow_nonfinite=True
     )

@@ -64,7 +64,7 @@ def _expand(halves: Any, x: Any, count: Any) -> None:
 
 @inner
 def differ(halves: Any, words: Any, kind: Any, base: Any, x: Any, count: Any) -> Any:
-    """As :func:`_load`, with the base subtracted."""
+    """As :func:`load`, with the base subtracted."""
     flaws = np.uint32(0)
     if kind == BF16:
         for j in range(count):
@@ -86,9 +86,16 @@ def differ(halves: Any, words: Any, kind: Any, base: Any, x: Any, count: Any) ->
 
 @inner
 def _to_bf16(value: Any) -> Any:
-    bits = as_bits(value)
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    return np.uint32(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+    """Bits of a size rounded to bfloat16, in the upper half; beyond infinity for NaN."""
+    # Without the sign, which a NaN would be carried into on its way to zero.
+    size = np.uint32(as_bits(value) & SIZE)
+    odd = (size >> np.uint32(16)) & np.uint32(1)
+    return np.uint32(size + np.uint32(0x7FFF) + odd)
+
+
+@inner
+def _signed(size: Any, value: Any) -> Any:
+    return np.uint16((size | (as_bits(value) & HIGHEST)) >> np.uint32(16))
 
 
 @inner
@@ -169,9 +176,10 @@ def store(
     flaws = np.uint32(0)
     if kind == BF16 and onto == EXACTLY:
         for j in range(count):
-            found = _to_bf16(_landed(low[j], x[j] * by))
-            halves[j] = np.uint16(found)
-            flaws |= np.uint32((found & np.uint32(0x7FFF)) + np.uint32(0x80)) << np.uint32(16)
+            value = _landed(low[j], x[j] * by)
+            found = _to_bf16(value)
+            halves[j] = _signed(found, value)
+            flaws |= np.uint32(found + np.uint32(0x00800000))
         return flaws
     if onto == EXACTLY:
         for j in range(count):
@@ -182,9 +190,10 @@ def store(
     by = _1 if onto else by
     if kind == BF16:
         for j in range(count):
-            found = _to_bf16(x[j] * by)
-            halves[j] = np.uint16(found)
-            flaws |= np.uint32((found & np.uint32(0x7FFF)) + np.uint32(0x80)) << np.uint32(16)
+            value = x[j] * by
+            found = _to_bf16(value)
+            halves[j] = _signed(found, value)
+            flaws |= np.uint32(found + np.uint32(0x00800000))
     elif kind == F16:
         for j in range(count):
             found = _to_half(x[j] * by)

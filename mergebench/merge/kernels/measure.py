@@ -184,7 +184,7 @@ def measure(
     if along is not None:
         step = max(STRETCH // along.length, 1) * along.length
     # Two rows of bfloat16 are multiplied as they are; what is not finite makes its square so.
-    bare = what == PRODUCTS and len(codes) == 0 and minus.shape[0] == 2 and not minus.any()
+    bare = what == PRODUCTS and len(codes) == 0 and minus.shape[0] == 2 and not base
     bare = bare and kinds[0] == BF16 and kinds[1] == BF16
     for begin in range(0, count, step):
         m = min(step, count - begin)
