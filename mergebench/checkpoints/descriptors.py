@@ -12,9 +12,10 @@ import os
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from mergebench.compute.machine import PAGE
@@ -29,8 +30,14 @@ PUT = os.O_WRONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _CALL = 1 << 30
 _PREADV: Any = getattr(os, "preadv", None)
 _PWRITE: Any = getattr(os, "pwrite", None)
-#: Read only what the system has in its cache.
+#: Read only what is there without waiting for a disk.
 _CACHED: int = getattr(os, "RWF_NOWAIT", 0)
+_ADVICE: Mapping[str, int | None] = {
+    name: getattr(os, "POSIX_FADV_" + name.upper(), None)
+    for name in ("normal", "random", "willneed", "dontneed")
+}
+#: Seconds per place beyond which a disk seeks, so that what it gave is better kept.
+_SEEK = 1e-3
 
 
 class _Slot:
@@ -150,9 +157,10 @@ def cannot(verb: str, path: str | Path, error: OSError) -> MergebenchError:
 
 
 def _advise(fd: int, offset: int, length: int, advice: str) -> None:
-    if hasattr(os, "posix_fadvise"):
+    flag = _ADVICE[advice]
+    if flag is not None:
         with suppress(OSError):
-            os.posix_fadvise(fd, offset, length, getattr(os, "POSIX_FADV_" + advice.upper()))
+            os.posix_fadvise(fd, offset, length, flag)
 
 
 class Handle:
@@ -212,8 +220,9 @@ class Handle:
     def read_runs(self, view: memoryview, runs: Iterable[tuple[int, int]]) -> int:
         """Fill a byte view from short runs ``(offset, length)``, one behind the other.
 
-        They leave nothing in the system's cache that was not there: single pages, between which
-        Linux would bring in one page at a time what is read around them later, at twice the cost.
+        Where the system can tell, they leave nothing in its cache that was not there: single pages,
+        between which Linux would bring in one page at a time what is read around them later, at
+        twice the cost. What a disk has to seek stays, for whoever looks again.
 
         Returns
         -------
@@ -228,15 +237,20 @@ class Handle:
         done = 0
         if not len(view):
             return done
+        absent: list[tuple[int, int]] = []
         fd = _POOL.acquire(self._slot)
         try:
             # Linux would go on reading behind two runs that happen to lie close together.
             _advise(fd, 0, 0, "random")
+            began = perf_counter()
             for start, length in runs:
-                got = self._look(fd, view[done : done + length], start)
+                got = self._look(fd, view[done : done + length], start, absent)
                 done += got
                 if got < length:
                     break
+            if perf_counter() - began < _SEEK * len(absent):
+                for first, stop in absent:
+                    _advise(fd, first, stop - first, "dontneed")
         finally:
             _advise(fd, 0, 0, "normal")
             _POOL.release(self._slot)
@@ -254,21 +268,22 @@ class Handle:
             raise cannot(f"read at byte {offset + done}", self.path, error) from error
         return done
 
-    def _look(self, fd: int, view: memoryview, offset: int) -> int:
-        absent = False
+    def _look(self, fd: int, view: memoryview, offset: int, absent: list[tuple[int, int]]) -> int:
+        """Read a run; the pages of it that were not there are added to a list."""
+        there = None
         if _PREADV is not None and _CACHED and len(view):
             try:
-                if _PREADV(fd, [view], offset, _CACHED) == len(view):
-                    return len(view)
-                absent = True
+                there = int(_PREADV(fd, [view], offset, _CACHED))
             except BlockingIOError:
-                absent = True
+                there = 0
             except OSError:
                 pass  # a file system that cannot tell
+            if there == len(view):
+                return there
         got = self._fill(fd, view, offset)
-        if absent:
-            first = offset - offset % PAGE
-            _advise(fd, first, offset + got - first + -(offset + got) % PAGE, "dontneed")
+        if there is not None:
+            first, stop = offset + there, offset + got
+            absent.append((first - first % PAGE, stop + -stop % PAGE))
         return got
 
     def _read(self, fd: int, view: memoryview, offset: int) -> int:

@@ -102,8 +102,11 @@ class FileTensor:
         runs = [self._span(start, stop) for start, stop in spans]
         length = sum(size for _, size in runs)
         _check_room(out, length)
-        if (got := self.handle.read_runs(out.data[:length], runs)) < length:
-            raise self._ends(length, runs[0][0], got)
+        got = self.handle.read_runs(out.data[:length], runs)
+        for first, size in runs if got < length else ():
+            if got < size:
+                raise self._ends(size, first, got)
+            got -= size
         return out[:length].view(DTYPES[self.dtype])
 
     def _ends(self, length: int, first: int, got: int) -> FormatError:

@@ -1,4 +1,4 @@
-"""What is asked for before it is read, and let go after it was: the policy, without the calls.
+"""What is asked for before it is read, and let go after it was: the policy, not the system calls.
 
 Inputs that come over a network are asked for ahead always. Files are let go of in runs that read
 and write more than the page cache should hold, and in those of slow disks they are asked for.
@@ -133,7 +133,7 @@ class Ahead:
         Bytes that may stay in the page cache between a reading and the last; ``None`` to leave
         files alone, and to ask only for what comes over a network.
     ask : collection of Store or None
-        What is asked for then; ``None`` for everything.
+        What is asked for, of what would be; ``None`` for all of it.
     """
 
     def __init__(
@@ -286,7 +286,13 @@ def room_of(plan: Plan) -> int | None:
 
 
 def ahead_of(plan: Plan, room: int | None) -> Ahead:
-    """The policy of a run that has this room (:func:`room_of`)."""
+    """The policy of a run that has this room (:func:`room_of`); a large one tries its disks.
+
+    Raises
+    ------
+    MergebenchError
+        If an input cannot be read.
+    """
     items, copies, own = plan.aligned.items, plan.aligned.copies, plan.aligned.own
     steps = []
     for name in plan.aligned.order:

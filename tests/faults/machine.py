@@ -124,7 +124,7 @@ class Machine:
     def preadv(
         self, true: Callable[..., int], fd: int, views: Any, offset: int, flags: int = 0
     ) -> int:
-        if flags == os.RWF_NOWAIT:
+        if flags:
             raise BlockingIOError  # nothing is in memory, so that every read is a step
         if self._now("read", _name(fd), self.reads):
             self._fail()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mergebench import merge_models
-from mergebench.checkpoints import direct
+from mergebench.checkpoints import descriptors, direct
 from mergebench.checkpoints.reader import open_safetensors
 from mergebench.compute.machine import PAGE
 from mergebench.core.tensor import read_all, read_runs
@@ -59,8 +60,9 @@ def test_a_large_merge_leaves_nothing_behind(models: Path, method: str, workers:
     assert tree(models)["out.safetensors"] == small
 
 
-def test_samples_leave_nothing_behind(models: Path) -> None:
-    """Runs close together, too; what was there stays."""
+def test_samples_leave_nothing_behind(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs close together, too; what was there stays, and all that a disk takes long to find."""
+    monkeypatch.setattr(descriptors, "_SEEK", inf)
     path = models / "base.safetensors"
     tensors = open_safetensors(path).tensors
     size = SHAPE[0] * SHAPE[1]
@@ -79,6 +81,17 @@ def test_samples_leave_nothing_behind(models: Path) -> None:
     for one, again, entries in zip(cold, hot, whole, strict=True):
         expected = np.concatenate([entries[start:stop] for start, stop in spans])
         assert one.tobytes() == again.tobytes() == expected.tobytes()
+    forget(path)
+    tensor = tensors["layers.3.weight"]
+    tensor.advise(0, 300, "willneed")
+    tensor.read(0, 300)
+    there = resident(path)
+    # Half of it lies in pages that are there.
+    read_runs(tensor, [(0, 8 * PAGE)], np.empty(16 * PAGE, np.uint8))
+    assert resident(path) == there
+    monkeypatch.setattr(descriptors, "_SEEK", 0.0)
+    read_runs(tensor, [(300_000, 300_300)], out)
+    assert resident(path) >= there + PAGE
 
 
 @pytest.mark.parametrize(
