@@ -35,6 +35,20 @@ def resident(path: Path) -> int:
     return _PAGE * sum(page & 1 for page in bytes(pages))
 
 
+def tells(path: Path) -> bool:
+    """Whether the file system says what it would wait for; overlays of containers do not."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
 def forget(path: Path) -> None:
     """Bring a file to the disk, and take it out of memory as far as the system lets us."""
     fd = os.open(path, os.O_RDONLY)
