@@ -53,6 +53,15 @@ class _Blocks:
             while self._size > self.capacity and len(self._found) > 1:
                 self._size -= len(self._found.popitem(last=False)[1])
 
+    def until(self, owner: str, start: int, stop: int) -> int:
+        """Where a block longer than a spot begins behind ``start``, or else ``stop``.
+
+        Around spots a request goes on: another one would take longer than they do.
+        """
+        with self._lock:
+            found = ((s, len(data)) for (of, s), data in self._found.items() if of == owner)
+            return min((s for s, n in found if start < s < stop and n > SPOT), default=stop)
+
     def drop(self, owner: str, start: int, stop: int) -> None:
         """Forget the blocks that lie inside a span."""
         with self._lock:
@@ -141,7 +150,7 @@ class RemoteHandle:
             at = bisect_left(self._edges, min(stop, end))
             if at < len(self._edges):
                 end = min(end, self._edges[at])
-            data = self._ask(start, end)
+            data = self._ask(start, _BLOCKS.until(self._key, start, end))
             _BLOCKS.put(self._key, start, data)
             return start, data
 

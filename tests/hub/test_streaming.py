@@ -241,3 +241,18 @@ def test_what_is_kept_in_memory_is_bounded() -> None:
     assert blocks.get("b", 121) is None
     assert blocks.ends_at("a", 200)
     assert not blocks.ends_at("a", 199)
+
+
+def test_what_has_come_is_not_asked_for_again(
+    far: tuple[remote.RemoteHandle, list[int]],
+) -> None:
+    """A request ends where a long block begins, such as other threads bring, not at a spot."""
+    handle, asked = far
+    content = np.random.default_rng(0).bytes(100_000)
+    handle.read_at(memoryview(bytearray(40_000)), 50_000)
+    handle.read_at(memoryview(bytearray(10)), 20_000)
+    whole = bytearray(100_000)
+
+    assert handle.read_at(memoryview(whole), 0) == 100_000
+    assert whole == content
+    assert asked == [50_000, 20_000, 0, 90_000]
