@@ -19,6 +19,9 @@ from mergebench.merge.at import At
 from mergebench.merge.collected import Slices
 from mergebench.sources import Applied
 
+#: Entries counted at a time, which no plan knows of.
+_LOOKED_AT = 1 << 14
+
 
 @dataclass(frozen=True, eq=False)
 class Item:
@@ -251,8 +254,9 @@ def _count(tensor: Tensor) -> tuple[int, int, int]:
     """How many entries are NaN, how many infinite, of how many."""
     nan = infinite = 0
     size = int(np.prod(tensor.shape))
-    for start in range(0, size, 1 << 20):
-        piece = tensor.read(start, min(start + (1 << 20), size)).astype(np.float64)
+    wide = np.float64 if tensor.dtype == "F64" else np.float32
+    for start in range(0, size, _LOOKED_AT):
+        piece = tensor.read(start, min(start + _LOOKED_AT, size)).astype(wide)
         nan += int(np.isnan(piece).sum())
         infinite += int(np.isinf(piece).sum())
     return nan, infinite, size

@@ -15,15 +15,20 @@ MIB = 1 << 20
 READY = """
 import threading
 import psutil
+import rich.console
+import typer.main
 
 import mergebench.compute.decompose
 import mergebench.merge.engine
+import mergebench.merge.many.numbered
+import mergebench.merge.planning
 from mergebench.adapters_zoo.adapter import KINDS
-from mergebench.cli.main import main
+from mergebench.cli.main import app, main
 from mergebench.merge.kernels import ready
 from mergebench.merge.method import METHODS
 from mergebench.merge.op import OPS
 
+typer.main.get_command(app)
 loaded = len(list(METHODS)) + len(list(OPS)) + len(list(KINDS))
 # A compiler is a library too.
 assert ready.kernels() is not None

@@ -76,7 +76,13 @@ def vectors(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("method", "memory"),
-    [("task_arithmetic", 40), ("sce", 128), ("ramplus_tl", 128), ("ties", 128)],
+    [
+        ("task_arithmetic", 40),
+        ("task_arithmetic", 16),
+        ("sce", 128),
+        ("ramplus_tl", 128),
+        ("ties", 128),
+    ],
 )
 @pytest.mark.parametrize("holes", [False, True])
 def test_what_kernels_leave_to_ops_is_planned_for(
