@@ -18,6 +18,12 @@ _HALF_UP = np.float32(2.0**112)
 
 
 @inner
+def widened(half: Any) -> Any:
+    """A bfloat16 as float32, exactly."""
+    return as_float(np.uint32(np.uint32(half) << np.uint32(16)))
+
+
+@inner
 def _half(h: Any) -> Any:
     """A float16 as float32, exactly."""
     size = (np.uint32(h) & np.uint32(0x7FFF)) << np.uint32(13)
@@ -39,7 +45,7 @@ def load(halves: Any, words: Any, kind: Any, x: Any, count: Any) -> Any:
     flaws = np.uint32(0)
     if kind == BF16:
         for j in range(count):
-            x[j] = as_float(np.uint32(np.uint32(halves[j]) << np.uint32(16)))
+            x[j] = widened(halves[j])
             flaws |= _flaw(x[j])
     elif kind == F16:
         for j in range(count):
@@ -59,7 +65,7 @@ def load(halves: Any, words: Any, kind: Any, x: Any, count: Any) -> Any:
 def _expand(halves: Any, x: Any, count: Any) -> None:
     """The same of bfloat16, where flaws are found later."""
     for j in range(count):
-        x[j] = as_float(np.uint32(np.uint32(halves[j]) << np.uint32(16)))
+        x[j] = widened(halves[j])
 
 
 @inner
@@ -68,7 +74,7 @@ def differ(halves: Any, words: Any, kind: Any, base: Any, x: Any, count: Any) ->
     flaws = np.uint32(0)
     if kind == BF16:
         for j in range(count):
-            value = as_float(np.uint32(np.uint32(halves[j]) << np.uint32(16))) - base[j]
+            value = widened(halves[j]) - base[j]
             x[j] = value
             flaws |= _flaw(value)
     elif kind == F16:
@@ -116,7 +122,7 @@ def _accumulate(halves: Any, words: Any, kind: Any, low: Any, weight: Any, total
     """Add ``(stored - low) · weight`` to a total."""
     if kind == BF16:
         for j in range(len(total)):
-            value = as_float(np.uint32(np.uint32(halves[j]) << np.uint32(16))) - low[j]
+            value = widened(halves[j]) - low[j]
             total[j] = total[j] + value * weight
     elif kind == F16:
         for j in range(len(total)):
@@ -133,8 +139,8 @@ def _accumulate_two(halves: Any, own: Any, begin: Any, low: Any, weights: Any, t
     v, w = weights[0], weights[1]
     for j in range(len(total)):
         base = low[j]
-        one = as_float(np.uint32(np.uint32(a[j]) << np.uint32(16))) - base
-        two = as_float(np.uint32(np.uint32(b[j]) << np.uint32(16))) - base
+        one = widened(a[j]) - base
+        two = widened(b[j]) - base
         total[j] = (total[j] + one * v) + two * w
 
 
@@ -147,9 +153,9 @@ def _accumulate_three(
     u, v, w = weights[0], weights[1], weights[2]
     for j in range(len(total)):
         base = low[j]
-        one = as_float(np.uint32(np.uint32(a[j]) << np.uint32(16))) - base
-        two = as_float(np.uint32(np.uint32(b[j]) << np.uint32(16))) - base
-        three = as_float(np.uint32(np.uint32(c[j]) << np.uint32(16))) - base
+        one = widened(a[j]) - base
+        two = widened(b[j]) - base
+        three = widened(c[j]) - base
         total[j] = ((total[j] + one * u) + two * v) + three * w
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mergebench.compute.jit import as_bits, as_float, float_kernel, inner, lowest, ones, reaching
+from mergebench.compute.jit import as_bits, float_kernel, inner, lowest, ones, reaching
 from mergebench.merge.kernels.codes import (
     BAD_INPUT,
     BALLOT,
@@ -23,7 +23,7 @@ from mergebench.merge.kernels.codes import (
     SURVEY,
 )
 from mergebench.merge.kernels.elections import total_votes
-from mergebench.merge.kernels.entries import HIGHEST, SIZE, loaded
+from mergebench.merge.kernels.entries import HIGHEST, SIZE, loaded, widened
 from mergebench.merge.kernels.steps import staged
 
 _0, _1 = np.float32(0), np.int64(1)
@@ -64,7 +64,7 @@ def _as_it_is(value: Any) -> Any:
 
 @inner
 def _from_bf16(half: Any) -> Any:
-    return np.float64(as_float(np.uint32(np.uint32(half) << np.uint32(16))))
+    return np.float64(widened(half))
 
 
 @inner
