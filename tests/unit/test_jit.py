@@ -27,6 +27,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of its own."""
     folder = tmp_path / "cache"
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(folder))
+    # numba reads its environment again when that has changed since it last did.
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(folder))
     return folder
 
 
