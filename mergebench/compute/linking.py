@@ -6,6 +6,7 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from threading import Lock, local
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from weakref import ref
 
 import numpy as np
 
-from mergebench.core.tensor import address
+from mergebench.core.tensor import Array, address
 
 #: Calls a function with what it was given, or with that as numba hands it over.
 Call = Callable[[Sequence[Any], Sequence[Any]], int]
@@ -28,6 +29,8 @@ _FUNCTIONS: Mapping[str, Any] = {
     "NRT_MemInfo_call_dtor": ctypes.CFUNCTYPE(None)(os.abort),
 }
 _NAMING = Lock()
+#: Bits of the flags of an array.
+_C, _F, _ALIGNED, _WRITEABLE = 0x1, 0x2, 0x100, 0x400
 
 
 @dataclass(frozen=True)
@@ -144,33 +147,36 @@ class Arguments(local):
         TypeError, OverflowError
             If one is of another type, or no integer of 64 bits.
         """
-        nested, kinds, values = "", [""], []
-        place = 0
+        kinds, values, place = [""], [], 0
         for each in given:
             if isinstance(each, Held):
-                nested += each.nested
+                kinds[0] += each.nested
                 kinds += each.kinds
                 values += each.values
                 continue
-            nested += _nested((each,))
-            for leaf in _leaves((each,)):
-                known = self._of(leaf, place)
-                place += 1
-                kinds.append(known.kind)
-                values += known.values
-        kinds[0] = nested
+            alone = not isinstance(each, tuple)
+            kinds[0] += "." if alone else _nested((each,))
+            for leaf in (each,) if alone else _leaves(each):
+                if isinstance(leaf, np.ndarray):
+                    known = self._of(leaf, place)
+                    place += 1
+                    kinds.append(known.kind)
+                    values += known.values
+                else:
+                    kinds.append(type(leaf).__name__)
+                    values.append(_number(leaf)[1])
         return tuple(kinds), values
 
-    def _of(self, each: Any, place: int) -> _Leaf:
+    def _of(self, array: Array, place: int) -> _Leaf:
         if place == len(self._last):
             self._last.append(_Leaf(_nothing, None, "", []))
-        last, about = self._last[place], _about(each)
-        # What a dead reference gives is an argument, too.
-        if about is None or last.held() is not each or last.about != about:
+        last = self._last[place]
+        # What may change in an array while it is the same.
+        about = array.shape, array.strides, array.dtype, array.flags.num
+        if last.held() is not array or last.about != about:
             # A reference that counted would keep the room of a merge that has ended.
-            held = _nothing if about is None else ref(each)
-            values = [value for _, value in _flat(each)]
-            self._last[place] = last = _Leaf(held, about, _kind(each), values)
+            last = _Leaf(ref(array), about, _kind(array), _numbers(array))
+            self._last[place] = last
         return last
 
 
@@ -182,16 +188,7 @@ class _Leaf(NamedTuple):
 
 
 def _nothing() -> Any:
-    return Arguments
-
-
-def _about(each: Any) -> Any:
-    """What may change in an array while it is the same."""
-    return (
-        (each.shape, each.strides, each.dtype, each.flags.num)
-        if isinstance(each, np.ndarray)
-        else None
-    )
+    return None
 
 
 def types_of(given: Sequence[Any]) -> tuple[str, ...]:
@@ -218,22 +215,34 @@ def _nested(given: Sequence[Any]) -> str:
 def _kind(each: Any) -> str:
     if not isinstance(each, np.ndarray):
         return type(each).__name__
-    flags = each.flags
-    layout = "C" if flags.c_contiguous else "F" if flags.f_contiguous else "A"
-    marks = f"{flags.aligned:d}{flags.writeable:d}"
-    return f"{each.dtype.str}{each.ndim}{layout}{marks}"
+    return _array_kind(each.dtype, each.ndim, each.flags.num)
 
 
-def _flat(each: Any) -> list[tuple[str, Any]]:
-    """An argument as numba hands it over: arrays by owner, size, place, shape and strides."""
-    if isinstance(each, np.ndarray):
-        sides = [("i64", number) for number in (*each.shape, *each.strides)]
-        sizes = [("ptr", None), ("ptr", None), ("i64", each.size), ("i64", each.itemsize)]
-        return [*sizes, ("ptr", address(each)), *sides]
+@cache
+def _array_kind(dtype: np.dtype[Any], sides: int, flags: int) -> str:
+    layout = "C" if flags & _C else "F" if flags & _F else "A"
+    return f"{dtype.str}{sides}{layout}{bool(flags & _ALIGNED):d}{bool(flags & _WRITEABLE):d}"
+
+
+def _numbers(array: Array) -> list[Any]:
+    """An array as numba hands it over: by owner, size, place, shape and strides."""
+    sizes = None, None, array.size, array.itemsize, address(array)
+    return [*sizes, *array.shape, *array.strides]
+
+
+def _number(each: Any) -> tuple[str, Any]:
     if each is None:
-        return [("ptr", None)]
+        return "ptr", None
     if not isinstance(each, (bool, int)):
         raise TypeError(f"a kernel takes arrays, integers and None, not {each!r:.50}")
     if not -(1 << 63) <= each < 1 << 63:
         raise OverflowError(f"{each} has more than 64 bits")
-    return [("i8" if isinstance(each, bool) else "i64", int(each))]
+    return "i8" if isinstance(each, bool) else "i64", int(each)
+
+
+def _flat(each: Any) -> list[tuple[str, Any]]:
+    """An argument as numba hands it over, and types of that."""
+    if not isinstance(each, np.ndarray):
+        return [_number(each)]
+    types = ["ptr", "ptr", "i64", "i64", "ptr"] + 2 * each.ndim * ["i64"]
+    return list(zip(types, _numbers(each), strict=True))
