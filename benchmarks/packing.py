@@ -22,7 +22,7 @@ from rich.table import Table
 
 from mergebench.adapters_zoo.packing import ROW, Head, Packed, head_bytes, open_packed, pack_block
 from mergebench.adapters_zoo.planes import BLOCK, bytes_of, pack_plane
-from mergebench.compute.planes import deposit, split
+from mergebench.compute.planes import split
 from mergebench.core.tensor import ArrayTensor
 
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -42,11 +42,9 @@ def timed(work: Callable[[], Any]) -> float:
 
 def blocks(packed: Packed) -> Iterator[Any]:
     """Every block, unpacked, and its entries below zero as a plane."""
-    below = np.zeros(BLOCK // 64, np.uint64)
     for number in range(len(packed.table)):
         block: Any = packed.block(number)
-        deposit(block.plane, block.signs, below)
-        yield block, below
+        yield block, block.signs
 
 
 def measured(size: int, density: float, rounds: int, level: int) -> dict[str, Any]:

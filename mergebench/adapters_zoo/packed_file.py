@@ -27,12 +27,12 @@ VERSION = 1
 KIND = "packed"
 #: What names of packed files end in.
 SUFFIX = ".mbz.safetensors"
-_KEPT = 16 << 20
+_KEPT = 1 << 20
 
 
 @dataclass(eq=False)
 class Cache:
-    """Blocks that were unpacked last, of all tensors of a file, up to 16 MiB; for any thread."""
+    """Blocks that were unpacked last, of all tensors of a file, up to 1 MiB; for any thread."""
 
     blocks: OrderedDict[tuple[str, int], Block] = field(default_factory=OrderedDict)
     held: int = 0
@@ -89,7 +89,7 @@ class Unpacked:
             origin = number * BLOCK
             low, high = max(start, origin), min(stop, origin + BLOCK)
             block = self.cache.get(self.packed, number)
-            entries[low - start : high - start] = block.read(low - origin, high - origin)
+            block.read(low - origin, high - origin, entries[low - start : high - start])
         return entries
 
 

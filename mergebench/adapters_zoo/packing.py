@@ -68,8 +68,8 @@ class Block(Protocol):
         """Memory it takes."""
         ...
 
-    def read(self, start: int, stop: int) -> Array:
-        """Entries ``start:stop`` of the block in the dtype of the tensor."""
+    def read(self, start: int, stop: int, out: Array) -> None:
+        """Write entries ``start:stop`` of the block to an array of them in the tensor's dtype."""
         ...
 
 

@@ -7,12 +7,14 @@ bits are set (3 bytes), and the bytes of each of four streams (2 bytes each), wh
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mergebench.compute.words import CLASSES, class_of, code_of
 from mergebench.core.errors import FormatError
+from mergebench.core.tensor import Array
 
 Words = NDArray[np.uint64]
 Bytes = NDArray[np.uint8]
@@ -22,6 +24,35 @@ BLOCK = 1 << 18
 HEAD = struct.Struct("<I4H")
 _INVERTED = 1 << 7
 _SPARE = 20
+
+
+@dataclass(frozen=True, eq=False)
+class Planes:
+    """A block whose entries are each one of four values.
+
+    Attributes
+    ----------
+    plane, signs : uint64 array
+    values : array, (4,)
+        For an entry the one at ``2 · bit + sign``.
+    """
+
+    plane: Words
+    signs: Words
+    values: Array
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes."""
+        return self.plane.nbytes + self.signs.nbytes
+
+    def read(self, start: int, stop: int, out: Array) -> None:
+        """Write entries ``start:stop`` of the block."""
+        from mergebench.compute.planes import spread
+
+        # Kernels know neither bfloat16 nor float8: entries are moved, not computed with.
+        raw = np.dtype(f"u{out.itemsize}")
+        spread(self.plane, self.signs, start, stop, self.values.view(raw), out.view(raw))
 
 
 def to_words(bits: NDArray[np.bool_] | Bytes, size: int, spare: int = _SPARE) -> Words:
@@ -79,7 +110,7 @@ def _coded(plane: Words, size: int, number: int) -> list[bytes] | None:
         begin, end = min(start, size), min(start + part, size)
         out = np.zeros(part // 64 + 3, np.uint64)
         if begin < end:
-            written = int(encode(plane, np.uint64(begin), np.uint64(end), tree, out))
+            written = encode(plane, begin, end, tree, out)
             if not written:
                 return None
             streams.append(out.view(np.uint8)[: -(-written // 8)].tobytes())
@@ -105,15 +136,14 @@ def unpack_plane(where: str, data: Bytes, size: int) -> tuple[Words, int, int]:
         if any(lengths) or data.size < taken:
             raise damaged(where, "ends within a plane")
         plane = to_words(data[HEAD.size : taken], size)
+        _clear(plane, size)
+        found = count_of(plane, size)
     else:
         taken = HEAD.size + sum(lengths)
         if (kind & ~_INVERTED) not in CLASSES or data.size < taken:
             raise damaged(where, "has a plane of no known code, or ends within it")
-        plane = _decoded(where, data[HEAD.size : taken], lengths, kind & ~_INVERTED, size)
-        if kind & _INVERTED:
-            plane = ~plane
-    _clear(plane, size)
-    if count_of(plane, size) != ones:
+        plane, found = _decoded(where, data[HEAD.size : taken], lengths, kind, size)
+    if found != ones:
         raise damaged(where, "has a plane with another number of bits than it says")
     return plane, ones, taken
 
@@ -127,7 +157,9 @@ def _clear(plane: Words, size: int) -> None:
     plane[whole:] = 0
 
 
-def _decoded(where: str, data: Bytes, lengths: list[int], number: int, size: int) -> Words:
+def _decoded(
+    where: str, data: Bytes, lengths: list[int], kind: int, size: int
+) -> tuple[Words, int]:
     from mergebench.compute.planes import decode
 
     part = _part(size)
@@ -137,19 +169,19 @@ def _decoded(where: str, data: Bytes, lengths: list[int], number: int, size: int
         raise damaged(where, "has streams that do not fill its plane")
     words = np.zeros(sum(-(-length // 8) for length in lengths) + 3, np.uint64)
     held = words.view(np.uint8)
-    starts, stops = np.zeros(4, np.uint64), np.zeros(4, np.uint64)
+    bits = np.zeros((3, 4), np.uint64)
     at = taken = 0
     for place, length in enumerate(lengths):
         held[at : at + length] = data[taken : taken + length]
-        starts[place], stops[place] = 8 * at, 8 * (at + length)
+        bits[:2, place] = 8 * at, 8 * (at + length)
         at, taken = at + -(-length // 8) * 8, taken + length
-    code = code_of(number)
     plane = np.zeros(part // 16 + _SPARE, np.uint64)
-    longest, quarter = np.uint64(code.longest), np.uint64(part)
-    ends = np.array([min((place + 1) * part, max(size, place * part)) for place in range(4)])
-    if not decode(words, starts, stops, code.look, longest, ends.astype(np.uint64), quarter, plane):
+    bits[2] = [min((place + 1) * part, max(size, place * part)) for place in range(4)]
+    inverted, code = bool(kind & _INVERTED), code_of(kind & ~_INVERTED)
+    ones = int(decode(words, bits, code.look, code.longest, size, inverted, plane))
+    if ones < 0:
         raise damaged(where, "has a stream that does not end with its plane")
-    return plane
+    return plane, ones
 
 
 def damaged(where: str, what: str) -> FormatError:

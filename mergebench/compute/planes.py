@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mergebench.compute.jit import kernel
+from mergebench.compute.jit import inner, kernel, ones
 
 Words = NDArray[np.uint64]
 #: Words that a plane needs after its last bit, for decoding.
@@ -43,36 +43,37 @@ def encode(plane: Words, start: Any, stop: Any, tree: NDArray[np.uint32], out: W
     ----------
     plane : uint64 array
         With a word after the one of the last bit.
-    start, stop : uint64
+    start, stop : int
     tree : uint32 array
         Of a :class:`~mergebench.compute.words.Code`.
     out : uint64 array of zeros
         Written up to where it ends but for two words; 0 is returned if that is too early.
     """
-    at, put, room = start, _0, _U(len(out) - 2) << _6
-    while at < stop:
+    at, end = _U(start), _U(stop)
+    put, room = _0, _U(len(out) - 2) << _6
+    while at < end:
         node, here = _0, at
         while True:
             # After the last bit come zeros until a word ends.
             window = _0
-            if here < stop:
+            if here < end:
                 window = _peek(plane, here)
-                if stop - here < _8:
-                    window &= (_1 << (stop - here)) - _1
+                if end - here < _8:
+                    window &= (_1 << (end - here)) - _1
             entry = _U(tree[(node << _8) | (window & _BYTE)])
             if entry >> _31:
                 break
             node = entry
             here += _8
         if put >= room:
-            return _0
+            return 0
         code = (entry >> _4) & _LOOK
         place, shift = put >> _6, put & _63
         out[place] |= code << shift
         out[place + _1] |= (code >> _1) >> (_63 - shift)
         put += entry & _15
         at += (entry >> _16) & _LENGTH
-    return put
+    return np.int64(put)
 
 
 @kernel
@@ -133,45 +134,43 @@ def _rest(words: Words, at: Any, stop: Any, look: Words, to: Any, end: Any, plan
 
 @kernel
 def decode(
-    words: Words,
-    starts: Words,
-    stops: Words,
-    look: Words,
-    longest: Any,
-    ends: Words,
-    part: Any,
-    plane: Words,
+    words: Words, bits: Words, look: Words, longest: Any, size: Any, flip: Any, plane: Words
 ) -> Any:
-    """Decode the four streams of a plane; whether each ends within its last 8 bits.
+    """Decode the four streams of a plane; how many bits are set.
+
+    -1 where a stream does not end within the last 8 bits of its own.
 
     Parameters
     ----------
     words : uint64 array
         Holds the streams, and two words after them.
-    starts, stops : uint64 array, (4,)
-        First bit of each stream, and the one after its last.
+    bits : uint64 array, (3, 4)
+        First bit of each stream, the one after its last, and the bit after the last of its quarter
+        of the plane (of an empty one its first).
     look, longest
         Of a :class:`~mergebench.compute.words.Code`.
-    ends : uint64 array, (4,)
-        The bit after the last of each quarter; of an empty one its first.
-    part : uint64
-        Bits of a quarter, a multiple of 64.
+    size : int
+        Bits of the plane.
+    flip : bool
+        Whether the plane has ones where zeros were coded.
     plane : uint64 array of zeros
-        ``4 · part`` bits, and :data:`SPARE` words.
+        Four quarters of ⌈size / 256⌉ words, and :data:`SPARE` words.
     """
+    starts, stops, ends = bits[0], bits[1], bits[2]
+    most, quarter = _U(longest), ((_U(size) + _BYTE) >> _8) << _6
     i0, i1, i2, i3 = starts[0], starts[1], starts[2], starts[3]
     s0, s1, s2, s3 = stops[0], stops[1], stops[2], stops[3]
-    o0, o1, o2, o3 = _0, part, part + part, part + part + part
+    o0, o1, o2, o3 = _0, quarter, quarter + quarter, quarter + quarter + quarter
     e0, e1, e2, e3 = ends[0], ends[1], ends[2], ends[3]
     while True:
         # Neither a stream nor its quarter can end within so many steps of four words.
         count = min(
-            min(e0 - o0, e1 - o1, e2 - o2, e3 - o3) // (_4 * longest),
+            min(e0 - o0, e1 - o1, e2 - o2, e3 - o3) // (_4 * most),
             min(s0 - i0, s1 - i1, s2 - i2, s3 - i3) // _48,
         )
         if count == _0:
             break
-        if longest <= _32:
+        if most <= _32:
             for _ in range(count):
                 i0, o0 = _four_short(words, i0, look, plane, o0)
                 i1, o1 = _four_short(words, i1, look, plane, o1)
@@ -188,7 +187,24 @@ def decode(
     i2 = _rest(words, i2, s2, look, o2, e2, plane)
     i3 = _rest(words, i3, s3, look, o3, e3, plane)
     full = s0 - i0 < _8 and s1 - i1 < _8 and s2 - i2 < _8 and s3 - i3 < _8
-    return full and i0 <= s0 and i1 <= s1 and i2 <= s2 and i3 <= s3
+    if not (full and i0 <= s0 and i1 <= s1 and i2 <= s2 and i3 <= s3):
+        return -1
+    return _settle(plane, size, ~_0 if flip else _0)
+
+
+@kernel
+def _settle(plane: Words, size: Any, flip: Any) -> Any:
+    """Turn bits round where asked, leave none after the last, and count them."""
+    whole, count = size >> 6, 0
+    for place in range(whole):
+        word = plane[place] ^ flip
+        plane[place] = word
+        count += ones(word)
+    for place in range(whole, len(plane)):
+        plane[place] = (plane[place] ^ flip) & ((_1 << (_U(size) & _63)) - _1)
+        count += ones(plane[place])
+        size = 0
+    return count
 
 
 @kernel
@@ -210,45 +226,46 @@ def split(coded: NDArray[np.int8], plane: Words, signs: Words) -> Any:
             signs[at >> _6] |= _U(coded[place] < 0) << (at & _63)
             at += bit
         plane[_U(start) >> _6] = found
-    return at
+    return np.int64(at)
 
 
 @kernel
-def spread(
-    plane: Words, start: Any, stop: Any, signs: Words, first: Any, values: Any, out: Any
-) -> None:
-    """One of three values for each of the bits ``start:stop``: none set, set, set with its sign.
+def spread(plane: Words, signs: Words, start: Any, stop: Any, values: Any, out: Any) -> None:
+    """One of four values for each of the bits ``start:stop``: the one at ``2 · bit + sign``.
 
     Parameters
     ----------
-    plane : uint64 array
-    start, stop : uint64
-    signs : uint64 array
-        A bit for each bit set in the plane, in order.
-    first : uint64
-        How many are set before ``start``.
-    values : array, (4,)
-        For a bit that is not set (twice), that is set without a sign, and with one.
+    plane, signs : uint64 array
+    start, stop : int
+    values : array of unsigned integers, (4,)
     out : array, (stop - start,)
         Of the dtype of the values.
     """
-    at = first
-    for number in range(start, stop):
-        place = _U(number)
-        bit = (plane[place >> _6] >> (place & _63)) & _1
-        sign = (signs[at >> _6] >> (at & _63)) & _1
-        out[place - start] = values[(bit << _1) | sign & bit]
-        at += bit
+    number = start
+    while number < stop:
+        word, sign = plane[_U(number) >> _6], signs[_U(number) >> _6]
+        end = min(stop, (number | 63) + 1)
+        if end - number == 64:
+            for half in range(2):
+                shift, first = _U(32 * half), number - start + 32 * half
+                _select(word >> shift, sign >> shift, values, out[first : first + 32])
+        else:
+            for each in range(number, end):
+                place = _U(each) & _63
+                bit, own = (word >> place) & _1, (sign >> place) & _1
+                out[each - start] = values[(bit << _1) | own]
+        number = end
 
 
-@kernel
-def spread_all(plane: Words, signs: Words, start: Any, stop: Any, values: Any, out: Any) -> None:
-    """As :func:`spread`, where every bit has its sign: the value at ``2 · bit + sign``."""
-    for number in range(start, stop):
-        place = _U(number)
-        bit = (plane[place >> _6] >> (place & _63)) & _1
-        sign = (signs[place >> _6] >> (place & _63)) & _1
-        out[place - start] = values[(bit << _1) | sign]
+@inner
+def _select(word: Any, sign: Any, values: Any, out: Any) -> None:
+    """32 entries at once: numbers of 32 bits, and choices that are no jumps and no look-ups."""
+    a, b, c, d = values[0], values[1], values[2], values[3]
+    bits, signs = np.uint32(word), np.uint32(sign)
+    for j in range(32):
+        bit, own = (bits >> np.uint32(j)) & np.uint32(1), (signs >> np.uint32(j)) & np.uint32(1)
+        unset, set_ = b if own else a, d if own else c
+        out[j] = set_ if bit else unset
 
 
 @kernel
@@ -266,7 +283,7 @@ def _step(mask: Any, above: Any, by: Any) -> Any:
 
 @kernel
 def deposit(plane: Words, signs: Words, out: Words) -> None:
-    """The bits of a plane that have their sign, as a plane; ``signs`` as in :func:`spread`.
+    """A bit for each bit set in a plane, in order, to where that is; others become zeros.
 
     All words at once, without branches: signs are moved up in steps of 32, 16, … 1 places (Warren,
     Hacker's Delight, 7-5), which compilers turn into instructions on several words.
@@ -275,7 +292,7 @@ def deposit(plane: Words, signs: Words, out: Words) -> None:
     ----------
     plane : uint64 array, (m,)
     signs : uint64 array
-        With two words after the last sign.
+        The bits, with two words after the last.
     out : uint64 array, (m,)
     """
     at = _0

@@ -122,6 +122,36 @@ def test_any_tensor_comes_back(
     assert_same_bits(Unpacked(opened(made), Cache()).read(start, stop), expected[start:stop])
 
 
+@pytest.mark.parametrize("first", [0, 8, 3])
+def test_entries_land_where_they_are_wanted(first: int) -> None:
+    """Over borders of blocks and of words, at any byte, and nothing beside them."""
+    coded = signs(2 * BLOCK + 100, 0.2)
+    data = packed(coded, Head("ternary", "BF16", coded.shape, (0.0, 1.0)))
+    start, stop = BLOCK - 70, 2 * BLOCK + 33
+    room = np.full(first + 2 * (stop - start) + 5, 0xAB, np.uint8)
+
+    got = Unpacked(opened(data), Cache()).read(start, stop, room[first:])
+
+    assert got.tobytes() == coded[start:stop].astype(ml_dtypes.bfloat16).tobytes()
+    assert np.shares_memory(got, room)
+    assert set(room[:first]) | set(room[first + got.nbytes :]) == {0xAB}
+
+
+def test_few_unpacked_blocks_are_kept() -> None:
+    """However many a file has: no plan of a merge counts them."""
+    coded = signs(40 * BLOCK, 0.05)
+    cache = Cache()
+    tensor = Unpacked(
+        opened(packed(coded, Head("ternary", "BF16", coded.shape, (0.0, 1.0)))), cache
+    )
+
+    assert np.array_equal(tensor.read(0, coded.size).astype(np.int8), coded)
+
+    assert [number for _, number in cache.blocks] == [*range(40 - len(cache.blocks), 40)]
+    assert cache.held == sum(each.nbytes for each in cache.blocks.values())
+    assert 1 << 19 < cache.held <= 1 << 20
+
+
 def test_values_in_eight_bits_are_steps(tmp_path: Path) -> None:
     """Of I8 the stored number counts steps."""
     coded = np.array([0, 3, -127, 0, 1], np.int8)

@@ -20,9 +20,9 @@ class Raw:
         """Memory it takes."""
         return self.values.nbytes
 
-    def read(self, start: int, stop: int) -> Array:
-        """Entries ``start:stop`` of the block."""
-        return self.values[start:stop]
+    def read(self, start: int, stop: int, out: Array) -> None:
+        """Write entries ``start:stop`` of the block."""
+        out[:] = self.values[start:stop]
 
 
 def _pack(coded: Array) -> bytes:

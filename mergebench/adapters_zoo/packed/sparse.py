@@ -31,15 +31,14 @@ class Sparse:
         """Memory it takes."""
         return self.plane.nbytes + self.values.nbytes
 
-    def read(self, start: int, stop: int) -> Array:
-        """Entries ``start:stop`` of the block."""
+    def read(self, start: int, stop: int, out: Array) -> None:
+        """Write entries ``start:stop`` of the block."""
         first = start // 8
         bits = np.unpackbits(self.plane.view(np.uint8)[first : -(-stop // 8)], bitorder="little")
         places = np.flatnonzero(bits[start - 8 * first : stop - 8 * first])
-        out = np.zeros(stop - start, self.values.dtype)
         before = count_of(self.plane, start)
+        out[:] = 0
         out[places] = self.values[before : before + places.size]
-        return out
 
 
 def _pack(coded: Array) -> bytes:

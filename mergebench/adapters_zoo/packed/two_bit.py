@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from mergebench.adapters_zoo.packing import CODECS, Block, Codec, Head, values_of
 from mergebench.adapters_zoo.planes import (
     Bytes,
-    Words,
+    Planes,
     bits_at,
     damaged,
     pack_plane,
@@ -17,30 +15,6 @@ from mergebench.adapters_zoo.planes import (
     unpack_plane,
 )
 from mergebench.core.tensor import Array
-
-
-@dataclass(frozen=True, eq=False)
-class TwoBit:
-    """A block as the plane of outer values, one of signs (set for minus), and the four values."""
-
-    plane: Words
-    signs: Words
-    values: Array
-
-    @property
-    def nbytes(self) -> int:
-        """Memory it takes."""
-        return self.plane.nbytes + self.signs.nbytes
-
-    def read(self, start: int, stop: int) -> Array:
-        """Entries ``start:stop`` of the block."""
-        from mergebench.compute.planes import spread_all
-
-        out = np.empty(stop - start, self.values.dtype)
-        raw = np.dtype(f"u{out.itemsize}")
-        begin, end = np.uint64(start), np.uint64(stop)
-        spread_all(self.plane, self.signs, begin, end, self.values.view(raw), out.view(raw))
-        return out
 
 
 def _pack(coded: Array) -> bytes:
@@ -55,7 +29,7 @@ def _unpack(where: str, data: Bytes, size: int, head: Head) -> Block:
         raise damaged(where, "has another number of signs than of entries")
     mean, inner, outer = (np.float32(each) for each in head.numbers)
     values = values_of(head, (mean + inner, mean - inner, mean + outer, mean - outer))
-    return TwoBit(plane, bits_at(data[taken:], size), values)
+    return Planes(plane, bits_at(data[taken:], size), values)
 
 
 CODECS.add(
