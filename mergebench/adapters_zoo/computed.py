@@ -37,6 +37,12 @@ class Computed:
     transposed: bool = False
     dtype: str = "F32"
 
+    @property
+    def together(self) -> int:
+        """How many entries are computed if one is read, from a multiple of this on."""
+        count = self.shape[0] if self.shape else 1
+        return max(_ROWS * (prod(self.shape) // max(count, 1)), 1)
+
     def read(self, start: int, stop: int, out: Array | None = None) -> Array:
         """Entries ``start:stop`` of the flattened tensor, computed in float64 and rounded once."""
         count = self.shape[0] if self.shape else 1

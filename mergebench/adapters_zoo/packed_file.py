@@ -20,6 +20,7 @@ import xxhash
 from mergebench.adapters_zoo.adapter import FILE_KEY, parse_object, saved_kind
 from mergebench.adapters_zoo.packing import Block, Packed, open_packed
 from mergebench.adapters_zoo.planes import BLOCK, damaged
+from mergebench.compute.machine import cores
 from mergebench.core.errors import FormatError
 from mergebench.core.tensor import DTYPES, Array, Tensor, nbytes, size_of
 
@@ -32,7 +33,10 @@ _KEPT = 1 << 20
 
 @dataclass(eq=False)
 class Cache:
-    """Blocks that were unpacked last, of all tensors of a file, up to 1 MiB; for any thread."""
+    """Blocks that were unpacked last, of all tensors of a file; for any thread.
+
+    Up to 1 MiB of them, or one for each core: a tile that is read is often a part of a block.
+    """
 
     blocks: OrderedDict[tuple[str, int], Block] = field(default_factory=OrderedDict)
     held: int = 0
@@ -50,7 +54,7 @@ class Cache:
             if key not in self.blocks:
                 self.blocks[key] = made
                 self.held += made.nbytes
-            while self.held > _KEPT and len(self.blocks) > 1:
+            while self.held > _KEPT and len(self.blocks) > cores():
                 self.held -= self.blocks.popitem(last=False)[1].nbytes
         return made
 
@@ -79,12 +83,19 @@ class Unpacked:
         ------
         FormatError
             If one of the blocks is damaged.
+        IndexError, ValueError
+            If the range or ``out`` does not fit: a mistake of the caller.
         """
+        if not 0 <= start <= stop <= self.packed.head.size:
+            raise IndexError(f"entries {start}:{stop} of {self.packed.head.size}")
         dtype = DTYPES[self.dtype]
         if out is None:
             entries: Array = np.empty(stop - start, dtype)
         else:
             entries = out[: (stop - start) * dtype.itemsize].view(dtype)
+        # Kernels look at no length.
+        if entries.shape != (stop - start,):
+            raise ValueError(f"out holds {entries.size} entries, {stop - start} are needed")
         for number in range(start // BLOCK, -(-stop // BLOCK)):
             origin = number * BLOCK
             low, high = max(start, origin), min(stop, origin + BLOCK)

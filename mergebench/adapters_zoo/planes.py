@@ -44,7 +44,7 @@ class Planes:
     @property
     def nbytes(self) -> int:
         """Memory it takes."""
-        return self.plane.nbytes + self.signs.nbytes
+        return self.plane.nbytes + (0 if self.signs is self.plane else self.signs.nbytes)
 
     def read(self, start: int, stop: int, out: Array) -> None:
         """Write entries ``start:stop`` of the block."""
@@ -52,7 +52,12 @@ class Planes:
 
         # Kernels know neither bfloat16 nor float8: entries are moved, not computed with.
         raw = np.dtype(f"u{out.itemsize}")
-        spread(self.plane, self.signs, start, stop, self.values.view(raw), out.view(raw))
+        wanted = out.view(raw)
+        # Compiled code takes every number to stand at a multiple of its size.
+        target = wanted if wanted.flags.aligned else np.empty(out.size, raw)
+        spread(self.plane, self.signs, start, stop, self.values.view(raw), target)
+        if target is not wanted:
+            wanted[:] = target
 
 
 def to_words(bits: NDArray[np.bool_] | Bytes, size: int, spare: int = _SPARE) -> Words:

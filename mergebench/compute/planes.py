@@ -23,8 +23,6 @@ _U = np.uint64
 # One of everything, as numba would make signed numbers of plain ones.
 _0, _1, _2, _4, _6, _8, _14, _16 = (_U(each) for each in (0, 1, 2, 4, 6, 8, 14, 16))
 _15, _31, _32, _48, _56, _63 = (_U(each) for each in (15, 31, 32, 48, 56, 63))
-_FIVES, _THREES = _U(0x5555555555555555), _U(0x3333333333333333)
-_FS, _ONES = _U(0x0F0F0F0F0F0F0F0F), _U(0x0101010101010101)
 _BYTE, _LENGTH, _LOOK = _U(255), _U(1023), _U(4095)
 
 
@@ -298,12 +296,7 @@ def deposit(plane: Words, signs: Words, out: Words) -> None:
     at = _0
     for place in range(len(out)):
         out[place] = _peek(signs, at)
-        left = plane[place]
-        # The usual count of bits, as numba knows no other.
-        left -= (left >> _1) & _FIVES
-        left = (left & _THREES) + ((left >> _2) & _THREES)
-        left = (left + (left >> _4)) & _FS
-        at += (left * _ONES) >> _56
+        at += _U(ones(plane[place]))
     for place in range(len(out)):
         mask, bits = plane[place], out[place]
         above = ~mask << _1

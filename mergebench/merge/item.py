@@ -255,8 +255,11 @@ def _count(tensor: Tensor) -> tuple[int, int, int]:
     nan = infinite = 0
     size = int(np.prod(tensor.shape))
     wide = np.float64 if tensor.dtype == "F64" else np.float32
-    for start in range(0, size, _LOOKED_AT):
-        piece = tensor.read(start, min(start + _LOOKED_AT, size)).astype(wide)
+    # What is computed together would be computed again for every piece of it.
+    unit = tensor.together if isinstance(tensor, Computed) else 1
+    step = max(_LOOKED_AT // unit, 1) * unit
+    for start in range(0, size, step):
+        piece = tensor.read(start, min(start + step, size)).astype(wide)
         nan += int(np.isnan(piece).sum())
         infinite += int(np.isinf(piece).sum())
     return nan, infinite, size

@@ -32,6 +32,7 @@ from mergebench.adapters_zoo.packing import (
     pack_block,
 )
 from mergebench.adapters_zoo.planes import BLOCK
+from mergebench.compute.machine import cores
 from mergebench.core.errors import FormatError
 from mergebench.core.tensor import DTYPES, ArrayTensor
 
@@ -123,33 +124,60 @@ def test_any_tensor_comes_back(
 
 
 @pytest.mark.parametrize("first", [0, 8, 3])
-def test_entries_land_where_they_are_wanted(first: int) -> None:
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "BF16", "F32", "F64"])
+@pytest.mark.parametrize("codec", ["ternary", "one_bit", "two_bit", "sparse", "raw"])
+def test_entries_land_where_they_are_wanted(codec: str, dtype: str, first: int) -> None:
     """Over borders of blocks and of words, at any byte, and nothing beside them."""
     coded = signs(2 * BLOCK + 100, 0.2)
-    data = packed(coded, Head("ternary", "BF16", coded.shape, (0.0, 1.0)))
-    start, stop = BLOCK - 70, 2 * BLOCK + 33
-    room = np.full(first + 2 * (stop - start) + 5, 0xAB, np.uint8)
-
-    got = Unpacked(opened(data), Cache()).read(start, stop, room[first:])
-
-    assert got.tobytes() == coded[start:stop].astype(ml_dtypes.bfloat16).tobytes()
-    assert np.shares_memory(got, room)
-    assert set(room[:first]) | set(room[first + got.nbytes :]) == {0xAB}
-
-
-def test_few_unpacked_blocks_are_kept() -> None:
-    """However many a file has: no plan of a merge counts them."""
-    coded = signs(40 * BLOCK, 0.05)
-    cache = Cache()
-    tensor = Unpacked(
-        opened(packed(coded, Head("ternary", "BF16", coded.shape, (0.0, 1.0)))), cache
+    numbers = {"ternary": (0.0, 1.0), "one_bit": (0.0, 1.0), "two_bit": (0.0, 1.0, 2.0)}
+    if codec == "one_bit":
+        coded[coded == 0] = 1
+    elif codec == "two_bit":
+        coded = np.where(coded == 0, -2, coded).astype(np.int8)
+    stored = coded.astype(DTYPES["F8_E4M3" if codec == "sparse" else dtype])
+    packable = stored if codec in {"sparse", "raw"} else coded
+    head = Head(
+        codec, dtype, coded.shape, numbers.get(codec, (0.0,)[: codec == "sparse"]), "F8_E4M3"
     )
+    data = packed(packable, head)
+    start, stop = BLOCK - 70, 2 * BLOCK + 33
+    size = DTYPES[dtype].itemsize * (stop - start)
+    room = np.full(first + size + 5, 0xAB, np.uint8)
+    tensor = Unpacked(opened(data), Cache())
+
+    got = tensor.read(start, stop, room[first:])
+
+    assert got.tobytes() == coded[start:stop].astype(DTYPES[dtype]).tobytes()
+    assert room[first : first + size].tobytes() == got.tobytes()
+    assert set(room[:first]) | set(room[first + size :]) == {0xAB}
+    with pytest.raises(ValueError, match=f"{stop - start} are needed"):
+        tensor.read(start, stop, room[:800])
+    with pytest.raises(IndexError, match="of 524388"):
+        tensor.read(start, 2 * BLOCK + 101)
+
+
+@pytest.mark.parametrize(
+    ("codec", "dtype"), [("ternary", "BF16"), ("one_bit", "F32"), ("raw", "F64")]
+)
+def test_few_unpacked_blocks_are_kept(codec: str, dtype: str) -> None:
+    """However many a file has: no plan of a merge counts them."""
+    coded = signs(40 * BLOCK, 0.05 if codec == "ternary" else 1)
+    data = packed(
+        coded.astype(DTYPES[dtype]) if codec == "raw" else coded,
+        Head(codec, dtype, coded.shape, () if codec == "raw" else (0.0, 1.0)),
+    )
+    cache = Cache()
+    tensor = Unpacked(opened(data), cache)
 
     assert np.array_equal(tensor.read(0, coded.size).astype(np.int8), coded)
 
     assert [number for _, number in cache.blocks] == [*range(40 - len(cache.blocks), 40)]
-    assert cache.held == sum(each.nbytes for each in cache.blocks.values())
-    assert 1 << 19 < cache.held <= 1 << 20
+    one = BLOCK * 8 if codec == "raw" else BLOCK // 8 * (1 if codec == "one_bit" else 2)
+    assert len(cache.blocks) == cache.held // one
+    if codec == "raw":
+        assert len(cache.blocks) == min(cores(), 40)
+    else:
+        assert 1 << 19 < cache.held <= max(1 << 20, (one + 512) * cores())
 
 
 def test_values_in_eight_bits_are_steps(tmp_path: Path) -> None:

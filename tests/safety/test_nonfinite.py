@@ -17,7 +17,7 @@ from mergebench.core.delta import Dense
 from mergebench.core.errors import MergebenchError
 from mergebench.core.site import Site
 from mergebench.merge.engine import execute
-from mergebench.merge.item import Item, load
+from mergebench.merge.item import Item, load, passed_through
 from mergebench.merge.method import METHODS
 from mergebench.merge.planning import make_plan
 from mergebench.recipe import ModelRef, Recipe
@@ -309,6 +309,22 @@ def test_computed_updates_are_refused() -> None:
     item = Item(Site("up.weight", (4, 4)), (update,), (1.0,), ("loha",), None, lenient=True)
     with pytest.raises(MergebenchError, match=r"loha: tensor 'up\.weight' has 16 NaN.*not pass on"):
         load(item, 0, 16)
+
+
+def test_every_row_is_computed_once_for_the_count() -> None:
+    """Rows longer than the pieces in which stored entries are counted."""
+    asked: list[range] = []
+
+    def block(rows: slice, columns: slice) -> Array:
+        assert (columns.start, columns.stop) == (0, 30_000)
+        asked.append(range(rows.start, rows.stop))
+        return np.where(np.arange(rows.start, rows.stop)[:, None] == 11, np.nan, np.zeros(30_000))
+
+    tensor = Computed((20, 30_000), block)
+    item = Item(Site("w", (20, 30_000)), (Dense(tensor),), (1.0,), ("a",), None, lenient=True)
+
+    assert passed_through(item) == {"a": 30_000}
+    assert asked == [range(8), range(8, 16), range(16, 20)]
 
 
 def test_what_is_copied_stays_as_it_is(scene: Scene) -> None:
