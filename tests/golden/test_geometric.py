@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from math import cos, pi, sin, sqrt
 from typing import Any
 
@@ -188,6 +189,18 @@ def test_model_stock_by_row() -> None:
     """Rows with cosines of 1 and 0: the first moves to the mean, the second stays."""
     got = merged("model_stock", [[1, 2], [1, 0]], [[3, 6], [0, 1]], scope="row")
     assert_about(got, [[2, 4], [0, 0]])
+
+
+@pytest.mark.parametrize("scope", ["row", "tensor"])
+def test_the_angles_of_model_stock_have_no_order(scope: str) -> None:
+    """Cosines of 1/2, -1/2 and multiples of 1/√6 that cancel do so in any order of models."""
+    vectors = [[-1, 0, -1], [1, 0, -1], [-1, 1, 0], [1, -1, -1]]
+    found = set()
+    for order in permutations(range(len(vectors))):
+        models = [np.array([vectors[place]], np.float32) for place in order]
+        got = apply(ops["stock_ratio"](scope=scope), models)
+        found.add((got[order.index(0)] + 0.0).tobytes())
+    assert len(found) == 1
 
 
 def test_sce_by_hand() -> None:

@@ -59,10 +59,13 @@ def _ratio(products: Any, count: int, clamp: bool) -> Any:
     xp = namespace(products)
     squares = [products[..., model, model] for model in range(count)]
     lengths = [xp.sqrt(xp.where(square > 0, square, 1.0)) for square in squares]
-    total = xp.zeros_like(squares[0])
-    for one in range(count):
-        for other in range(one):
-            total = total + products[..., one, other] / lengths[one] / lengths[other]
+    cosines = [
+        products[..., one, other] / (lengths[one] * lengths[other])
+        for one in range(count)
+        for other in range(one)
+    ]
+    # Added up by size: those that cancel in one order of the models cancel in all.
+    total = xp.sum(xp.sort(xp.stack(cosines), axis=0), axis=0)
     cosine = total / (count * (count - 1) / 2)
     below = 1 + (count - 1) * cosine
     vanished = xp.abs(below) < _VANISHED
