@@ -155,3 +155,7 @@ OPS_EXEMPT: Mapping[tuple[str, str], str] = {
 
 #: Ops that go by a rank found in the data: arrays without data do not do for them.
 SHAPED_BY_DATA = frozenset({"core_space", "gram_mean", "knots", "project_rows"})
+
+#: Ops that divide by shares, which nearly cancel for some weights of both signs, whatever those add
+#: up to: there is no bound on what a rounding becomes.
+NEARLY_CANCEL = frozenset({"energy_mean"})

@@ -97,7 +97,7 @@ class Case:
     @property
     def in_eighths(self) -> Case:
         """The same with weights that are eighths, with which exact entries add up exactly, too."""
-        return replace(self, weights=tuple(round(8 * weight) / 8 for weight in self.weights))
+        return replace(self, weights=_eighths(self.weights))
 
     def astype(self, dtype: np.dtype[Any]) -> Case:
         """Every tensor in another dtype."""
@@ -195,7 +195,12 @@ def cases(
 def _weights(count: int, signed: bool) -> st.SearchStrategy[list[float]]:
     share = st.sampled_from([1.0, 0.5, 2.0, 0.3, 1.5, *([-0.75] if signed else [])])
     several = st.lists(share, min_size=count, max_size=count)
-    return several.filter(lambda each: abs(sum(each)) > 0.1)
+    # Nor do they add up to nothing as eighths.
+    return several.filter(lambda each: min(abs(sum(each)), abs(sum(_eighths(each)))) > 0.1)
+
+
+def _eighths(weights: Sequence[float]) -> tuple[float, ...]:
+    return tuple(round(8 * weight) / 8 for weight in weights)
 
 
 def values_of(param: Param) -> st.SearchStrategy[Any]:

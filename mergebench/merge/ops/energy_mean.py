@@ -11,6 +11,8 @@ from mergebench.merge.at import At, Stack, Statistic, Sweep
 from mergebench.merge.op import op
 
 Tie = Literal["zero", "plus", "minus"]
+#: What is left of shares of both signs that cancel, of their sizes: rounding.
+_VANISHED = 1e-6
 
 
 def _squares(stack: Any) -> Any:
@@ -27,7 +29,8 @@ def _energies(sweep: Sweep) -> Any:
 def energy_mean(stack: Stack, at: At, tie: Tie = "zero") -> Stack:
     """``Σ_A η_i x_i / Σ_A η_i`` over the models A with the sign of ``Σ_i x_i`` (SCE, steps 2, 3).
 
-    η_i is the user's weight of model i times the sum of squares of its tensor.
+    η_i is the user's weight of model i times the sum of squares of its tensor. Where they cancel,
+    as those of both signs may, the mean is zero.
 
     Parameters
     ----------
@@ -47,8 +50,9 @@ def energy_mean(stack: Stack, at: At, tie: Tie = "zero") -> Stack:
     elif tie == "minus":
         negative = ~positive
     agrees = ((stack > 0) & positive) | ((stack < 0) & negative)
-    behind = _added(xp.astype(agrees, stack.dtype) * shares)
-    empty = behind == 0
+    voices = xp.astype(agrees, stack.dtype) * shares
+    behind = _added(voices)
+    empty = xp.abs(behind) <= _VANISHED * _added(xp.abs(voices))
     merged = _added(silence(stack, agrees) * shares) / (behind + xp.astype(empty, stack.dtype))
     return silence(merged, ~empty)
 

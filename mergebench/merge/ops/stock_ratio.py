@@ -64,8 +64,12 @@ def _ratio(products: Any, count: int, clamp: bool) -> Any:
         for one in range(count)
         for other in range(one)
     ]
-    # Added up by size: those that cancel in one order of the models cancel in all.
-    total = xp.sum(xp.sort(xp.stack(cosines), axis=0), axis=0)
+    # Added up by size, one after the other: those that cancel in one order of the models, or by one
+    # library, cancel in all.
+    ordered = xp.sort(xp.stack(cosines), axis=0)
+    total = ordered[0, ...]
+    for place in range(1, len(cosines)):
+        total = total + ordered[place, ...]
     cosine = total / (count * (count - 1) / 2)
     below = 1 + (count - 1) * cosine
     vanished = xp.abs(below) < _VANISHED
