@@ -203,6 +203,17 @@ def test_the_angles_of_model_stock_have_no_order(scope: str) -> None:
     assert len(found) == 1
 
 
+def test_shares_of_both_signs_that_cancel_leave_nothing() -> None:
+    """1/3 + 2/3 - 1 of equal energies, in whatever order float32 rounds it."""
+    models = [np.array([2.0, 1]), np.array([1.0, 2]), np.array([2.0, -1])]
+    weights = (0.1, 0.2, -0.3)
+    for order in permutations(range(3)):
+        chosen = [models[place].astype(np.float32) for place in order]
+        got = apply(ops["energy_mean"](), chosen, weights=[weights[place] for place in order])
+        # Of the second entry two models agree: (1/3 · 1 + 2/3 · 2) / 1.
+        assert_about(got.tolist(), [0, 5 / 3])
+
+
 def test_sce_by_hand() -> None:
     """Variances [1, 0, 16, 4]: half keeps the last two; η = 26 and 34; signs + and -."""
     one, two = [1, 2, 5, -1], [3, 2, -3, -5]
